@@ -1,0 +1,67 @@
+"""The training and test transforms, on PIL images in loader workers."""
+
+from __future__ import annotations
+
+from PIL import Image
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, create_transform
+from torch import Tensor
+from torchvision import transforms
+
+from lg.augment.view import View, padded_crop, random_resized_crop
+
+
+class TrainTransform:
+    """One training image: a random view, then (strong) timm's RandAugment and random erasing.
+
+    Strong: random resized crop (bicubic), flip, `rand-m9-mstd0.5-inc1`, normalise, erase a box with probability 0.25 (noise).
+    Plain: resize, random crop with padding of an eighth of the side, flip, normalise.
+    Mean and standard deviation are ImageNet's. All draws come from the global generators.
+    """
+
+    def __init__(self, *, image_size: int, strong: bool, hflip: float = 0.5) -> None:
+        self.image_size = image_size
+        self.hflip = hflip
+        self.draw_view = random_resized_crop if strong else padded_crop
+        if strong:
+            _, *rest = create_transform(
+                input_size=image_size,
+                is_training=True,
+                color_jitter=0.4,  # timm leaves it out beside RandAugment
+                auto_augment="rand-m9-mstd0.5-inc1",
+                interpolation="bicubic",
+                re_prob=0.25,
+                re_mode="pixel",
+                re_count=1,
+                mean=IMAGENET_DEFAULT_MEAN,
+                std=IMAGENET_DEFAULT_STD,
+                separate=True,  # the first part, crop and flip, is ours, because the view must be known
+            )
+            self.finish = transforms.Compose(rest)
+        else:
+            self.finish = _normalise()
+
+    def __call__(self, image: Image.Image) -> tuple[Tensor, View]:
+        """An RGB image of any size to ([3, S, S] float32, its view)."""
+        image, view = self.draw_view(image, self.image_size, hflip=self.hflip)
+        return self.finish(image), view
+
+
+class TestTransform:
+    """One test image: the whole of it, resized (bicubic) to S x S, normalised."""
+
+    __test__ = False  # not a test case, whatever its name
+
+    def __init__(self, *, image_size: int) -> None:
+        self.image_size = image_size
+        self.finish = _normalise()
+
+    def __call__(self, image: Image.Image) -> tuple[Tensor, View]:
+        """An RGB image of any size to ([3, S, S] float32, the full view)."""
+        image = image.resize((self.image_size, self.image_size), Image.Resampling.BICUBIC)
+        return self.finish(image), View()
+
+
+def _normalise() -> transforms.Compose:
+    return transforms.Compose(
+        [transforms.ToTensor(), transforms.Normalize(IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)]
+    )

@@ -1,0 +1,300 @@
+"""From the config to objects: the one place that translates keys into keyword arguments."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from typing import Any
+
+import torch
+from yacs.config import CfgNode
+
+from lg.augment.mixing import Mixing
+from lg.augment.recipe import TestTransform, TrainTransform
+from lg.checkpoint import CheckpointFolder, load_weights
+from lg.config import ConfigError
+from lg.datasets import build_dataset
+from lg.datasets.base import DataError, ImageDataset, stratified_subset
+from lg.datasets.loader import TestSamples, TrainBatches, TrainLoader, TrainSamples, test_loader
+from lg.device import Precision
+from lg.distributed import World, barrier
+from lg.guidance import FrozenTeacher, GuidanceLoss, GuidedStudent, NoTeacher
+from lg.models.backbone import Backbone
+from lg.models.resnet import resnet
+from lg.models.timm_models import deit, timm_model
+from lg.optim import LearningRate, WeightAverage, make_optimizer, parameter_groups
+from lg.paths import is_url
+
+
+def build_model(cfg: CfgNode) -> Backbone:
+    """The student, or the CNN, alone: `model(images) -> logits`.
+
+    Raises:
+        ConfigError: sizes that do not fit together, or an unknown timm model.
+    """
+    try:
+        return _build_by_type(cfg)
+    except ValueError as error:  # what the models refuse, they refuse for a value of the config
+        raise ConfigError(str(error)) from error
+
+
+def _build_by_type(cfg: CfgNode) -> Backbone:
+    kind = cfg.MODEL.TYPE
+    sizes = dict(img_size=cfg.MODEL.IMG_SIZE, in_channels=cfg.MODEL.IN_CHANNELS, num_classes=cfg.MODEL.NUM_CLASSES)
+    if kind == "ResNet":
+        return _build_resnet(cfg, **sizes)
+    if kind.startswith("timm/"):
+        return timm_model(
+            kind.removeprefix("timm/"),
+            **sizes,
+            drop_rate=cfg.TRANSFORMER.DROP_RATE or 0.0,
+            drop_path_rate=cfg.TRANSFORMER.DROP_PATH_RATE,
+            block_names=tuple(cfg.MODEL.BLOCKS),
+        )
+    if kind == "DeiT":
+        return deit(
+            **sizes,
+            patch_size=_scalar(cfg, "PATCH_SIZE"),
+            hidden_dim=_scalar(cfg, "HIDDEN_DIM"),
+            depth=_scalar(cfg, "DEPTH"),
+            num_heads=_scalar(cfg, "NUM_HEADS"),
+            mlp_ratio=_scalar(cfg, "MLP_RATIO"),
+            ln_eps=cfg.TRANSFORMER.LN_EPS,
+            drop_rate=_scalar(cfg, "DROP_RATE", 0.0),
+            drop_path_rate=_scalar(cfg, "DROP_PATH_RATE", 0.0),
+            attention_drop_rate=_scalar(cfg, "ATTENTION_DROP_RATE", 0.0),
+            distilled=cfg.DISTILLATION.ENABLE_LOGIT,
+        )
+    raise ConfigError(f"MODEL.TYPE is {kind!r}, which this version cannot build; it builds DeiT, ResNet and timm/NAME.")
+
+
+def build_guided(cfg: CfgNode) -> tuple[GuidedStudent, FrozenTeacher | NoTeacher, GuidanceLoss]:
+    """The student with its projection heads, the guide, and the loss between them.
+
+    Without guidance in the config: no heads, a guide that gives nothing, and plain cross-entropy. A guide whose
+    TEACHER_WEIGHTS is null keeps its random weights, with a warning.
+    """
+    options = cfg.DISTILLATION
+    student = build_model(cfg)
+    if not (options.ENABLE_INTER or options.ENABLE_LOGIT):
+        return GuidedStudent(student), NoTeacher(), GuidanceLoss()
+    if options.OFFLINE:
+        raise ConfigError("DISTILLATION.OFFLINE is True, which this version cannot do; set it False to run the guide in training.")
+    taps = (options.INTER_STUDENT_INDEX, options.INTER_TEACHER_INDEX) if options.ENABLE_INTER else ([], [])
+    for key, model, indices in zip(("STUDENT", "TEACHER"), (student, teacher := build_teacher(cfg)), taps, strict=True):
+        if any(i >= len(model.blocks) for i in indices):
+            raise ConfigError(f"DISTILLATION.INTER_{key}_INDEX is {indices}; the {key.lower()} has {len(model.blocks)} blocks, "
+                              f"numbered 0 to {len(model.blocks) - 1}.")
+    guide = FrozenTeacher(
+        teacher,
+        indices=taps[1],
+        image_size=options.TEACHER_IMG_SIZE,
+        batch_norm=options.TEACHER_BN,
+        with_logits=options.ENABLE_LOGIT,
+    )
+    projected = guide.feature_dims if options.INTER_TRANSFORM == "linear" else []
+    loss = GuidanceLoss(
+        transform=options.INTER_TRANSFORM,
+        inter_weight=options.INTER_WEIGHT,
+        logit_kind=options.LOGIT_LOSS,
+        temperature=options.LOGIT_TEMP,
+        logit_weight=options.LOGIT_WEIGHT if options.ENABLE_LOGIT else 0.0,
+    )
+    return GuidedStudent(student, indices=taps[0], teacher_dims=projected), guide, loss
+
+
+def build_teacher(cfg: CfgNode) -> Backbone:
+    """The guide's CNN with its trained weights."""
+    options = cfg.DISTILLATION
+    sizes = dict(img_size=options.TEACHER_IMG_SIZE, in_channels=cfg.MODEL.IN_CHANNELS, num_classes=cfg.MODEL.NUM_CLASSES)
+    with torch.random.fork_rng(devices=[]):  # a guided student starts from the same weights as a plain one
+        if options.TEACHER_MODEL == "ResNet":
+            teacher = _build_resnet(cfg, **sizes)
+        else:
+            teacher = timm_model(options.TEACHER_MODEL.removeprefix("timm/"), **sizes)
+    if options.TEACHER_WEIGHTS is None:
+        warnings.warn("DISTILLATION.TEACHER_WEIGHTS is null: the guide has random weights.", stacklevel=2)
+    else:
+        load_weights(teacher, options.TEACHER_WEIGHTS, cache=cfg.DOWNLOAD_CACHE)
+    return teacher
+
+
+def build_train_data(cfg: CfgNode) -> ImageDataset:
+    """The training set, or the part of it that TRAIN.FRACTION asks for."""
+    dataset = _checked_dataset(cfg, "TRAIN", cfg.TRAIN.DATASET)
+    dataset = stratified_subset(dataset, cfg.TRAIN.FRACTION, cfg.RNG_SEED)
+    if len(dataset) < cfg.TRAIN.BATCH_SIZE:
+        raise ConfigError(f"TRAIN.BATCH_SIZE is {cfg.TRAIN.BATCH_SIZE}, but there are only {len(dataset)} training images; lower it "
+                          f"to {len(dataset)} or less.")
+    return dataset
+
+
+def build_test_data(cfg: CfgNode) -> ImageDataset:
+    """The held-out set; its classes must be those of the training set."""
+    return _checked_dataset(cfg, "TEST", cfg.TEST.DATASET or cfg.TRAIN.DATASET)
+
+
+def fetch_data(cfg: CfgNode, world: World) -> tuple[ImageDataset, ImageDataset]:
+    """Training and test set; only the main process downloads, the others wait for it."""
+    if not world.is_main:
+        barrier()
+    data = build_train_data(cfg), build_test_data(cfg)
+    if world.is_main:
+        barrier()
+    if data[0].class_names != data[1].class_names:
+        raise DataError(f"TEST.DATASET {data[1].name} has other classes than TRAIN.DATASET {data[0].name}; use the same set for both.")
+    return data
+
+
+def build_train_loader(cfg: CfgNode, dataset: ImageDataset, world: World) -> TrainLoader:
+    """Augmented training batches, this process's share."""
+    transform = TrainTransform(
+        image_size=cfg.MODEL.IMG_SIZE, strong=cfg.TRAIN.STRONG_AUGMENTATION, hflip=cfg.TRAIN.HFLIP
+    )
+    batches = TrainBatches(
+        num_samples=len(dataset),
+        batch_size=cfg.TRAIN.BATCH_SIZE,
+        seed=cfg.RNG_SEED,
+        max_epoch=cfg.OPTIM.MAX_EPOCH,
+        rank=world.rank,
+        world_size=world.size,
+    )
+    samples = TrainSamples(dataset, transform, seed=cfg.RNG_SEED)
+    return TrainLoader(samples, batches, num_workers=cfg.DATA_LOADER.NUM_WORKERS, pin_memory=cfg.DATA_LOADER.PIN_MEMORY)
+
+
+def build_test_loader(cfg: CfgNode, dataset: ImageDataset, world: World) -> Any:
+    """Test batches, this process's share."""
+    return test_loader(
+        TestSamples(dataset, TestTransform(image_size=cfg.MODEL.IMG_SIZE)),
+        batch_size=cfg.TEST.BATCH_SIZE,
+        num_workers=cfg.DATA_LOADER.NUM_WORKERS,
+        pin_memory=cfg.DATA_LOADER.PIN_MEMORY,
+        rank=world.rank,
+        world_size=world.size,
+    )
+
+
+def build_mixing(cfg: CfgNode) -> Mixing:
+    """Label smoothing, mixup and CutMix."""
+    return Mixing(
+        num_classes=cfg.MODEL.NUM_CLASSES,
+        smoothing=cfg.TRAIN.LABEL_SMOOTHING,
+        mixup_alpha=cfg.TRAIN.MIXUP_ALPHA,
+        cutmix_alpha=cfg.TRAIN.CUTMIX_ALPHA,
+    )
+
+
+def build_optimizer(cfg: CfgNode, guided: GuidedStudent) -> torch.optim.Optimizer:
+    """The optimiser over student and projection heads; projection heads belong to the body."""
+    heads = {f"student.{name}" for name in guided.student.head_names()}
+    groups = parameter_groups(
+        guided.named_parameters(),
+        head_names=heads,
+        weight_decay=cfg.OPTIM.WEIGHT_DECAY,
+        head_lr_ratio=cfg.OPTIM.HEAD_LR_RATIO,
+    )
+    return make_optimizer(
+        groups,
+        kind=cfg.OPTIM.OPTIMIZER,
+        lr=cfg.OPTIM.BASE_LR,
+        momentum=cfg.OPTIM.MOMENTUM,
+        dampening=cfg.OPTIM.DAMPENING,
+        nesterov=cfg.OPTIM.NESTEROV,
+        betas=(cfg.OPTIM.BETA1, cfg.OPTIM.BETA2),
+    )
+
+
+def build_learning_rate(cfg: CfgNode) -> LearningRate:
+    """The learning rate of each epoch."""
+    return LearningRate(
+        policy=cfg.OPTIM.LR_POLICY,
+        base_lr=cfg.OPTIM.BASE_LR,
+        max_epoch=cfg.OPTIM.MAX_EPOCH,
+        min_lr=cfg.OPTIM.MIN_LR,
+        steps=cfg.OPTIM.STEPS,
+        lr_mult=cfg.OPTIM.LR_MULT,
+        warmup_factor=cfg.OPTIM.WARMUP_FACTOR,
+        warmup_epochs=cfg.OPTIM.WARMUP_EPOCHS,
+    )
+
+
+def build_average(cfg: CfgNode, student: Backbone) -> WeightAverage | None:
+    """The weight average of the student (not of the projection heads), if it is on."""
+    if cfg.OPTIM.EMA_UPDATE_PERIOD == 0:
+        return None
+    return WeightAverage(
+        student,
+        alpha=cfg.OPTIM.EMA_ALPHA,
+        period=cfg.OPTIM.EMA_UPDATE_PERIOD,
+        batch_size=cfg.TRAIN.BATCH_SIZE,
+        max_epoch=cfg.OPTIM.MAX_EPOCH,
+    )
+
+
+def build_precision(cfg: CfgNode, device: torch.device) -> Precision:
+    """Full or mixed precision on a device."""
+    return Precision(device, mixed=cfg.TRAIN.MIXED_PRECISION, dtype=cfg.TRAIN.AMP_DTYPE)
+
+
+def build_checkpoints(cfg: CfgNode) -> CheckpointFolder:
+    """The checkpoints in OUT_DIR."""
+    return CheckpointFolder(cfg.OUT_DIR, keep=cfg.TRAIN.KEEP_CHECKPOINTS)
+
+
+def check_training(cfg: CfgNode) -> None:
+    """Faults that can be found before anything is built: what training needs and the config does not give.
+
+    Raises:
+        ConfigError: naming the key and the fix.
+    """
+    options = cfg.DISTILLATION
+    if not cfg.TRAIN.DATASET:
+        raise ConfigError("TRAIN.DATASET is ''; name the training set, such as digits or cifar100.")
+    if cfg.MODEL.IN_CHANNELS != 3:
+        raise ConfigError(f"MODEL.IN_CHANNELS is {cfg.MODEL.IN_CHANNELS}; the data sets give RGB images: set it to 3.")
+    guided = options.ENABLE_INTER or options.ENABLE_LOGIT
+    if guided and not options.OFFLINE and options.TEACHER_WEIGHTS is None:
+        raise ConfigError("DISTILLATION.TEACHER_WEIGHTS is null; an untrained guide teaches noise. Train the guide first and name its "
+                          "model.pyth.")
+    keys = [("TRAIN.WEIGHTS", cfg.TRAIN.WEIGHTS)]
+    if guided and not options.OFFLINE:
+        keys.append(("DISTILLATION.TEACHER_WEIGHTS", options.TEACHER_WEIGHTS))
+    for key, path in keys:
+        if path and not is_url(path) and not os.path.isfile(os.path.expanduser(path)):
+            raise ConfigError(f"{key} is {path!r}, which does not exist. Check the path, or train the model that writes it first.")
+
+
+def _build_resnet(cfg: CfgNode, **sizes: int) -> Backbone:
+    return resnet(
+        depth=cfg.CNN.DEPTH,
+        **sizes,
+        trans_fun=cfg.RESNET.TRANS_FUN,
+        num_groups=cfg.RESNET.NUM_GROUPS,
+        width_per_group=cfg.RESNET.WIDTH_PER_GROUP,
+        stride_1x1=cfg.RESNET.STRIDE_1X1,
+        activation=cfg.CNN.ACTIVATION_FUN,
+        activation_inplace=cfg.CNN.ACTIVATION_INPLACE,
+        bn_eps=cfg.CNN.BN_EPS,
+        bn_momentum=cfg.CNN.BN_MOMENTUM,
+        zero_init_final_bn_gamma=cfg.CNN.ZERO_INIT_FINAL_BN_GAMMA,
+    )
+
+
+def _scalar(cfg: CfgNode, name: str, default: float | None = None) -> Any:
+    """TRANSFORMER.<name> of a model that has one stage."""
+    value = cfg.TRANSFORMER[name]
+    if value is None:
+        value = default
+    if value is None or isinstance(value, list):
+        raise ConfigError(f"TRANSFORMER.{name} is {value!r}; MODEL.TYPE {cfg.MODEL.TYPE} takes one number.")
+    return value
+
+
+def _checked_dataset(cfg: CfgNode, section: str, name: str) -> ImageDataset:
+    """A set whose class count is the model's."""
+    dataset = build_dataset(name, cfg.DATA_LOADER.ROOT, cfg[section].SPLIT, download=cfg.DATA_LOADER.DOWNLOAD)
+    if dataset.num_classes != cfg.MODEL.NUM_CLASSES:
+        raise ConfigError(f"MODEL.NUM_CLASSES is {cfg.MODEL.NUM_CLASSES}, but {section}.DATASET {name} has {dataset.num_classes} "
+                          f"classes: set it to {dataset.num_classes}.")
+    return dataset

@@ -1,0 +1,89 @@
+"""CIFAR-100: 60,000 images of 32 x 32 in 100 classes.
+
+Layout: `cifar-100-python/{train,test,meta}`, the unpacked "python version".
+Source: Krizhevsky, Learning Multiple Layers of Features from Tiny Images (2009),
+https://www.cs.toronto.edu/~kriz/cifar.html
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from lg.datasets.base import DataError, ImageDataset, resolve_split
+from lg.datasets.files import fetch, require
+from lg.datasets.safe_pickle import load_table
+
+FOLDER = "cifar-100-python"
+ADDRESS = "https://www.cs.toronto.edu/~kriz/cifar-100-python.tar.gz"
+SIZE = 32  # pixels
+
+
+class CIFAR100(ImageDataset):
+    """The fine labels of CIFAR-100: 50,000 training and 10,000 test images if complete.
+
+    The files may be in another order, or fewer images, than the official ones.
+
+    Attributes:
+        pixels: [n, 3, 32, 32] uint8, read-only. One array, so that forked workers share it.
+    """
+
+    def __init__(self, root: str | os.PathLike[str], split: str, download: bool = False) -> None:
+        """Read a split.
+
+        Args:
+            root: folder that holds `cifar-100-python`.
+            split: train; test or its other name val.
+            download: fetch what is missing by torchvision, which checks the official MD5. Tested
+                against a stand-in for torchvision only, never against the network.
+
+        Raises:
+            DataError: files are missing, damaged, unsafe or do not fit together.
+        """
+        name = "cifar100"
+        split = resolve_split(name, split, {"train": "train", "test": "test", "val": "test"})
+        folder = Path(root) / FOLDER
+        if download:
+            fetch(_download, FOLDER, folder, ("train", "test", "meta"), name)
+        remedy = (
+            f"set download=True, or unpack {ADDRESS} in {root}, "
+            f"which then holds {FOLDER}/train, {FOLDER}/test and {FOLDER}/meta"
+        )
+        require([folder / split, folder / "meta"], name, remedy)
+        class_names = load_table(folder / "meta", ["fine_label_names"])["fine_label_names"]
+        if not isinstance(class_names, list) or not all(isinstance(n, str) for n in class_names):
+            raise DataError(
+                f"{folder / 'meta'}: fine_label_names is no list of names; fetch it again"
+            )
+        table = load_table(folder / split, ["data", "fine_labels"])
+        super().__init__(name, split, class_names, table["fine_labels"])
+        self.pixels = _as_pixels(table["data"], len(self), folder / split)
+
+    def image(self, index: int) -> Image.Image:
+        return Image.fromarray(np.ascontiguousarray(self.pixels[index].transpose(1, 2, 0)))
+
+    def describe(self, index: int) -> str:
+        return f"{FOLDER}/{self.split} image {index}"
+
+
+def _as_pixels(data: object, num_images: int, path: Path) -> np.ndarray:
+    row = 3 * SIZE * SIZE  # red, then green, then blue
+    if not isinstance(data, np.ndarray) or data.dtype != np.uint8 or data.shape[1:] != (row,):
+        found = (
+            f"{data.dtype} {list(data.shape)}"
+            if isinstance(data, np.ndarray)
+            else type(data).__name__
+        )
+        raise DataError(f"{path}: data is {found}, not uint8 [images, {row}]; fetch it again")
+    if len(data) != num_images:
+        raise DataError(f"{path}: {num_images} labels for {len(data)} images; fetch it again")
+    return data.reshape(-1, 3, SIZE, SIZE)
+
+
+def _download(folder: Path) -> None:
+    from torchvision.datasets import CIFAR100 as Official
+
+    Official(str(folder), train=True, download=True)

@@ -1,0 +1,57 @@
+"""The digits that come with scikit-learn: 1,797 handwritten digits of 8 x 8 in 10 classes.
+
+No files and no download. Source: the test part of UCI's Optical Recognition of Handwritten Digits,
+https://archive.ics.uci.edu/dataset/80
+"""
+
+from __future__ import annotations
+
+import os
+
+import numpy as np
+from PIL import Image
+
+from lg.datasets.base import ImageDataset, resolve_split, stratified_order
+
+NUM_TRAIN = 1200  # of 1,797, which leaves 597; there is no official split
+SPLIT_SEED = 0  # never to change: results are compared across versions
+
+
+class Digits(ImageDataset):
+    """1,200 training and 597 test images, drawn once, in scikit-learn's order.
+
+    Attributes:
+        pixels: [n, 8, 8] uint8, the 17 gray levels spread over 0..255.
+        sources: [n] int64, where each image is in scikit-learn's set.
+    """
+
+    def __init__(
+        self, root: str | os.PathLike[str] = "", split: str = "train", download: bool = False
+    ) -> None:
+        """Take a split.
+
+        Args:
+            root: unused; all sets are called alike.
+            split: train; test or its other name val.
+            download: unused; there is nothing to fetch.
+
+        Raises:
+            DataError: there is no such split.
+        """
+        from sklearn.datasets import load_digits
+
+        name = "digits"
+        split = resolve_split(name, split, {"train": "train", "test": "test", "val": "test"})
+        bunch = load_digits()
+        order = stratified_order(bunch.target, SPLIT_SEED)
+        sources = np.sort(order[:NUM_TRAIN] if split == "train" else order[NUM_TRAIN:])
+        super().__init__(name, split, [str(digit) for digit in range(10)], bunch.target[sources])
+        levels = bunch.images[sources].astype(np.int64)  # 0..16
+        self.pixels = ((levels * 255 + 8) // 16).astype(np.uint8)
+        self.sources = sources
+
+    def image(self, index: int) -> Image.Image:
+        return Image.fromarray(self.pixels[index]).convert("RGB")
+
+    def describe(self, index: int) -> str:
+        return f"digits/{self.split} image {index} (scikit-learn's {self.sources[index]})"

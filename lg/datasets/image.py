@@ -1,0 +1,140 @@
+"""Any image file as an upright RGB image.
+
+The rules, for whatever is stored:
+
+- transparency (an alpha channel, a transparent palette entry or colour) is laid over white, as a
+  page or a viewer shows it; just dropping alpha would uncover arbitrary hidden colours;
+- 16-bit gray is scaled, 65535 to 255, and rounded; it is not clipped;
+- palette, 1-bit, CMYK, YCbCr, LAB and HSV are converted as Pillow does; ICC profiles are ignored;
+- the EXIF orientation is applied; an unreadable EXIF block counts as none;
+- of an animation, the first frame.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+from lg.datasets.base import DataError
+
+EXIF_ORIENTATION = 0x0112  # the tag's number
+
+# What turns a stored image upright, by the value of the tag. Source: EXIF 2.32, 4.6.4 A.
+UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+def open_rgb(path: str | os.PathLike[str]) -> Image.Image:
+    """Read an image file in any format Pillow knows.
+
+    Returns:
+        A loaded RGB image, upright; see the top of this file for how other modes become RGB.
+
+    Raises:
+        DataError: the file is missing, unreadable, empty, truncated, too large, or no image.
+    """
+    try:
+        # Reading first tells a failing disk from a failing decoder, and closes the file.
+        with open(path, "rb") as file:
+            content = file.read()
+    except FileNotFoundError:
+        raise DataError(f"{path}: the image is missing; unpack the data set again") from None
+    except OSError as error:
+        raise DataError(
+            f"{path}: the image cannot be read ({error.strerror or error}); check that it is a "
+            "file and its permissions"
+        ) from error
+    if not content:
+        raise DataError(f"{path}: the image file is empty; fetch it again")
+    try:
+        with Image.open(io.BytesIO(content)) as image:
+            return to_rgb(image)
+    except Image.DecompressionBombError as error:
+        raise DataError(
+            f"{path}: the image is too large to be safe ({error}); shrink it, or raise "
+            "PIL.Image.MAX_IMAGE_PIXELS if you trust the file"
+        ) from error
+    except UnidentifiedImageError as error:
+        raise DataError(
+            f"{path}: this is no image in a format that Pillow knows; remove or convert it"
+        ) from error
+    except MemoryError:
+        raise
+    except Exception as error:  # Pillow's decoders let a dozen types escape on a damaged file
+        raise DataError(
+            f"{path}: the image is damaged or cannot be converted ({error}); fetch it again, or "
+            "save it as 8-bit RGB"
+        ) from error
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """An RGB image, upright, from an open image of any mode; see the top of this file.
+
+    Raises:
+        DataError: its pixels are floating point or 32-bit numbers beyond 16 bits, whose range of
+            brightness is unknown.
+    """
+    image.load()  # TIFF turns itself upright, PNG learns its EXIF block while loading
+    rgb = _convert(_upright(image))
+    rgb.info = {}  # or whoever asks for the orientation would turn the image once more
+    return rgb
+
+
+def _convert(image: Image.Image) -> Image.Image:
+    if image.mode == "RGB" and "transparency" not in image.info:
+        return image.copy()  # a plain image, without the format's class and its open file
+    if image.mode == "F":
+        raise DataError(
+            "image of floating-point pixels (mode F), whose range is unknown; save it with 8 or "
+            "16 bits"
+        )
+    if image.mode == "I" or image.mode.startswith("I;16"):
+        return _from_16_bits(image)
+    if image.has_transparency_data:
+        return _over_white(image)
+    return image.convert("RGB")
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    try:
+        orientation = image.getexif().get(EXIF_ORIENTATION)
+    except Exception:  # a broken EXIF block breaks the parser in many ways; the image is fine
+        return image
+    if orientation not in UPRIGHT:
+        return image
+    turned = image.transpose(UPRIGHT[orientation])
+    turned.info = image.info  # holds the transparent colour
+    return turned
+
+
+def _from_16_bits(image: Image.Image) -> Image.Image:
+    """RGB from gray 0..65535. Mode I is how Pillow opens some 16-bit files, by its version."""
+    levels = np.asarray(image).astype(np.int64)
+    if levels.min() < 0 or levels.max() > 65535:
+        raise DataError(
+            f"image of 32-bit pixels from {levels.min()} to {levels.max()}, whose range is "
+            "unknown; save it with 8 or 16 bits (0..65535)"
+        )
+    gray = (levels + 128) // 257  # 65535 = 257 * 255: rounds to the nearest of 256 levels
+    transparent = image.info.get("transparency")
+    if isinstance(transparent, int):
+        gray[levels == transparent] = 255
+    return Image.fromarray(gray.astype(np.uint8)).convert("RGB")
+
+
+def _over_white(image: Image.Image) -> Image.Image:
+    if image.mode == "La":  # premultiplied gray converts to nothing but LA
+        image = image.convert("LA")
+    image = image.convert("RGBA")
+    white = Image.new("RGBA", image.size, (255, 255, 255, 255))
+    return Image.alpha_composite(white, image).convert("RGB")

@@ -1,0 +1,216 @@
+"""Batches: every sample's random draws depend on (seed, epoch, index) alone, every batch's content on (seed, epoch, step).
+
+So the number of workers changes nothing, and a run that starts in the middle of an epoch sees what it would have seen.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+import signal
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from lg.augment.view import View
+from lg.datasets.base import ImageDataset
+
+# Second entry of every seed, so that no two uses share a stream.
+ORDER, SAMPLE, MIX, MODEL = 1, 2, 3, 4
+
+Transform = Callable[[Image.Image], tuple[Tensor, View]]
+
+
+class Batch(NamedTuple):
+    """N samples of one process."""
+
+    images: Tensor  # [N, 3, S, S], normalised
+    labels: Tensor  # [N], int64
+    index: Tensor  # [N], int64, positions in the whole data set
+    view: Tensor  # [N, 5], see lg.augment.view.View
+
+    def to(self, device: torch.device) -> Batch:
+        """The batch on a device; the copies overlap with work there when the batch is pinned."""
+        return Batch(*(t.to(device, non_blocking=True) for t in self))
+
+    def pin_memory(self) -> Batch:
+        """Called by the DataLoader."""
+        return Batch(*(t.pin_memory() for t in self))
+
+
+class TrainSamples(Dataset[Batch]):
+    """Augmented samples, asked for by (epoch, position)."""
+
+    def __init__(self, dataset: ImageDataset, transform: Transform, *, seed: int) -> None:
+        self.dataset, self.transform, self.seed = dataset, transform, seed
+
+    def __getitem__(self, key: tuple[int, int]) -> Batch:
+        epoch, position = key
+        image = self.dataset.image(position)
+        with _seeded((self.seed, SAMPLE, epoch, position)):
+            pixels, view = self.transform(image)
+        return _sample(self.dataset, position, pixels, view)
+
+
+class TestSamples(Dataset[Batch]):
+    """Samples for testing, asked for by position."""
+
+    __test__ = False  # not a test case, whatever its name
+
+    def __init__(self, dataset: ImageDataset, transform: Transform) -> None:
+        self.dataset, self.transform = dataset, transform
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, position: int) -> Batch:
+        return _sample(self.dataset, position, *self.transform(self.dataset.image(position)))
+
+
+class TrainBatches:
+    """A batch sampler that runs through all remaining epochs, each a new permutation.
+
+    Global batch s of an epoch is the same whatever the number of processes; each takes its own slice. The last batch is dropped
+    when it is not full.
+    """
+
+    def __init__(
+        self,
+        *,
+        num_samples: int,
+        batch_size: int,
+        seed: int,
+        max_epoch: int,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        assert batch_size % world_size == 0 and batch_size <= num_samples
+        self.num_samples, self.batch_size, self.seed, self.max_epoch = (
+            num_samples,
+            batch_size,
+            seed,
+            max_epoch,
+        )
+        self.rank, self.world_size = rank, world_size
+        self.steps_per_epoch = num_samples // batch_size
+        self.epoch, self.step = 0, 0
+
+    def start(self, epoch: int, step: int) -> None:
+        """Sets where iteration begins."""
+        self.epoch, self.step = epoch, step
+
+    def __len__(self) -> int:
+        return (self.max_epoch - self.epoch) * self.steps_per_epoch - self.step
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        share = self.batch_size // self.world_size
+        for epoch in range(self.epoch, self.max_epoch):
+            order = np.random.default_rng((self.seed, ORDER, epoch)).permutation(self.num_samples)
+            for step in range(self.step if epoch == self.epoch else 0, self.steps_per_epoch):
+                first = step * self.batch_size + self.rank * share
+                yield [(epoch, int(i)) for i in order[first : first + share]]
+
+
+class TrainLoader:
+    """Iterates over training batches; one set of workers serves the whole run."""
+
+    def __init__(
+        self, samples: TrainSamples, batches: TrainBatches, *, num_workers: int, pin_memory: bool
+    ) -> None:
+        self.batches = batches
+        self._loader = _data_loader(samples, num_workers, pin_memory, batch_sampler=batches)
+        self._iterator: Iterator[Batch] | None = None
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return self.batches.steps_per_epoch
+
+    def start(self, epoch: int, step: int) -> None:
+        """Sets the position of the next batch; `next` goes on from there through all epochs."""
+        self.batches.start(epoch, step)
+        self._iterator = iter(self._loader)
+
+    def __next__(self) -> Batch:
+        assert self._iterator is not None, "start() comes first"
+        return next(self._iterator)
+
+
+def test_loader(
+    samples: TestSamples,
+    *,
+    batch_size: int,
+    num_workers: int,
+    pin_memory: bool,
+    rank: int = 0,
+    world_size: int = 1,
+) -> DataLoader[Batch]:
+    """Batches of one process's share of the test set; over all processes every sample comes exactly once."""
+    mine = range(rank, len(samples), world_size)
+    size = max(1, batch_size // world_size)
+    batches = [list(mine[i : i + size]) for i in range(0, len(mine), size)]
+    return _data_loader(samples, num_workers, pin_memory, batch_sampler=batches)
+
+
+test_loader.__test__ = False  # type: ignore[attr-defined]
+
+
+def usable_workers(wanted: int) -> int:
+    """Worker processes to start: never more than the cores this process may use."""
+    cores = (
+        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    )
+    return min(wanted, cores)
+
+
+def _data_loader(
+    samples: Dataset, num_workers: int, pin_memory: bool, *, batch_sampler: object
+) -> DataLoader[Batch]:
+    num_workers = usable_workers(num_workers)
+    return DataLoader(
+        samples,
+        batch_sampler=batch_sampler,  # type: ignore[arg-type]
+        num_workers=num_workers,
+        pin_memory=pin_memory and torch.cuda.is_available(),
+        collate_fn=_collate,
+        persistent_workers=num_workers > 0,
+        worker_init_fn=_start_worker,
+        generator=torch.Generator(),  # else each pass would draw from the model's generator
+    )
+
+
+def _collate(samples: list[Batch]) -> Batch:
+    return Batch(*(torch.stack(column) for column in zip(*samples, strict=True)))
+
+
+def _start_worker(worker: int) -> None:
+    """One thread a worker; Ctrl-C is the main process's business, which ends its workers itself."""
+    torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def _sample(dataset: ImageDataset, position: int, pixels: Tensor, view: View) -> Batch:
+    label, index = int(dataset.labels[position]), int(dataset.indices[position])
+    return Batch(pixels, torch.tensor(label), torch.tensor(index), view.tensor())
+
+
+@contextlib.contextmanager
+def _seeded(key: tuple[int, ...]) -> Iterator[None]:
+    """The global generators that augmentation draws from, seeded inside and put back after."""
+    state = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    words = np.random.SeedSequence(key).generate_state(4)
+    random.seed(int(words[0]))
+    np.random.seed(words[1])
+    torch.default_generator.manual_seed(int(words[2]) << 32 | int(words[3]))
+    try:
+        yield
+    finally:
+        random.setstate(state[0])
+        np.random.set_state(state[1])
+        torch.set_rng_state(state[2])

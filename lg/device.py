@@ -1,0 +1,81 @@
+"""Where a run computes and in which precision."""
+
+from __future__ import annotations
+
+import contextlib
+import resource
+import sys
+from contextlib import AbstractContextManager
+
+import torch
+
+
+def select_device(kind: str, *, local_rank: int = 0) -> torch.device:
+    """The device of this process.
+
+    Args:
+        kind: `auto` (CUDA, else MPS, else CPU), `cpu`, `cuda` or `mps`.
+        local_rank: number of the process on this machine; picks the GPU.
+
+    Raises:
+        ValueError: the device asked for is not there, or there are fewer GPUs than processes.
+    """
+    if kind == "auto":
+        kind = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if kind == "cuda":
+        count = torch.cuda.device_count()
+        if local_rank >= count:
+            raise ValueError(f"Process {local_rank} of this machine needs a GPU of its own, but torch sees {count}: lower NUM_GPUS, "
+                             "or set DEVICE cpu.")
+        torch.cuda.set_device(local_rank)
+        return torch.device("cuda", local_rank)
+    if kind == "mps" and not torch.backends.mps.is_available():
+        raise ValueError("DEVICE is mps, but torch finds no such device: set DEVICE auto.")
+    return torch.device(kind)
+
+
+class Precision:
+    """Full or mixed precision: the autocast context and, for fp16, the loss scaler.
+
+    Attributes:
+        dtype: of autocast; None in full precision.
+        scaler: a no-op unless dtype is float16.
+    """
+
+    def __init__(self, device: torch.device, *, mixed: bool = False, dtype: str = "auto") -> None:
+        """Picks bf16 where the hardware computes in it, else fp16, when `dtype` is auto."""
+        self.device = device
+        self.dtype: torch.dtype | None = None
+        if mixed:
+            if dtype == "auto":
+                native = device.type == "cpu" or (device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0))
+                dtype = "bf16" if native else "fp16"
+            if dtype == "fp16" and device.type == "cpu":
+                raise ValueError("TRAIN.AMP_DTYPE is fp16, which CPUs do not train in: set it to bf16 or auto.")
+            self.dtype = torch.bfloat16 if dtype == "bf16" else torch.float16
+        self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype == torch.float16)
+
+    def autocast(self) -> AbstractContextManager:
+        """The context of forward passes."""
+        if self.dtype is None:
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, dtype=self.dtype)
+
+    def __str__(self) -> str:
+        return {None: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[self.dtype]
+
+
+def synchronize(device: torch.device) -> None:
+    """Waits until the device has done what it was given; CPUs have."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
+
+
+def peak_memory_mb(device: torch.device) -> int:
+    """Peak memory in MB (1024^2 bytes): allocated on the GPU, or resident of this process on a CPU."""
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(device) / 1024**2)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes on macOS, KiB elsewhere
+    return int(peak / (1024**2 if sys.platform == "darwin" else 1024))

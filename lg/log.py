@@ -1,0 +1,145 @@
+"""What a run shows and keeps: console, `log.txt` with json_stats lines, TensorBoard. Only the main process speaks."""
+
+from __future__ import annotations
+
+import decimal
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TextIO
+
+import simplejson
+from tqdm import tqdm
+
+TAG = "json_stats: "
+
+
+def json_line(kind: str, stats: Mapping[str, Any]) -> str:
+    """One `json_stats: {...}` line: sorted keys, floats to 4 decimals (below 1, to 4 significant digits)."""
+    return TAG + simplejson.dumps({**_decimals(stats), "_type": kind}, sort_keys=True, use_decimal=True)
+
+
+def read_json_lines(path: str | Path) -> list[dict[str, Any]]:
+    """All stats of a log file, in order, each with its kind under `_type`."""
+    with open(path, encoding="utf-8") as stream:
+        return [simplejson.loads(line.split(TAG, 1)[1]) for line in stream if TAG in line]
+
+
+class RunLog:
+    """Console, log file and TensorBoard of one run.
+
+    The file is appended to. TensorBoard points beyond `first_step`, left by a run that went on from an earlier checkpoint, are
+    hidden.
+    """
+
+    def __init__(self, out_dir: str | Path, *, enabled: bool = True, console: bool = True, file_name: str = "log.txt") -> None:
+        """Opens the log file.
+
+        Args:
+            out_dir: the run's folder.
+            enabled: False on all but the main process: nothing is shown or written.
+            console: whether messages are also printed.
+            file_name: of the log in `out_dir`.
+        """
+        self.out_dir = Path(out_dir)
+        self.console = enabled and console
+        self._file: TextIO | None = None
+        self._board: Any = None
+        self._bar: tqdm | None = None
+        self.enabled = enabled
+        if enabled:
+            self.out_dir.mkdir(parents=True, exist_ok=True)
+            self._file = open(self.out_dir / file_name, "a", encoding="utf-8", buffering=1)
+
+    def open_board(self, first_step: int) -> None:
+        """Starts TensorBoard; steps from `first_step` on of earlier runs in the folder are hidden."""
+        if self.enabled:
+            from torch.utils.tensorboard import SummaryWriter  # slow to import
+
+            self._board = SummaryWriter(str(self.out_dir / "tensorboard"), purge_step=first_step)
+
+    def say(self, message: str) -> None:
+        """A line for people: console and file."""
+        self._print(message)
+        self._write(message)
+
+    def warn(self, message: str) -> None:
+        """A warning for people: standard error and file."""
+        self._print(f"Warning: {message}", sys.stderr)
+        self._write(f"Warning: {message}")
+
+    def stats(self, kind: str, stats: Mapping[str, Any]) -> None:
+        """A json_stats line in the file."""
+        self._write(json_line(kind, stats))
+
+    def write(self, text: str) -> None:
+        """Text for the file alone."""
+        self._write(text)
+
+    def points(self, step: int, values: Mapping[str, float]) -> None:
+        """TensorBoard scalars, tag -> value."""
+        if self._board is not None:
+            for tag, value in values.items():
+                self._board.add_scalar(tag, value, step)
+
+    def start_bar(self, title: str, *, total: int, done: int = 0) -> None:
+        """Shows a progress bar where the console is a terminal."""
+        if self.console and sys.stderr.isatty():
+            self._bar = tqdm(total=total, initial=done, desc=title, leave=False, dynamic_ncols=True, unit="step")
+
+    def advance(self, summary: str | None = None) -> None:
+        """One step done; `summary`, when given, stands beside the bar, or on a line of its own where there is no bar."""
+        if self._bar is not None:
+            self._bar.update()
+            if summary:
+                self._bar.set_postfix_str(summary)
+        elif summary:
+            self._print(summary)
+
+    def end_bar(self) -> None:
+        """Removes the bar."""
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
+
+    def close(self) -> None:
+        """Flushes and closes everything."""
+        self.end_bar()
+        if self._board is not None:
+            self._board.close()
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+    def _print(self, message: str, stream: TextIO | None = None) -> None:
+        if self.console:
+            tqdm.write(message, file=stream or sys.stdout)
+            (stream or sys.stdout).flush()
+
+    def _write(self, text: str) -> None:
+        if self._file is not None:
+            self._file.write(text.rstrip("\n") + "\n")
+
+
+def format_time(seconds: float) -> str:
+    """Seconds as 1d 02h 03m, 2h 03m, 3m 04s or 5s."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    days, hours = divmod(hours, 24)
+    if days:
+        return f"{days}d {hours:02d}h {minutes:02d}m"
+    if hours:
+        return f"{hours}h {minutes:02d}m"
+    return f"{minutes}m {rest:02d}s" if minutes else f"{rest}s"
+
+
+def _decimals(value: Any) -> Any:
+    """Floats as decimals of the digits worth keeping."""
+    if isinstance(value, Mapping):
+        return {k: _decimals(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_decimals(v) for v in value]
+    if isinstance(value, float):
+        text = f"{value:.4f}" if value == 0 or abs(value) >= 1 else f"{value:.4g}"
+        return decimal.Decimal(text)
+    return value

@@ -1,0 +1,248 @@
+"""What every model of `lg` is: a network, the blocks guidance may tap, and how to read their maps.
+
+Shapes: B batch, N patch tokens, P prefix tokens (class, distillation, register), C channels,
+H and W the map's height and width in patches or pixels of the map, K classes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+
+@dataclass(frozen=True)
+class MapLayout:
+    """How to read the map [B, C, H, W] from what one block returns.
+
+    Attributes:
+        kind: `nchw` for [B, C, H, W], `nhwc` for [B, H, W, C], `tokens` for [B, P + N, C].
+        channels: C.
+        prefix: P, tokens in front of the patch tokens; 0 unless `tokens`.
+        size: H and W at the image size the model was built for. `tokens` only: the other kinds
+            carry their size and so follow images of another size.
+        item: which item to take when the block returns a tuple or list; None when it does not.
+    """
+
+    kind: Literal["nchw", "nhwc", "tokens"]
+    channels: int
+    prefix: int = 0
+    size: tuple[int, int] = (0, 0)
+    item: int | None = None
+
+    def to_map(self, output: Any) -> torch.Tensor:
+        """Return the map [B, C, H, W] inside `output`; a view where the layout allows one.
+
+        Raises:
+            ValueError: The number of tokens is not the one the model was built for.
+        """
+        tensor = output if self.item is None else output[self.item]
+        if self.kind == "nchw":
+            return tensor
+        if self.kind == "nhwc":
+            return tensor.permute(0, 3, 1, 2)
+        height, width = self.size
+        tokens = tensor[:, self.prefix :]
+        if tokens.shape[1] != height * width:
+            raise ValueError(
+                f"a block returned {tokens.shape[1]} patch tokens where the model was built for "
+                f"{height} x {width}: feed images of MODEL.IMG_SIZE"
+            )
+        return tokens.transpose(1, 2).reshape(tensor.shape[0], self.channels, height, width)
+
+
+class Backbone(nn.Module):
+    """A network with numbered blocks; `model(images) -> logits`.
+
+    The network lives in `net` whatever library it comes from, so that its parameter names stay its
+    own; files on disk use the published names (`lg.models.published`).
+
+    Args:
+        net: Images [B, C, H, W] to logits [B, K].
+        family: Names the table of published keys, for example `DeiT` or `timm`.
+        block_names: Names of the blocks inside `net`, in forward order.
+        layouts: How to read the map of each block.
+    """
+
+    def __init__(
+        self,
+        net: nn.Module,
+        *,
+        family: str,
+        block_names: Sequence[str],
+        layouts: Sequence[MapLayout],
+    ) -> None:
+        super().__init__()
+        assert len(block_names) == len(layouts) > 0
+        self.net = net
+        self.family = family
+        self.block_names = tuple(block_names)
+        self.layouts = tuple(layouts)
+
+    @property
+    def blocks(self) -> list[nn.Module]:
+        """The blocks in forward order, the ones INTER_STUDENT_INDEX counts.
+
+        Looked up by name at each call: a stored list would register the blocks a second time or,
+        hidden from that, still point at the original's blocks after `copy.deepcopy`.
+        """
+        return [self.net.get_submodule(name) for name in self.block_names]
+
+    @property
+    def feature_dims(self) -> list[int]:
+        """Channels of each block's map."""
+        return [layout.channels for layout in self.layouts]
+
+    def head_names(self) -> set[str]:
+        """Names, as in `named_parameters()`, of the classifier's parameters; both heads of a distilled model."""
+        found: Any = self.net.get_classifier()  # type: ignore[operator]
+        heads = found if isinstance(found, (tuple, list)) else [found]
+        mine = {id(parameter) for head in heads for parameter in head.parameters()}
+        return {name for name, parameter in self.named_parameters() if id(parameter) in mine}
+
+    def to_map(self, index: int, output: Any) -> torch.Tensor:
+        """Return the map [B, C, H, W] of what block `index` returned."""
+        return self.layouts[index].to_map(output)
+
+    def forward(self, images: torch.Tensor) -> Any:
+        """Return logits [B, K]; a distilled model in training returns a pair of them."""
+        return self.net(images)
+
+
+def unwrap(model: nn.Module) -> Backbone:
+    """Return the `Backbone` inside DistributedDataParallel and `torch.compile` wrappers.
+
+    Raises:
+        ValueError: There is none.
+    """
+    inner: Any = model
+    while not isinstance(inner, Backbone):
+        # `_orig_mod` first: a compiled module forwards unknown attributes to the module it holds.
+        children = dict(inner.named_children()) if isinstance(inner, nn.Module) else {}
+        inner = children.get("_orig_mod", children.get("module"))
+        if inner is None:
+            raise ValueError(
+                f"{type(model).__name__} is not a Backbone: build it with lg.models, bare or "
+                "wrapped by DistributedDataParallel or torch.compile"
+            )
+    return inner
+
+
+def probe_layouts(
+    net: nn.Module, names: Sequence[str], *, image_shape: tuple[int, int, int]
+) -> dict[str, MapLayout | None]:
+    """Run one image through `net` and read from it how each named module returns its map.
+
+    Leaves the network as it was: evaluation mode keeps BatchNorm statistics, modes are restored
+    module by module, and the random streams do not move.
+
+    Args:
+        net: The network to run.
+        names: Modules to watch.
+        image_shape: Channels, height and width of the image; height equals width.
+
+    Returns:
+        Layouts in the order in which the modules ran first; None where the output holds no map, or
+        one that the network overwrites in place. Modules that did not run are absent.
+    """
+    outputs: dict[str, Any] = {}
+    versions: dict[str, list[int]] = {}
+
+    def watch(name: str) -> torch.utils.hooks.RemovableHandle:
+        def remember(_module: nn.Module, _inputs: Any, output: Any) -> None:
+            if name not in outputs:
+                outputs[name] = output
+                versions[name] = _versions_of(output)
+
+        return net.get_submodule(name).register_forward_hook(remember)
+
+    modes = {module: module.training for module in net.modules()}
+    handles = [watch(name) for name in names]
+    # Not a constant image: some normalisations turn one into NaN.
+    image = torch.randn((1, *image_shape), generator=torch.Generator().manual_seed(0))
+    try:
+        with torch.random.fork_rng(devices=[]), torch.no_grad():
+            net.eval()
+            net(image.to(next(net.parameters()).device))
+    finally:
+        for handle in handles:
+            handle.remove()
+        for module, training in modes.items():
+            module.training = training
+    prefix = getattr(net, "num_prefix_tokens", 0)
+    # A tap would see what a later module wrote over such an output, not the output.
+    shapes = {
+        name: _shapes_of(output) if _versions_of(output) == versions[name] else None
+        for name, output in outputs.items()
+    }
+    layouts = {name: _layout_of(shape, prefix=prefix) for name, shape in shapes.items()}
+    return _settle_cubes(layouts, shapes)
+
+
+def _versions_of(output: Any) -> list[int]:
+    """Return how often each tensor of an output has been written to in place."""
+    items = output if isinstance(output, (tuple, list)) else [output]
+    return [item._version for item in items if isinstance(item, torch.Tensor)]
+
+
+def _shapes_of(output: Any) -> Any:
+    """Return the shape of a tensor, or the list of shapes (None for other things) of a tuple."""
+    if isinstance(output, torch.Tensor):
+        return tuple(output.shape)
+    if isinstance(output, (tuple, list)):
+        return [tuple(item.shape) if isinstance(item, torch.Tensor) else None for item in output]
+    return None
+
+
+def _layout_of(shape: Any, *, prefix: int) -> MapLayout | None:
+    """Return the layout that fits the shape(s) of one image's output; None for no map.
+
+    The image is square, so its map is square: that is what tells the layouts apart.
+    """
+    if isinstance(shape, list):
+        for item, one in enumerate(shape):
+            layout = _layout_of(one, prefix=prefix) if one is not None else None
+            if layout is not None:
+                return MapLayout(layout.kind, layout.channels, layout.prefix, layout.size, item)
+        return None
+    if shape is None or shape[0] != 1 or 0 in shape:
+        return None
+    if len(shape) == 4:
+        _, first, second, third = shape
+        if second == third:
+            return MapLayout("nchw", first)
+        return MapLayout("nhwc", third) if first == second else None
+    if len(shape) == 3:
+        return _token_layout(*shape[1:], prefix=prefix)
+    return None
+
+
+def _token_layout(num_tokens: int, channels: int, *, prefix: int) -> MapLayout | None:
+    """Return the layout of [1, P + N, C]: P is the net's own word or, failing it, the smallest."""
+    if num_tokens == prefix:
+        return None  # prefix tokens alone, as in class attention
+    for candidate in (prefix, *range(num_tokens)):
+        side = math.isqrt(max(num_tokens - candidate, 0))
+        if side > 0 and side * side == num_tokens - candidate:
+            return MapLayout("tokens", channels, candidate, (side, side))
+    return None
+
+
+def _settle_cubes(
+    layouts: dict[str, MapLayout | None], shapes: dict[str, Any]
+) -> dict[str, MapLayout | None]:
+    """Read [1, D, D, D], which fits both image layouts, the way the net's other blocks are read."""
+    cubes = [
+        name
+        for name, shape in shapes.items()
+        if isinstance(shape, tuple) and len(shape) == 4 and len(set(shape[1:])) == 1
+    ]
+    kinds = [v.kind for n, v in layouts.items() if v is not None and n not in cubes]
+    if "nhwc" in kinds and "nchw" not in kinds:
+        for name in cubes:
+            layouts[name] = MapLayout("nhwc", shapes[name][3])
+    return layouts

@@ -1,0 +1,248 @@
+"""Residual networks: the guides (CIFAR form) and larger CNNs (ImageNet form).
+
+Source: He et al., "Deep Residual Learning for Image Recognition", arXiv 1512.03385: section 4.2
+for the CIFAR form, table 1 for the ImageNet form. Departure, as in the published guides: the CIFAR
+form takes a 1x1 convolution where the shape changes, not zero padding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from timm.layers import get_act_layer
+from timm.models.resnet import BasicBlock, Bottleneck
+from timm.models.resnet import ResNet as TimmResNet
+from torch import nn
+
+from lg.models.backbone import Backbone, MapLayout
+
+# Blocks of each of the four stages, by depth.
+IMAGENET_STAGES = {
+    18: (2, 2, 2, 2),
+    34: (3, 4, 6, 3),
+    50: (3, 4, 6, 3),
+    101: (3, 4, 23, 3),
+    152: (3, 8, 36, 3),
+}
+CIFAR_WIDTHS = (16, 32, 64)
+IMAGENET_WIDTHS = (64, 128, 256, 512)
+HEAD_STD = 0.01  # of the initial weights of the classifier
+
+Layer = Callable[..., nn.Module]
+
+
+class CifarResNet(nn.Module):
+    """The CIFAR form: 3x3 stem of 16 channels, then stages of 16, 32 and 64.
+
+    Modules are named as in timm's ResNet, so that both forms share one table of published keys.
+
+    Args:
+        blocks_per_stage: n of the depth 6n + 2.
+        in_channels: Channels of the images.
+        num_classes: K.
+        act_layer: Makes an activation; called with `inplace`.
+        norm_layer: Makes a normalisation of the given number of channels.
+    """
+
+    def __init__(
+        self,
+        *,
+        blocks_per_stage: int,
+        in_channels: int,
+        num_classes: int,
+        act_layer: Layer,
+        norm_layer: Layer,
+    ) -> None:
+        super().__init__()
+        first, second, third = CIFAR_WIDTHS
+        stage = partial(
+            _cifar_stage, num_blocks=blocks_per_stage, act_layer=act_layer, norm_layer=norm_layer
+        )
+        self.conv1 = nn.Conv2d(in_channels, first, 3, padding=1, bias=False)
+        self.bn1 = norm_layer(first)
+        self.act1 = act_layer(inplace=True)
+        self.layer1 = stage(width_in=first, width=first, stride=1)
+        self.layer2 = stage(width_in=first, width=second, stride=2)
+        self.layer3 = stage(width_in=second, width=third, stride=2)
+        self.global_pool = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(1))
+        self.fc = nn.Linear(third, num_classes)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """Images [B, C, H, W] to logits [B, K]."""
+        features = self.act1(self.bn1(self.conv1(images)))
+        features = self.layer3(self.layer2(self.layer1(features)))
+        return self.fc(self.global_pool(features))
+
+    def get_classifier(self) -> nn.Module:
+        """The classifier, by the name timm's models give it."""
+        return self.fc
+
+
+def _cifar_stage(
+    *,
+    width_in: int,
+    width: int,
+    stride: int,
+    num_blocks: int,
+    act_layer: Layer,
+    norm_layer: Layer,
+) -> nn.Sequential:
+    """Return `num_blocks` basic blocks, the first with `stride`."""
+    shortcut = None
+    if stride != 1 or width_in != width:
+        shortcut = nn.Sequential(
+            nn.Conv2d(width_in, width, 1, stride=stride, bias=False), norm_layer(width)
+        )
+    # timm types these as classes where it calls any maker.
+    block = partial(BasicBlock, act_layer=act_layer, norm_layer=norm_layer)  # type: ignore[arg-type]
+    rest = [block(width, width) for _ in range(num_blocks - 1)]
+    return nn.Sequential(block(width_in, width, stride, shortcut), *rest)
+
+
+def resnet(
+    *,
+    depth: int,
+    img_size: int,
+    in_channels: int = 3,
+    num_classes: int,
+    trans_fun: str = "basic_transform",
+    num_groups: int = 1,
+    width_per_group: int = 64,
+    stride_1x1: bool = True,
+    activation: str = "relu",
+    activation_inplace: bool = True,
+    bn_eps: float = 1e-5,
+    bn_momentum: float = 0.1,
+    zero_init_final_bn_gamma: bool = False,
+) -> Backbone:
+    """Return a ResNet whose `blocks` are its stages, the ones INTER_TEACHER_INDEX counts.
+
+    Args:
+        depth: 18, 34, 50, 101 or 152 for the ImageNet form (4 stages), else 6n + 2 for the CIFAR
+            form (3 stages).
+        img_size: Height and width of the images in pixels. It shapes no weight.
+        in_channels: Channels of the images.
+        num_classes: K.
+        trans_fun: `basic_transform` or `bottleneck_transform`; the depth demands one of them.
+        num_groups: Groups of the 3x3 convolution of a bottleneck.
+        width_per_group: Channels of each group in the first stage; doubles from stage to stage.
+        stride_1x1: Stride on the first 1x1 of a bottleneck, else on its 3x3.
+        activation: A name that timm knows.
+        activation_inplace: Let activations overwrite their input.
+        bn_eps: Added to the variance in BatchNorm.
+        bn_momentum: Weight of the new batch in BatchNorm's running statistics, 0 to 1.
+        zero_init_final_bn_gamma: Start each residual branch at zero.
+
+    Raises:
+        ValueError: A combination that does not exist; the message names the config keys.
+    """
+    _check(depth, img_size, trans_fun, num_groups, width_per_group)
+    act_layer = _activation(activation)
+    norm_layer = partial(nn.BatchNorm2d, eps=bn_eps, momentum=bn_momentum)
+    net: nn.Module
+    if depth in IMAGENET_STAGES:
+        block = BasicBlock if trans_fun == "basic_transform" else Bottleneck
+        net = TimmResNet(
+            block,  # type: ignore[arg-type]  # timm's hint asks for an instance, it wants the class
+            IMAGENET_STAGES[depth],
+            num_classes=num_classes,
+            in_chans=in_channels,
+            cardinality=num_groups,
+            base_width=width_per_group,
+            act_layer=act_layer,
+            norm_layer=norm_layer,
+        )
+        widths = [width * block.expansion for width in IMAGENET_WIDTHS]
+        if stride_1x1:
+            _move_strides(net)
+    else:
+        net = CifarResNet(
+            blocks_per_stage=(depth - 2) // 6,
+            in_channels=in_channels,
+            num_classes=num_classes,
+            act_layer=act_layer,
+            norm_layer=norm_layer,
+        )
+        widths = list(CIFAR_WIDTHS)
+    _initialise(net, zero_init_final_bn_gamma=zero_init_final_bn_gamma)
+    for module in net.modules():
+        if hasattr(module, "inplace"):  # timm's blocks ask for in-place activations by themselves
+            module.inplace = activation_inplace  # type: ignore[assignment]
+    return Backbone(
+        net,
+        family="ResNet",
+        block_names=[f"layer{stage + 1}" for stage in range(len(widths))],
+        layouts=[MapLayout("nchw", width) for width in widths],
+    )
+
+
+def _check(
+    depth: int, img_size: int, trans_fun: str, num_groups: int, width_per_group: int
+) -> None:
+    """Refuse what cannot be built, or would be built as if a setting were not there."""
+    if img_size < 1:
+        raise ValueError(f"MODEL.IMG_SIZE is {img_size}: give the size in pixels, 1 or more")
+    if depth not in IMAGENET_STAGES and (depth < 8 or (depth - 2) % 6):
+        raise ValueError(
+            f"CNN.DEPTH is {depth}: use {', '.join(map(str, IMAGENET_STAGES))} (ImageNet form) or "
+            "6n + 2, such as 8, 14, 20, 32, 44, 56, 110 (CIFAR form)"
+        )
+    needed = "bottleneck_transform" if depth in (50, 101, 152) else "basic_transform"
+    if trans_fun != needed:
+        raise ValueError(
+            f"RESNET.TRANS_FUN is {trans_fun!r}: CNN.DEPTH {depth} is built of another block, "
+            f"set RESNET.TRANS_FUN to {needed!r}"
+        )
+    if num_groups < 1 or width_per_group < 1:
+        raise ValueError(
+            f"RESNET.NUM_GROUPS is {num_groups} and RESNET.WIDTH_PER_GROUP {width_per_group}: "
+            "both must be 1 or more"
+        )
+    if needed == "basic_transform" and (num_groups, width_per_group) != (1, 64):
+        raise ValueError(
+            f"RESNET.NUM_GROUPS is {num_groups} and RESNET.WIDTH_PER_GROUP {width_per_group}: "
+            f"CNN.DEPTH {depth} has no bottlenecks to apply them to, leave them at 1 and 64 or "
+            "use CNN.DEPTH 50, 101 or 152"
+        )
+
+
+def _activation(name: str) -> Layer:
+    """Return the maker of activations that timm knows as `name`."""
+    try:
+        layer = get_act_layer(name)
+    except (KeyError, AssertionError):
+        layer = None
+    if layer is None:
+        raise ValueError(
+            f"CNN.ACTIVATION_FUN is {name!r}: use one that timm knows, such as relu, leaky_relu, "
+            "gelu, silu or hard_swish"
+        )
+    return layer
+
+
+def _move_strides(net: nn.Module) -> None:
+    """Move the stride of each bottleneck from its 3x3 to its first 1x1 convolution.
+
+    The original paper strides the 1x1, timm the 3x3; weights have the same shapes either way.
+    """
+    for module in net.modules():
+        if isinstance(module, Bottleneck):
+            module.conv1.stride, module.conv2.stride = module.conv2.stride, module.conv1.stride
+
+
+def _initialise(net: nn.Module, *, zero_init_final_bn_gamma: bool) -> None:
+    """Draw the initial weights: convolutions by fan-out, the classifier small, BatchNorm at one."""
+    for module in net.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+        elif isinstance(module, nn.Linear):
+            nn.init.normal_(module.weight, std=HEAD_STD)
+            nn.init.zeros_(module.bias)
+        elif isinstance(module, nn.BatchNorm2d):
+            nn.init.ones_(module.weight)
+    if zero_init_final_bn_gamma:
+        for module in net.modules():
+            if isinstance(module, (BasicBlock, Bottleneck)):
+                module.zero_init_last()

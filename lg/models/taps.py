@@ -1,0 +1,111 @@
+"""Taps: read the feature maps of chosen blocks while a model runs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import nn
+
+from lg.models.backbone import unwrap
+
+
+class FeatureTaps:
+    """Keep what chosen blocks return, for as long as the `with` block lasts.
+
+        with FeatureTaps(model, [0, 6, 11]) as taps:
+            logits = model(images)
+            maps = taps.maps()
+
+    Hooks sit on the blocks asked for only. They are removed and the outputs forgotten on leaving,
+    so the maps must be read inside. A compiled `model` runs uncompiled meanwhile, since compiled
+    code does not see hooks that come and go: for speed compile the module that uses the taps.
+
+    Args:
+        model: A `Backbone`, bare or wrapped by DistributedDataParallel or torch.compile.
+        indices: Blocks to tap, counted from 0; any order, repeats allowed.
+
+    Raises:
+        ValueError: An index is out of range.
+    """
+
+    def __init__(self, model: nn.Module, indices: Sequence[int]) -> None:
+        self._backbone = unwrap(model)
+        self._compiled = any(map(_is_compiled, model.modules()))
+        self._indices = list(indices)
+        self._outputs: dict[int, Any] = {}
+        self._cleanup = ExitStack()
+        count = len(self._backbone.block_names)
+        wrong = [index for index in self._indices if not 0 <= index < count]
+        if wrong:
+            raise ValueError(
+                f"block index {', '.join(map(str, wrong))} is out of range: the model has {count} "
+                f"blocks, so 0 to {count - 1} are allowed"
+            )
+
+    def __enter__(self) -> FeatureTaps:
+        with ExitStack() as stack:
+            stack.callback(self._outputs.clear)
+            if self._compiled:
+                stack.enter_context(torch.compiler.set_stance("force_eager"))
+            # A new pass forgets the previous one's outputs.
+            forget = self._backbone.net.register_forward_pre_hook(lambda *_: self._outputs.clear())
+            stack.callback(forget.remove)
+            blocks = self._backbone.blocks
+            for index in dict.fromkeys(self._indices):
+                handle = blocks[index].register_forward_hook(self._hook(index))
+                stack.callback(handle.remove)
+            self._cleanup = stack.pop_all()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._cleanup.close()
+
+    def maps(self) -> list[torch.Tensor]:
+        """Return the maps [B, C, H, W] of the last pass, in the order of the indices."""
+        missing = [index for index in self._indices if index not in self._outputs]
+        assert not missing, f"blocks {missing} have not run: read the maps after the forward pass"
+        return [self._backbone.to_map(index, self._outputs[index]) for index in self._indices]
+
+    def _hook(self, index: int) -> Any:
+        def keep(_module: nn.Module, _inputs: Any, output: Any) -> None:
+            # The first call wins: activation checkpointing runs the block again in the backward
+            # pass, and that copy is not the one the loss hangs on.
+            self._outputs.setdefault(index, output)
+
+        return keep
+
+
+def _is_compiled(module: nn.Module) -> bool:
+    """Tell modules from `torch.compile(module)` and after `module.compile()`.
+
+    By their attributes: importing the class of the former takes over a second.
+    """
+    in_place = getattr(module, "_compiled_call_impl", None) is not None
+    return in_place or "_orig_mod" in dict(module.named_children())
+
+
+def feature_maps(
+    model: nn.Module, images: torch.Tensor, indices: Sequence[int]
+) -> tuple[Any, list[torch.Tensor]]:
+    """Run `model` once and return its logits and the maps [B, C, H, W] of blocks `indices`.
+
+    Args:
+        model: As for `FeatureTaps`.
+        images: [B, C, H, W].
+        indices: Blocks to tap; the maps come in this order.
+
+    Raises:
+        ValueError: An index is out of range.
+    """
+    with FeatureTaps(model, indices) as taps:
+        logits = model(images)
+        return logits, taps.maps()

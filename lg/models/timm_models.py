@@ -1,0 +1,269 @@
+"""Backbones that timm provides: DeiT in the published form, and any model by its name.
+
+For a model by its name nobody has written down which modules are its blocks, nor how they return
+their maps. Both are read from the model itself: candidates by the names of their classes, and then
+one image is run through to see what they return.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
+from functools import partial
+from typing import Any
+
+import timm
+import torch
+from timm.models.deit import VisionTransformerDistilled
+from timm.models.vision_transformer import VisionTransformer
+from torch import nn
+
+from lg.models.backbone import Backbone, MapLayout, probe_layouts
+
+# Classes that are one residual block, by their names; and those that only sound like it: stages and
+# attention of the class token alone.
+_BLOCK_CLASS = re.compile(
+    "Block|Bottleneck|Residual|MBConv|DepthwiseSeparableConv|SelectiveKernelBasic|XceptionModule|"
+    "DlaBasic"
+)
+_NO_BLOCK_CLASS = re.compile("Stage|Class")
+# Parts of a model where such classes serve another end, by the names of their attributes.
+_NO_BLOCK_PLACE = re.compile("stem|patch_embed|downsample|head|final|global_block|incre_modules")
+# Blocks whose tokens are grouped by mask unit: reshaped to a map, neighbours would be far apart.
+_SHUFFLED_CLASS = "HieraBlock"
+_MAX_LISTED = 30  # module names in an error message
+
+
+def deit(
+    *,
+    img_size: int,
+    in_channels: int = 3,
+    num_classes: int,
+    patch_size: int,
+    hidden_dim: int,
+    depth: int,
+    num_heads: int,
+    mlp_ratio: float,
+    ln_eps: float = 1e-6,
+    drop_rate: float = 0.0,
+    drop_path_rate: float = 0.0,
+    attention_drop_rate: float = 0.0,
+    distilled: bool = False,
+) -> Backbone:
+    """Return a DeiT with zero-initialised head(s).
+
+    Source: Touvron et al., "Training data-efficient image transformers", arXiv 2012.12877.
+
+    Args:
+        img_size: Height and width of the images in pixels, a multiple of `patch_size`.
+        in_channels: Channels of the images.
+        num_classes: K.
+        patch_size: Height and width of a patch in pixels.
+        hidden_dim: C, a multiple of `num_heads`.
+        depth: Number of blocks, 1 or more.
+        num_heads: Attention heads of each block.
+        mlp_ratio: Width of the MLP over C.
+        ln_eps: Added to the variance in LayerNorm.
+        drop_rate: Dropout on the tokens after positions are added, after the projection of the
+            attention and in the MLP. (timm's argument of this name is dropout before the head.)
+        drop_path_rate: Stochastic depth of the last block; rises linearly from 0 at the first.
+        attention_drop_rate: Dropout on the attention weights.
+        distilled: Add a distillation token and head. In training the model then returns
+            (class logits, distillation logits), in evaluation their mean.
+
+    Raises:
+        ValueError: Sizes do not divide.
+    """
+    if img_size < patch_size or img_size % patch_size:
+        below = max(img_size // patch_size, 1) * patch_size
+        raise ValueError(
+            f"MODEL.IMG_SIZE {img_size} is not a multiple of TRANSFORMER.PATCH_SIZE {patch_size}: "
+            f"use an image size such as {below} or {below + patch_size}"
+        )
+    if hidden_dim % num_heads:
+        raise ValueError(
+            f"TRANSFORMER.HIDDEN_DIM {hidden_dim} is not divisible by TRANSFORMER.NUM_HEADS "
+            f"{num_heads}: every head has the same width"
+        )
+    if depth < 1:
+        raise ValueError(f"TRANSFORMER.DEPTH is {depth}: use 1 block or more")
+    net = (VisionTransformerDistilled if distilled else VisionTransformer)(
+        img_size=img_size,
+        patch_size=patch_size,
+        in_chans=in_channels,
+        num_classes=num_classes,
+        embed_dim=hidden_dim,
+        depth=depth,
+        num_heads=num_heads,
+        mlp_ratio=mlp_ratio,
+        pos_drop_rate=drop_rate,
+        proj_drop_rate=drop_rate,
+        attn_drop_rate=attention_drop_rate,
+        drop_path_rate=drop_path_rate,
+        norm_layer=partial(nn.LayerNorm, eps=ln_eps),
+    )
+    for name, parameter in net.named_parameters():
+        if name.startswith("head"):  # head, and head_dist of a distilled model
+            nn.init.zeros_(parameter)
+    if isinstance(net, VisionTransformerDistilled):
+        net.set_distilled_training(True)
+    side = img_size // patch_size
+    layout = MapLayout("tokens", hidden_dim, 2 if distilled else 1, (side, side))
+    return Backbone(
+        net,
+        family="DeiT",
+        block_names=[f"blocks.{index}" for index in range(depth)],
+        layouts=[layout] * depth,
+    )
+
+
+def timm_model(
+    name: str,
+    *,
+    img_size: int,
+    in_channels: int,
+    num_classes: int,
+    drop_rate: float = 0.0,
+    drop_path_rate: float | None = None,
+    block_names: Sequence[str] = (),
+) -> Backbone:
+    """Return the timm model `name` with fresh weights; its blocks are found by running it once.
+
+    Args:
+        name: A name of `timm.list_models()`, with or without a tag; nothing is downloaded.
+        img_size: Height and width of the images in pixels.
+        in_channels: Channels of the images.
+        num_classes: K.
+        drop_rate: Dropout as the model defines it, for most of them before the head.
+        drop_path_rate: Stochastic depth of the last block; None keeps the model's default.
+        block_names: Names of the blocks' modules, or patterns (`stages.*.blocks.*`, where `*` does
+            not cross a dot), if they cannot be found or others are wanted.
+
+    Raises:
+        ValueError: Unknown name, image size or rate the model cannot take, blocks not found.
+    """
+    if not timm.is_model(name):
+        near = difflib.get_close_matches(name, timm.list_models(), n=5, cutoff=0.5)
+        hint = f"did you mean {', '.join(near)}?" if near else "timm.list_models() lists them all"
+        raise ValueError(f"MODEL.TYPE timm/{name}: timm {timm.__version__} has no {name!r}; {hint}")
+    net = _create(
+        name,
+        img_size=img_size,
+        in_chans=in_channels,
+        num_classes=num_classes,
+        drop_rate=drop_rate,
+        drop_path_rate=drop_path_rate,
+    )
+    candidates = _named_blocks(net, name, block_names) if block_names else _find_blocks(net)
+    try:
+        layouts = probe_layouts(net, candidates, image_shape=(in_channels, img_size, img_size))
+    except (RuntimeError, AssertionError, ValueError, IndexError) as error:
+        raise _size_error(name, img_size, error) from error
+    blocks = {
+        block: layout
+        for block, layout in layouts.items()
+        if layout is not None and type(net.get_submodule(block)).__name__ != _SHUFFLED_CLASS
+    }
+    mapless = [block for block in candidates if block not in blocks]
+    if block_names and mapless:
+        raise ValueError(
+            f"MODEL.BLOCKS names {', '.join(mapless[:5])} of timm/{name}, which return no feature "
+            "map, or one that the next module overwrites: leave them out. The model has "
+            f"{_outline(net)}"
+        )
+    if not blocks:
+        raise ValueError(
+            f"no blocks that return feature maps were found in timm/{name}: name them with "
+            f"MODEL.BLOCKS, in patterns such as 'features.*'. The model has {_outline(net)}"
+        )
+    return Backbone(net, family="timm", block_names=list(blocks), layouts=list(blocks.values()))
+
+
+def _create(name: str, **settings: Any) -> nn.Module:
+    """Build the model, leaving out the settings it does not know where that changes nothing."""
+    img_size = settings["img_size"]
+    harmless = {"img_size": True, "drop_rate": not settings["drop_rate"]}
+    harmless["drop_path_rate"] = not settings["drop_path_rate"]
+    # A refused attempt may have drawn weights; the seed must not depend on that.
+    random_state = torch.get_rng_state()
+    while True:
+        try:
+            return timm.create_model(name, pretrained=False, **settings)
+        except TypeError as error:
+            unknown = next((key for key in harmless if f"'{key}'" in str(error)), None)
+            if unknown is None or unknown not in settings:
+                raise
+            if not harmless[unknown]:
+                raise ValueError(
+                    f"TRANSFORMER.{unknown.upper()} is {settings[unknown]}, but timm/{name} has no "
+                    "such rate: set it to 0"
+                ) from error
+            del settings[unknown]
+            torch.set_rng_state(random_state)
+        except (RuntimeError, AssertionError, ValueError, ZeroDivisionError) as error:
+            raise _size_error(name, img_size, error) from error
+
+
+def _size_error(name: str, img_size: int, error: Exception) -> ValueError:
+    """Return the error for images the model cannot take, with what timm says would do."""
+    config = timm.get_pretrained_cfg(name)
+    known = []
+    if config is not None:
+        known.append(f"it is made for {config.input_size[-1]}")
+        if config.min_input_size:
+            known.append(f"takes {config.min_input_size[-1]} or more")
+    reason = " ".join(str(error).split())[:200] or type(error).__name__
+    return ValueError(
+        f"MODEL.IMG_SIZE {img_size} does not suit timm/{name} ({reason}): "
+        f"{', '.join(known) or 'timm does not say which size would'}"
+    )
+
+
+def _find_blocks(net: nn.Module) -> list[str]:
+    """Return the names of the outermost modules whose class is a residual block."""
+    found: list[str] = []
+    for name, module in net.named_modules():
+        inside = bool(found) and name.startswith(f"{found[-1]}.")
+        kind = type(module).__name__
+        if inside or not _BLOCK_CLASS.search(kind) or _NO_BLOCK_CLASS.search(kind):
+            continue
+        if any(_NO_BLOCK_PLACE.match(part) for part in name.split(".")):
+            continue
+        if name:
+            found.append(name)
+    return found
+
+
+def _named_blocks(net: nn.Module, model: str, patterns: Sequence[str]) -> list[str]:
+    """Return the modules that the patterns name, in the order of the model.
+
+    Raises:
+        ValueError: A pattern names none.
+    """
+
+    def fits(name: str, pattern: str) -> bool:
+        parts, wanted = name.split("."), pattern.split(".")
+        return len(parts) == len(wanted) and all(map(fnmatchcase, parts, wanted))
+
+    names = [name for name, _ in net.named_modules() if name]
+    idle = [p for p in patterns if not any(fits(name, p) for name in names)]
+    if idle:
+        raise ValueError(
+            f"MODEL.BLOCKS names {', '.join(idle)}, but timm/{model} has no such module. "
+            f"It has {_outline(net)}"
+        )
+    return [name for name in names if any(fits(name, pattern) for pattern in patterns)]
+
+
+def _outline(net: nn.Module) -> str:
+    """Return the module names of the upper levels, numbers folded to `*`, with their classes."""
+    kinds: dict[str, dict[str, None]] = {}
+    for name, module in net.named_modules():
+        parts = name.split(".")
+        if name and len(parts) <= 3:
+            folded = ".".join("*" if part.isdigit() else part for part in parts)
+            kinds.setdefault(folded, {})[type(module).__name__] = None
+    listed = [f"{name} ({'/'.join(list(kind)[:4])})" for name, kind in kinds.items()]
+    return ", ".join(listed[:_MAX_LISTED]) + (", ..." if len(listed) > _MAX_LISTED else "")

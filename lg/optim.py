@@ -1,0 +1,150 @@
+"""Optimisers, learning rates and the weight average."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+NO_DECAY_TOKENS = ("cls_token", "pos_embed", "dist_token", "distill_token")
+
+
+def parameter_groups(
+    named_parameters: Iterable[tuple[str, nn.Parameter]], *, head_names: set[str], weight_decay: float, head_lr_ratio: float = 1.0
+) -> list[dict[str, Any]]:
+    """Splits parameters into head and body, each with and without weight decay.
+
+    Not decayed: biases, norms and other vectors, class and distillation tokens, position embeddings. Projection heads of the
+    guidance count as body. Frozen parameters are left out, empty groups too.
+
+    Args:
+        named_parameters: names and parameters of all that is trained.
+        head_names: the names among them that form the classifier.
+        weight_decay: of the decayed groups.
+        head_lr_ratio: learning rate of the head over that of the body.
+
+    Returns:
+        Groups for a torch optimiser, with the extra entries `name`, `parameter_names` and `lr_ratio`.
+    """
+    groups: dict[str, dict[str, Any]] = {}
+    for part in ("head", "body"):
+        for kind, decay in (("no_decay", 0.0), ("decay", weight_decay)):
+            ratio = head_lr_ratio if part == "head" else 1.0
+            groups[f"{part}_{kind}"] = dict(
+                params=[], parameter_names=[], name=f"{part}_{kind}", weight_decay=decay, lr_ratio=ratio
+            )
+    for name, parameter in named_parameters:
+        if not parameter.requires_grad:
+            continue
+        last = name.rsplit(".", 1)[-1]
+        plain = parameter.ndim <= 1 or last == "bias" or last.startswith(NO_DECAY_TOKENS)
+        group = groups[f"{'head' if name in head_names else 'body'}_{'no_decay' if plain else 'decay'}"]
+        group["params"].append(parameter)
+        group["parameter_names"].append(name)
+    return [g for g in groups.values() if g["params"]]
+
+
+def make_optimizer(
+    groups: list[dict[str, Any]],
+    *,
+    kind: str,
+    lr: float,
+    momentum: float = 0.9,
+    dampening: float = 0.0,
+    nesterov: bool = True,
+    betas: tuple[float, float] = (0.9, 0.999),
+) -> torch.optim.Optimizer:
+    """SGD, Adam (L2 in the gradient) or AdamW (decoupled decay) over the groups."""
+    if kind == "sgd":
+        return torch.optim.SGD(groups, lr=lr, momentum=momentum, dampening=dampening, nesterov=nesterov)
+    if kind == "adam":
+        return torch.optim.Adam(groups, lr=lr, betas=betas)
+    if kind == "adamw":
+        return torch.optim.AdamW(groups, lr=lr, betas=betas)
+    raise ValueError(f"The optimiser is {kind!r}; allowed: sgd, adam, adamw.")
+
+
+class LearningRate:
+    """The learning rate of each epoch: a pure function of the epoch, so there is no state to save.
+
+    During warm-up it rises linearly from `warmup_factor * base_lr` to `base_lr`; the policy counts epochs from 0 regardless
+    of the warm-up.
+    """
+
+    def __init__(
+        self,
+        *,
+        policy: str,
+        base_lr: float,
+        max_epoch: int,
+        min_lr: float = 0.0,
+        steps: Sequence[int] = (),
+        lr_mult: float = 0.1,
+        warmup_factor: float = 0.1,
+        warmup_epochs: int = 0,
+    ) -> None:
+        if policy not in ("cos", "lin", "exp", "steps"):
+            raise ValueError(f"The learning-rate policy is {policy!r}; allowed: cos, lin, exp, steps.")
+        self.policy, self.base_lr, self.max_epoch, self.min_lr = policy, base_lr, max_epoch, min_lr
+        self.steps, self.lr_mult = tuple(steps), lr_mult
+        self.warmup_factor, self.warmup_epochs = warmup_factor, warmup_epochs
+
+    def at(self, epoch: int) -> float:
+        """Learning rate of an epoch, counted from 0."""
+        if epoch < self.warmup_epochs:
+            progress = epoch / self.warmup_epochs
+            return self.base_lr * (self.warmup_factor * (1 - progress) + progress)
+        done = epoch / self.max_epoch
+        if self.policy == "cos":
+            return self.min_lr + 0.5 * (self.base_lr - self.min_lr) * (1 + math.cos(math.pi * done))
+        if self.policy == "lin":
+            return self.base_lr + (self.min_lr - self.base_lr) * done
+        if self.policy == "exp":
+            return self.base_lr * (self.min_lr / self.base_lr) ** done
+        return self.base_lr * self.lr_mult ** sum(0 < s <= epoch for s in self.steps)
+
+    def apply(self, optimizer: torch.optim.Optimizer, epoch: int) -> float:
+        """Sets the learning rate of an epoch in every group (times its `lr_ratio`) and returns it."""
+        lr = self.at(epoch)
+        for group in optimizer.param_groups:
+            group["lr"] = lr * group["lr_ratio"]
+        return lr
+
+
+class WeightAverage:
+    """Exponential moving average of a model's weights and buffers, kept as a second set of tensors.
+
+    Every `period` optimiser steps: average += step * (weights - average). While `warming` the weights are copied. The step is
+    min(1, alpha * batch_size / max_epoch * period), so that its effect changes little with these settings.
+
+    Source: pycls's EMA, whose keys (EMA_ALPHA, EMA_UPDATE_PERIOD) this project keeps; timm's takes a fixed decay instead.
+    """
+
+    def __init__(self, model: nn.Module, *, alpha: float, period: int, batch_size: int, max_epoch: int) -> None:
+        self.period = period
+        self.step = min(1.0, alpha * batch_size / max_epoch * period)
+        self._source = model.state_dict(keep_vars=True)
+        self.state = {k: v.detach().clone() for k, v in self._source.items()}
+        self._floats = [k for k, v in self.state.items() if v.is_floating_point()]
+
+    @torch.no_grad()
+    def update(self, total_step: int, *, warming: bool) -> None:
+        """Moves the average after optimiser step `total_step` (counted from 0), if it is due."""
+        if total_step % self.period:
+            return
+        for key, value in self.state.items():
+            if warming or not value.is_floating_point():
+                value.copy_(self._source[key])
+        if not warming:
+            averages = [self.state[k] for k in self._floats]
+            torch._foreach_lerp_(averages, [self._source[k].detach() for k in self._floats], self.step)
+
+    def load(self, state: dict[str, Tensor]) -> None:
+        """Copies a saved average in; the keys must be the same."""
+        if set(state) != set(self.state):
+            raise ValueError(f"The saved weight average differs in {sorted(set(state) ^ set(self.state))[:3]}.")
+        for key, value in self.state.items():
+            value.copy_(state[key])

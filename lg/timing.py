@@ -1,0 +1,106 @@
+"""Where the time of a training step goes: forward, backward, loader, full step."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lg.datasets.loader import MIX, Batch
+from lg.device import synchronize
+from lg.run import Run
+
+Step = Callable[[Batch, Tensor], object]
+
+
+def measure(run: Run, *, step: Step, warmup: int, repeats: int) -> dict[str, float]:
+    """Median seconds per batch of each part of training, after warm-up.
+
+    Args:
+        run: a run that has not started; its weights change.
+        step: gradients and weight update of one batch on the device.
+        warmup: repeats that do not count.
+        repeats: repeats that count.
+
+    Returns:
+        `test_fw_time`: the student's forward pass in evaluation; `train_fw_time`: student, guide and loss; `train_bw_time`: backward;
+        `train_fw_bw_time`: the whole step, optimiser included, on one batch in place; `train_loader_time`: the next batch from the
+        workers, which have nothing else to wait for; `train_step_time`: the whole step with a new batch each time;
+        `train_loader_overhead`: what the loader adds to the step, as a fraction of it.
+    """
+    run.loader.start(0, 0)
+
+    def next_batch() -> Batch:
+        try:
+            return next(run.loader).to(run.device)
+        except StopIteration:
+            run.loader.start(0, 0)
+            return next(run.loader).to(run.device)
+
+    def targets_of(batch: Batch) -> Tensor:
+        return run.mixing(batch.images, batch.labels, np.random.default_rng((run.seed, MIX)))[1]
+
+    def median(work: Callable[[], object]) -> float:
+        seconds = []
+        for _ in range(warmup + repeats):
+            synchronize(run.device)
+            started = time.perf_counter()
+            work()
+            synchronize(run.device)
+            seconds.append(time.perf_counter() - started)
+        return statistics.median(seconds[warmup:])
+
+    batch = next_batch()
+    targets = targets_of(batch)
+    run.module.eval()
+    with torch.no_grad(), run.precision.autocast():
+        times = {"test_fw_time": median(lambda: run.guided.student(batch.images))}
+    run.module.train()
+    times["train_fw_time"] = median(lambda: _forward(run, batch, targets))
+    both = median(lambda: run.precision.scaler.scale(_forward(run, batch, targets)).backward())
+    times["train_bw_time"] = both - times["train_fw_time"]
+    run.optimizer.zero_grad(set_to_none=True)
+    times["train_fw_bw_time"] = median(lambda: step(batch, targets))
+    times["train_loader_time"] = median(next_batch)
+
+    def whole() -> None:
+        fresh = next_batch()
+        step(fresh, targets_of(fresh))
+
+    times["train_step_time"] = median(whole)
+    times["train_loader_overhead"] = times["train_step_time"] / times["train_fw_bw_time"] - 1
+    return times
+
+
+def report(times: dict[str, float], run: Run) -> None:
+    """Says the table of `measure` and writes the stats of steps and epochs."""
+    log, size, steps = run.log, run.report.batch_size, run.loader.steps_per_epoch
+    rows = {
+        "student forward (test)": "test_fw_time",
+        "forward with guide and loss": "train_fw_time",
+        "backward": "train_bw_time",
+        "step on a batch in place": "train_fw_bw_time",
+        "loader alone": "train_loader_time",
+        "step with loader": "train_step_time",
+    }
+    log.say(f"Batches of {size} on {run.device} in {run.precision}, median seconds:")
+    for title, key in rows.items():
+        log.say(f"  {title:<28} {times[key]:9.4f} s  {size / times[key]:10,.0f} images/s")
+    log.say(f"  {'loader overhead':<28} {100 * times['train_loader_overhead']:9.1f} %")
+    log.say(f"  {'training epoch':<28} {steps * times['train_step_time']:9.1f} s  ({steps} steps)")
+    log.stats("iter_times", times)
+    log.stats("epoch_times", {
+        "train_fw_bw_time": steps * times["train_fw_bw_time"],
+        "train_step_time": steps * times["train_step_time"],
+    })
+
+
+def _forward(run: Run, batch: Batch, targets: Tensor) -> Tensor:
+    with run.precision.autocast():
+        logits, maps = run.module(batch.images)
+        teacher_maps, teacher_logits = run.guide(batch.images, batch.index, batch.view)
+    return run.loss(logits, maps, targets, teacher_maps, teacher_logits)["loss"]

@@ -1,0 +1,146 @@
+"""What all sets share, on a set that is just numbers."""
+
+from __future__ import annotations
+
+import pickle
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from lg.datasets import DataError, ImageDataset, stratified_subset
+
+
+class Numbers(ImageDataset):
+    """Image i is one pixel of brightness i."""
+
+    def __init__(self, labels: list[int] | np.ndarray, num_classes: int) -> None:
+        super().__init__("numbers", "train", [f"c{k}" for k in range(num_classes)], labels)
+
+    def image(self, index: int) -> Image.Image:
+        return Image.new("RGB", (1, 1), (index, 0, 0))
+
+    def describe(self, index: int) -> str:
+        return f"number {index}"
+
+
+def numbers(sizes: list[int], seed: int = 0) -> Numbers:
+    labels = np.repeat(np.arange(len(sizes)), sizes)
+    return Numbers(np.random.default_rng(seed).permutation(labels), len(sizes))
+
+
+def counts(dataset: ImageDataset) -> list[int]:
+    return np.bincount(dataset.labels, minlength=dataset.num_classes).tolist()
+
+
+def test_the_set_itself() -> None:
+    data = Numbers([1, 0, 1], 3)
+    assert (len(data), data.num_classes, data.labels.dtype) == (3, 3, np.int64)
+    assert data.labels.tolist() == [1, 0, 1] and data.indices.tolist() == [0, 1, 2]
+    assert data.class_names == ["c0", "c1", "c2"]
+
+
+@pytest.mark.parametrize(
+    ("labels", "problem"),
+    [
+        ([], "holds no images"),
+        ([0, 2], "label of image 1 is 2, but the 2 classes are numbered 0..1"),
+        ([-1, 0], "label of image 0 is -1"),
+        ([0.0, 1.0], "labels are float64"),
+        ([[0], [1]], r"shape \(2, 1\)"),
+        ([[0], [1, 1]], "no list of numbers"),
+    ],
+)
+def test_bad_labels(labels: list, problem: str) -> None:
+    with pytest.raises(DataError, match=f"^numbers, split 'train': .*{problem}"):
+        Numbers(labels, 2)
+
+
+def test_subset_is_the_same_images_in_order() -> None:
+    data = numbers([30, 20, 10])
+    part = stratified_subset(data, 0.25, seed=3)
+    assert counts(part) in ([8, 5, 2], [7, 5, 3])  # shares of 7.5, 5 and 2.5: the draw decides
+    assert np.all(np.diff(part.indices) > 0)
+    assert part.labels.tolist() == data.labels[part.indices].tolist()
+    for i in range(len(part)):
+        assert part.image(i).getpixel((0, 0))[0] == part.indices[i]
+        assert part.describe(i) == f"number {part.indices[i]}"
+    assert (part.class_names, part.name, part.split) == (data.class_names, "numbers", "train")
+
+
+def test_subset_is_stable() -> None:
+    """These numbers must never change: they decide which images published runs saw."""
+    data = Numbers([0, 1, 2] * 4, 3)
+    assert stratified_subset(data, 0.5, seed=0).indices.tolist() == [1, 2, 4, 6, 9, 11]
+    assert stratified_subset(data, 0.5, seed=1).indices.tolist() == [2, 3, 4, 5, 6, 7]
+    assert stratified_subset(data, 1, seed=0) is data
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_counts_are_proportional(seed: int) -> None:
+    """As the largest remainder: each class has its share rounded down or up, at least one."""
+    random = np.random.default_rng(seed)
+    data = numbers(random.integers(20, 200, size=12).tolist(), seed)
+    full = np.array(counts(data))
+    for fraction in (0.05, 0.1, 0.33, 0.5, 0.9):
+        part = stratified_subset(data, fraction, seed)
+        assert len(part) == round(fraction * len(data))
+        share = full * len(part) / len(data)
+        kept = np.array(counts(part))
+        assert np.all(kept >= np.maximum(np.floor(share), 1))
+        assert np.all(kept <= np.maximum(np.ceil(share), 1))
+
+
+def test_equal_classes_differ_by_one_at_most() -> None:
+    data = numbers([10] * 7)
+    for total in range(1, 70):
+        kept = counts(stratified_subset(data, total / 70, seed=5))
+        assert sum(kept) == total and max(kept) - min(kept) <= 1
+
+
+def test_small_classes_keep_one() -> None:
+    data = numbers([196, 2, 1, 1])
+    assert counts(stratified_subset(data, 0.02, seed=0)) == [1, 1, 1, 1]
+    assert counts(stratified_subset(data, 0.1, seed=0)) == [17, 1, 1, 1]
+    assert counts(stratified_subset(data, 0.01, seed=0)) == [1, 1, 0, 0]
+
+
+def test_fractions_are_nested_and_seeds_differ() -> None:
+    data = numbers([50, 30, 7, 3])
+    previous: set[int] = set()
+    for percent in range(2, 100):
+        now = set(stratified_subset(data, percent / 100, seed=9).indices.tolist())
+        assert previous <= now and len(now) > 0
+        previous = now
+    one, two = (set(stratified_subset(data, 0.5, seed=s).indices.tolist()) for s in (1, 2))
+    assert len(one & two) < 35
+
+
+def test_subset_of_subset_counts_in_the_full_set() -> None:
+    data = numbers([40, 40])
+    half = stratified_subset(data, 0.5, seed=1)
+    quarter = stratified_subset(half, 0.5, seed=2)
+    assert len(quarter) == 20 and quarter.full is data
+    assert set(quarter.indices) < set(half.indices)
+    assert quarter.labels.tolist() == data.labels[quarter.indices].tolist()
+    assert quarter.image(7).getpixel((0, 0))[0] == quarter.indices[7]
+
+
+def test_subset_pickles() -> None:
+    part = stratified_subset(numbers([9, 9]), 0.5, seed=1)
+    copy = pickle.loads(pickle.dumps(part))
+    assert copy.indices.tolist() == part.indices.tolist()
+    assert copy.describe(4) == part.describe(4)
+
+
+@pytest.mark.parametrize("fraction", [0, -0.5, 1.01, float("nan")])
+def test_bad_fraction(fraction: float) -> None:
+    with pytest.raises(DataError, match="fraction of numbers is .*above 0 and at most 1"):
+        stratified_subset(numbers([5, 5]), fraction, seed=0)
+
+
+def test_bad_seed_and_nothing_left() -> None:
+    with pytest.raises(DataError, match="seed of the subset is -1"):
+        stratified_subset(numbers([5, 5]), 0.5, seed=-1)
+    with pytest.raises(DataError, match=r"0\.01 of the 10 images of numbers keeps none.*0\.1"):
+        stratified_subset(numbers([5, 5]), 0.01, seed=0)

@@ -36,6 +36,7 @@ class TrainTransform:
                 std=IMAGENET_DEFAULT_STD,
                 separate=True,  # the first part, crop and flip, is ours, because the view must be known
             )
+            _mend_posterize(rest)
             self.finish = transforms.Compose(rest)
         else:
             self.finish = _normalise()
@@ -59,6 +60,20 @@ class TestTransform:
         """An RGB image of any size to ([3, S, S] float32, the full view)."""
         image = image.resize((self.image_size, self.image_size), Image.Resampling.BICUBIC)
         return self.finish(image), View()
+
+
+def _mend_posterize(parts: list[transforms.Compose]) -> None:
+    """Lets timm's posterize keep 0 bits, which it draws at magnitudes from 10 on and newer Pillow refuses.
+
+    The result is what Pillow made of it before: black.
+    """
+    for operation in (op for part in parts for t in part.transforms for op in getattr(t, "ops", ())):
+        if operation.name.startswith("Posterize"):
+            operation.aug_fn = _posterize
+
+
+def _posterize(image: Image.Image, bits: int, **_: object) -> Image.Image:
+    return image.point(lambda value: value & ~(2 ** (8 - bits) - 1)) if bits < 8 else image
 
 
 def _normalise() -> transforms.Compose:

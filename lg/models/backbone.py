@@ -98,7 +98,10 @@ class Backbone(nn.Module):
         return [layout.channels for layout in self.layouts]
 
     def head_names(self) -> set[str]:
-        """Names, as in `named_parameters()`, of the classifier's parameters; both heads of a distilled model."""
+        """Names, as in `named_parameters()`, of the classifier's parameters.
+
+        Both heads of a distilled model.
+        """
         found: Any = self.net.get_classifier()  # type: ignore[operator]
         heads = found if isinstance(found, (tuple, list)) else [found]
         mine = {id(parameter) for head in heads for parameter in head.parameters()}

@@ -21,8 +21,8 @@ class FeatureTaps:
             maps = taps.maps()
 
     Hooks sit on the blocks asked for only. They are removed and the outputs forgotten on leaving,
-    so the maps must be read inside. A compiled `model` runs uncompiled meanwhile, since compiled
-    code does not see hooks that come and go: for speed compile the module that uses the taps.
+    so the maps must be read inside. A compiled `model` runs uncompiled meanwhile: compiled code
+    does not see hooks that come and go.
 
     Args:
         model: A `Backbone`, bare or wrapped by DistributedDataParallel or torch.compile.
@@ -85,14 +85,13 @@ class FeatureTaps:
 
 
 def _is_compiled(module: nn.Module) -> bool:
-    """Tell modules from `torch.compile(module)` and after `module.compile()`.
-
-    By their attributes: importing the class of the former takes over a second.
-    """
+    """Tell modules from `torch.compile(module)` and after `module.compile()`."""
     in_place = getattr(module, "_compiled_call_impl", None) is not None
     return in_place or "_orig_mod" in dict(module.named_children())
 
 
+# Called inside compiled code it runs uncompiled, with all it calls, for the reason given above.
+@torch.compiler.disable
 def feature_maps(
     model: nn.Module, images: torch.Tensor, indices: Sequence[int]
 ) -> tuple[Any, list[torch.Tensor]]:

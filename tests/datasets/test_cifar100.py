@@ -136,8 +136,7 @@ def test_payload_does_not_fire(tmp_path: Path, place: str, protocol: int) -> Non
         "all": lambda: evil,
     }[place]()
     write(tmp_path, pickle.dumps(content, protocol))
-    refused = "dtype 'O8'" if place == "object array" and protocol == 9 else ""
-    with pytest.raises(DataError, match=f"train: .*{refused}"):
+    with pytest.raises(DataError, match=r"train: .*(system|dtype 'O8')"):
         CIFAR100(tmp_path, "train")
     assert not mark.exists()
     pickle.loads(pickle.dumps(content, protocol))
@@ -208,7 +207,7 @@ def test_inconsistent_files(tmp_path: Path, changes: dict, problem: str) -> None
     "content", [b"", b"<html>", pickle.dumps([1]), pickle.dumps(batch())[:900]]
 )
 def test_damaged_files(tmp_path: Path, content: bytes) -> None:
-    with pytest.raises(DataError, match="train: this is not the expected.*fetch it again"):
+    with pytest.raises(DataError, match=r"train: this is not the expected.*fetch it again"):
         CIFAR100(write(tmp_path, content), "train")
 
 

@@ -127,7 +127,7 @@ def test_tiny_imagenet_damage(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"val_1\.JPEG the class n09, which wnids\.txt does not"):
         build_dataset("tiny_imagenet", tmp_path, "val")
     (folder / "val" / "val_annotations.txt").write_text("\nval_1.JPEG n01\n")
-    with pytest.raises(DataError, match="line 2 of .*without a second column"):
+    with pytest.raises(DataError, match=r"line 2 of .*without a second column"):
         build_dataset("tiny_imagenet", tmp_path, "val")
     (folder / "wnids.txt").write_text("n01\nn03\nn07\n")
     with pytest.raises(DataError, match=r"n07.images holds no \.JPEG file"):
@@ -224,7 +224,7 @@ def test_image_folder_damage(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"train is missing; .* must hold train/CLASS"):
         build_dataset("image_folder", tmp_path, "train")
     make_folder(tmp_path, ["train/dog/a.png", "test/dog/a.png", "test/wolf/a.png"])
-    with pytest.raises(DataError, match="test has the class 'wolf' which .*train has not"):
+    with pytest.raises(DataError, match=r"test has the class 'wolf' which .*train has not"):
         build_dataset("image_folder", tmp_path, "val")
     os.makedirs(tmp_path / "train" / "wolf")
     with pytest.raises(DataError, match=r"wolf holds no image .*\.webp"):

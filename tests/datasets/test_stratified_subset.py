@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 from lg.datasets import DataError, ImageDataset, stratified_subset
+from lg.datasets.base import DatasetSubset
 
 
 class Numbers(ImageDataset):
@@ -27,6 +28,10 @@ class Numbers(ImageDataset):
 def numbers(sizes: list[int], seed: int = 0) -> Numbers:
     labels = np.repeat(np.arange(len(sizes)), sizes)
     return Numbers(np.random.default_rng(seed).permutation(labels), len(sizes))
+
+
+def brightness(dataset: ImageDataset, index: int) -> int:
+    return int(np.asarray(dataset.image(index))[0, 0, 0])
 
 
 def counts(dataset: ImageDataset) -> list[int]:
@@ -63,7 +68,7 @@ def test_subset_is_the_same_images_in_order() -> None:
     assert np.all(np.diff(part.indices) > 0)
     assert part.labels.tolist() == data.labels[part.indices].tolist()
     for i in range(len(part)):
-        assert part.image(i).getpixel((0, 0))[0] == part.indices[i]
+        assert brightness(part, i) == part.indices[i]
         assert part.describe(i) == f"number {part.indices[i]}"
     assert (part.class_names, part.name, part.split) == (data.class_names, "numbers", "train")
 
@@ -120,10 +125,11 @@ def test_subset_of_subset_counts_in_the_full_set() -> None:
     data = numbers([40, 40])
     half = stratified_subset(data, 0.5, seed=1)
     quarter = stratified_subset(half, 0.5, seed=2)
-    assert len(quarter) == 20 and quarter.full is data
+    assert isinstance(quarter, DatasetSubset) and quarter.full is data
+    assert len(quarter) == 20
     assert set(quarter.indices) < set(half.indices)
     assert quarter.labels.tolist() == data.labels[quarter.indices].tolist()
-    assert quarter.image(7).getpixel((0, 0))[0] == quarter.indices[7]
+    assert brightness(quarter, 7) == quarter.indices[7]
 
 
 def test_subset_pickles() -> None:
@@ -135,7 +141,7 @@ def test_subset_pickles() -> None:
 
 @pytest.mark.parametrize("fraction", [0, -0.5, 1.01, float("nan")])
 def test_bad_fraction(fraction: float) -> None:
-    with pytest.raises(DataError, match="fraction of numbers is .*above 0 and at most 1"):
+    with pytest.raises(DataError, match=r"fraction of numbers is .*above 0 and at most 1"):
         stratified_subset(numbers([5, 5]), fraction, seed=0)
 
 

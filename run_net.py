@@ -1,9 +1,10 @@
 #!/usr/bin/env python3
 """Train, test or time a model that a config describes.
 
-    python run_net.py --mode train --cfg configs/digits/vit_digits_ours.yaml
-    python run_net.py --mode test  --cfg configs/digits/vit_digits_ours.yaml TEST.WEIGHTS work_dirs/vit_digits_ours/model.pyth
-    python run_net.py --mode time  --cfg configs/deit/deit-ti_c100_base.yaml PREC_TIME.NUM_ITER 10
+python run_net.py --mode train --cfg configs/digits/vit_digits_ours.yaml
+python run_net.py --mode test  --cfg configs/digits/vit_digits_ours.yaml TEST.WEIGHTS
+work_dirs/vit_digits_ours/model.pyth python run_net.py --mode time  --cfg
+configs/deit/deit-ti_c100_base.yaml PREC_TIME.NUM_ITER 10
 """
 
 from __future__ import annotations
@@ -18,35 +19,42 @@ if TYPE_CHECKING:  # torch is imported when there is something to do, so that --
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--mode", required=True, choices=("train", "test", "time"),
-                        help="train: from the last checkpoint if there is one; test: TEST.WEIGHTS; time: parts of a step")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--mode",
+        required=True,
+        choices=("train", "test", "time"),
+        help="train: from the last checkpoint if there is one; test: TEST.WEIGHTS; time: parts of "
+        "a step",
+    )
     parser.add_argument("--cfg", required=True, metavar="FILE", help="a YAML config, see configs/")
-    parser.add_argument("opts", nargs=argparse.REMAINDER, metavar="KEY VALUE",
-                        help="overrides, such as TRAIN.BATCH_SIZE 64; lg/config.py lists every key")
+    parser.add_argument(
+        "opts",
+        nargs=argparse.REMAINDER,
+        metavar="KEY VALUE",
+        help="overrides, such as TRAIN.BATCH_SIZE 64; lg/config.py lists every key",
+    )
     return parser.parse_args(arguments)
 
 
 def run(mode: str, cfg: CfgNode) -> None:
     """What each process does; a fault that a user can mend ends it with one line."""
     from lg import trainer
-    from lg.metrics import NonFiniteLossError
-
-    try:
-        {"train": trainer.train, "test": trainer.test, "time": trainer.time_steps}[mode](cfg)
-    except trainer.Interrupted as stop:
-        sys.exit(stop.code)
-    except (*user_errors(), NonFiniteLossError, OSError) as error:
-        sys.exit(f"Error: {error}")
-
-
-def user_errors() -> tuple[type[Exception], ...]:
-    """Errors whose message says all a user needs."""
     from lg.checkpoint import CheckpointError
     from lg.config import ConfigError
     from lg.datasets.base import DataError
+    from lg.metrics import NonFiniteLossError
+    from lg.signals import Interrupted
 
-    return ConfigError, CheckpointError, DataError
+    modes = {"train": trainer.train, "test": trainer.test, "time": trainer.time_steps}
+    try:
+        modes[mode](cfg)
+    except Interrupted as stop:
+        sys.exit(stop.code)
+    except (ConfigError, CheckpointError, DataError, NonFiniteLossError, OSError) as error:
+        sys.exit(f"Error: {error}")
 
 
 def main() -> None:
@@ -59,7 +67,13 @@ def main() -> None:
         sys.exit(f"Error: {error}")
     from lg.distributed import launch
 
-    launch(run, (args.mode, cfg), num_processes=cfg.NUM_GPUS, host=cfg.HOST, port_range=tuple(cfg.PORT_RANGE))
+    launch(
+        run,
+        (args.mode, cfg),
+        num_processes=cfg.NUM_GPUS,
+        host=cfg.HOST,
+        port_range=tuple(cfg.PORT_RANGE),
+    )
 
 
 if __name__ == "__main__":

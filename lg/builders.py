@@ -12,7 +12,7 @@ from yacs.config import CfgNode
 from lg.augment.mixing import Mixing
 from lg.augment.recipe import TestTransform, TrainTransform
 from lg.checkpoint import CheckpointFolder, load_weights
-from lg.config import ConfigError
+from lg.config import ConfigError, dump_config
 from lg.datasets import build_dataset
 from lg.datasets.base import DataError, ImageDataset, stratified_subset
 from lg.datasets.loader import TestSamples, TrainBatches, TrainLoader, TrainSamples, test_loader
@@ -24,6 +24,7 @@ from lg.models.resnet import resnet
 from lg.models.timm_models import deit, timm_model
 from lg.optim import LearningRate, WeightAverage, make_optimizer, parameter_groups
 from lg.paths import is_url
+from lg.run import Settings
 
 
 def build_model(cfg: CfgNode) -> Backbone:
@@ -40,7 +41,11 @@ def build_model(cfg: CfgNode) -> Backbone:
 
 def _build_by_type(cfg: CfgNode) -> Backbone:
     kind = cfg.MODEL.TYPE
-    sizes = dict(img_size=cfg.MODEL.IMG_SIZE, in_channels=cfg.MODEL.IN_CHANNELS, num_classes=cfg.MODEL.NUM_CLASSES)
+    sizes = dict(
+        img_size=cfg.MODEL.IMG_SIZE,
+        in_channels=cfg.MODEL.IN_CHANNELS,
+        num_classes=cfg.MODEL.NUM_CLASSES,
+    )
     if kind == "ResNet":
         return _build_resnet(cfg, **sizes)
     if kind.startswith("timm/"):
@@ -65,26 +70,41 @@ def _build_by_type(cfg: CfgNode) -> Backbone:
             attention_drop_rate=_scalar(cfg, "ATTENTION_DROP_RATE", 0.0),
             distilled=cfg.DISTILLATION.ENABLE_LOGIT,
         )
-    raise ConfigError(f"MODEL.TYPE is {kind!r}, which this version cannot build; it builds DeiT, ResNet and timm/NAME.")
+    raise ConfigError(
+        f"MODEL.TYPE is {kind!r}, which this version cannot build; it builds DeiT, ResNet and "
+        f"timm/NAME."
+    )
 
 
 def build_guided(cfg: CfgNode) -> tuple[GuidedStudent, FrozenTeacher | NoTeacher, GuidanceLoss]:
     """The student with its projection heads, the guide, and the loss between them.
 
-    Without guidance in the config: no heads, a guide that gives nothing, and plain cross-entropy. A guide whose
-    TEACHER_WEIGHTS is null keeps its random weights, with a warning.
+    Without guidance in the config: no heads, a guide that gives nothing, and plain cross-entropy. A
+    guide whose TEACHER_WEIGHTS is null keeps its random weights, with a warning.
     """
     options = cfg.DISTILLATION
     student = build_model(cfg)
     if not (options.ENABLE_INTER or options.ENABLE_LOGIT):
         return GuidedStudent(student), NoTeacher(), GuidanceLoss()
     if options.OFFLINE:
-        raise ConfigError("DISTILLATION.OFFLINE is True, which this version cannot do; set it False to run the guide in training.")
-    taps = (options.INTER_STUDENT_INDEX, options.INTER_TEACHER_INDEX) if options.ENABLE_INTER else ([], [])
-    for key, model, indices in zip(("STUDENT", "TEACHER"), (student, teacher := build_teacher(cfg)), taps, strict=True):
+        raise ConfigError(
+            "DISTILLATION.OFFLINE is True, which this version cannot do; set it False to run the "
+            "guide in training."
+        )
+    taps = (
+        (options.INTER_STUDENT_INDEX, options.INTER_TEACHER_INDEX)
+        if options.ENABLE_INTER
+        else ([], [])
+    )
+    for key, model, indices in zip(
+        ("STUDENT", "TEACHER"), (student, teacher := build_teacher(cfg)), taps, strict=True
+    ):
         if any(i >= len(model.blocks) for i in indices):
-            raise ConfigError(f"DISTILLATION.INTER_{key}_INDEX is {indices}; the {key.lower()} has {len(model.blocks)} blocks, "
-                              f"numbered 0 to {len(model.blocks) - 1}.")
+            raise ConfigError(
+                f"DISTILLATION.INTER_{key}_INDEX is {indices}; the {key.lower()} has "
+                f"{len(model.blocks)} blocks, "
+                f"numbered 0 to {len(model.blocks) - 1}."
+            )
     guide = FrozenTeacher(
         teacher,
         indices=taps[1],
@@ -106,14 +126,22 @@ def build_guided(cfg: CfgNode) -> tuple[GuidedStudent, FrozenTeacher | NoTeacher
 def build_teacher(cfg: CfgNode) -> Backbone:
     """The guide's CNN with its trained weights."""
     options = cfg.DISTILLATION
-    sizes = dict(img_size=options.TEACHER_IMG_SIZE, in_channels=cfg.MODEL.IN_CHANNELS, num_classes=cfg.MODEL.NUM_CLASSES)
-    with torch.random.fork_rng(devices=[]):  # a guided student starts from the same weights as a plain one
+    sizes = dict(
+        img_size=options.TEACHER_IMG_SIZE,
+        in_channels=cfg.MODEL.IN_CHANNELS,
+        num_classes=cfg.MODEL.NUM_CLASSES,
+    )
+    with torch.random.fork_rng(
+        devices=[]
+    ):  # a guided student starts from the same weights as a plain one
         if options.TEACHER_MODEL == "ResNet":
             teacher = _build_resnet(cfg, **sizes)
         else:
             teacher = timm_model(options.TEACHER_MODEL.removeprefix("timm/"), **sizes)
     if options.TEACHER_WEIGHTS is None:
-        warnings.warn("DISTILLATION.TEACHER_WEIGHTS is null: the guide has random weights.", stacklevel=2)
+        warnings.warn(
+            "DISTILLATION.TEACHER_WEIGHTS is null: the guide has random weights.", stacklevel=2
+        )
     else:
         load_weights(teacher, options.TEACHER_WEIGHTS, cache=cfg.DOWNLOAD_CACHE)
     return teacher
@@ -124,8 +152,11 @@ def build_train_data(cfg: CfgNode) -> ImageDataset:
     dataset = _checked_dataset(cfg, "TRAIN", cfg.TRAIN.DATASET)
     dataset = stratified_subset(dataset, cfg.TRAIN.FRACTION, cfg.RNG_SEED)
     if len(dataset) < cfg.TRAIN.BATCH_SIZE:
-        raise ConfigError(f"TRAIN.BATCH_SIZE is {cfg.TRAIN.BATCH_SIZE}, but there are only {len(dataset)} training images; lower it "
-                          f"to {len(dataset)} or less.")
+        raise ConfigError(
+            f"TRAIN.BATCH_SIZE is {cfg.TRAIN.BATCH_SIZE}, but there are only {len(dataset)} "
+            f"training images; lower it "
+            f"to {len(dataset)} or less."
+        )
     return dataset
 
 
@@ -142,7 +173,10 @@ def fetch_data(cfg: CfgNode, world: World) -> tuple[ImageDataset, ImageDataset]:
     if world.is_main:
         barrier()
     if data[0].class_names != data[1].class_names:
-        raise DataError(f"TEST.DATASET {data[1].name} has other classes than TRAIN.DATASET {data[0].name}; use the same set for both.")
+        raise DataError(
+            f"TEST.DATASET {data[1].name} has other classes than TRAIN.DATASET {data[0].name}; "
+            f"use the same set for both."
+        )
     return data
 
 
@@ -160,7 +194,12 @@ def build_train_loader(cfg: CfgNode, dataset: ImageDataset, world: World) -> Tra
         world_size=world.size,
     )
     samples = TrainSamples(dataset, transform, seed=cfg.RNG_SEED)
-    return TrainLoader(samples, batches, num_workers=cfg.DATA_LOADER.NUM_WORKERS, pin_memory=cfg.DATA_LOADER.PIN_MEMORY)
+    return TrainLoader(
+        samples,
+        batches,
+        num_workers=cfg.DATA_LOADER.NUM_WORKERS,
+        pin_memory=cfg.DATA_LOADER.PIN_MEMORY,
+    )
 
 
 def build_test_loader(cfg: CfgNode, dataset: ImageDataset, world: World) -> Any:
@@ -242,8 +281,24 @@ def build_checkpoints(cfg: CfgNode) -> CheckpointFolder:
     return CheckpointFolder(cfg.OUT_DIR, keep=cfg.TRAIN.KEEP_CHECKPOINTS)
 
 
+def build_settings(cfg: CfgNode) -> Settings:
+    """The numbers of the training loop."""
+    return Settings(
+        max_epoch=cfg.OPTIM.MAX_EPOCH,
+        warmup_epochs=cfg.OPTIM.WARMUP_EPOCHS,
+        test_period=cfg.TEST.PERIOD,
+        log_period=cfg.LOG_PERIOD,
+        accum_steps=cfg.TRAIN.ACCUM_STEPS,
+        clip_norm=cfg.OPTIM.CLIP_GRAD_NORM,
+        seed=cfg.RNG_SEED,
+        num_classes=cfg.MODEL.NUM_CLASSES,
+        config_text=dump_config(cfg),
+    )
+
+
 def check_training(cfg: CfgNode) -> None:
-    """Faults that can be found before anything is built: what training needs and the config does not give.
+    """Faults that can be found before anything is built: what training needs and the config does
+    not give.
 
     Raises:
         ConfigError: naming the key and the fix.
@@ -252,17 +307,26 @@ def check_training(cfg: CfgNode) -> None:
     if not cfg.TRAIN.DATASET:
         raise ConfigError("TRAIN.DATASET is ''; name the training set, such as digits or cifar100.")
     if cfg.MODEL.IN_CHANNELS != 3:
-        raise ConfigError(f"MODEL.IN_CHANNELS is {cfg.MODEL.IN_CHANNELS}; the data sets give RGB images: set it to 3.")
+        raise ConfigError(
+            f"MODEL.IN_CHANNELS is {cfg.MODEL.IN_CHANNELS}; the data sets give RGB images: set it "
+            f"to 3."
+        )
     guided = options.ENABLE_INTER or options.ENABLE_LOGIT
     if guided and not options.OFFLINE and options.TEACHER_WEIGHTS is None:
-        raise ConfigError("DISTILLATION.TEACHER_WEIGHTS is null; an untrained guide teaches noise. Train the guide first and name its "
-                          "model.pyth.")
+        raise ConfigError(
+            "DISTILLATION.TEACHER_WEIGHTS is null; an untrained guide teaches noise. Train the "
+            "guide first and name its "
+            "model.pyth."
+        )
     keys = [("TRAIN.WEIGHTS", cfg.TRAIN.WEIGHTS)]
     if guided and not options.OFFLINE:
         keys.append(("DISTILLATION.TEACHER_WEIGHTS", options.TEACHER_WEIGHTS))
     for key, path in keys:
         if path and not is_url(path) and not os.path.isfile(os.path.expanduser(path)):
-            raise ConfigError(f"{key} is {path!r}, which does not exist. Check the path, or train the model that writes it first.")
+            raise ConfigError(
+                f"{key} is {path!r}, which does not exist. Check the path, or train the model "
+                f"that writes it first."
+            )
 
 
 def _build_resnet(cfg: CfgNode, **sizes: int) -> Backbone:
@@ -287,14 +351,21 @@ def _scalar(cfg: CfgNode, name: str, default: float | None = None) -> Any:
     if value is None:
         value = default
     if value is None or isinstance(value, list):
-        raise ConfigError(f"TRANSFORMER.{name} is {value!r}; MODEL.TYPE {cfg.MODEL.TYPE} takes one number.")
+        raise ConfigError(
+            f"TRANSFORMER.{name} is {value!r}; MODEL.TYPE {cfg.MODEL.TYPE} takes one number."
+        )
     return value
 
 
 def _checked_dataset(cfg: CfgNode, section: str, name: str) -> ImageDataset:
     """A set whose class count is the model's."""
-    dataset = build_dataset(name, cfg.DATA_LOADER.ROOT, cfg[section].SPLIT, download=cfg.DATA_LOADER.DOWNLOAD)
+    dataset = build_dataset(
+        name, cfg.DATA_LOADER.ROOT, cfg[section].SPLIT, download=cfg.DATA_LOADER.DOWNLOAD
+    )
     if dataset.num_classes != cfg.MODEL.NUM_CLASSES:
-        raise ConfigError(f"MODEL.NUM_CLASSES is {cfg.MODEL.NUM_CLASSES}, but {section}.DATASET {name} has {dataset.num_classes} "
-                          f"classes: set it to {dataset.num_classes}.")
+        raise ConfigError(
+            f"MODEL.NUM_CLASSES is {cfg.MODEL.NUM_CLASSES}, but {section}.DATASET {name} has "
+            f"{dataset.num_classes} "
+            f"classes: set it to {dataset.num_classes}."
+        )
     return dataset

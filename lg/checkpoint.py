@@ -1,7 +1,8 @@
 """Checkpoints: atomic saves, safe strict loads, retention, and the published file format.
 
-Every file is one dict of tensors and plain values, readable with `torch.load(weights_only=True)`. Model weights are stored under
-the published names, so that files of this project and of the original code are of one format. Only the main process writes.
+Every file is one dict of tensors and plain values, readable with `torch.load(weights_only=True)`.
+Model weights are stored under the published names, so that files of this project and of the
+original code are of one format. Only the main process writes.
 """
 
 from __future__ import annotations
@@ -32,9 +33,11 @@ class CheckpointError(ValueError):
 
 
 def write_atomically(path: str | os.PathLike[str], write: Callable[[Any], object]) -> None:
-    """Calls `write(stream)` on a temporary file beside `path`, makes it durable, then renames it to `path`.
+    """Calls `write(stream)` on a temporary file beside `path`, makes it durable, then renames it to
+    `path`.
 
-    Whatever happens, `path` holds either its old content or all of the new; no temporary file stays after an error.
+    Whatever happens, `path` holds either its old content or all of the new; no temporary file stays
+    after an error.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -60,27 +63,36 @@ def read_checkpoint(path: str | os.PathLike[str], *, cache: str = DEFAULT_CACHE)
         cache: folder for what is fetched.
 
     Raises:
-        CheckpointError: missing, truncated, damaged, or with contents other than tensors and plain values.
+        CheckpointError: missing, truncated, damaged, or with contents other than tensors and plain
+            values.
     """
     name = os.fspath(path)
     try:
         file = local_path(name, cache=cache)
-        if zipfile.is_zipfile(file):  # torch does not look at the checksums of its zip entries; zipfile does
+        if zipfile.is_zipfile(
+            file
+        ):  # torch does not look at the checksums of its zip entries; zipfile does
             with zipfile.ZipFile(file) as archive:
                 damaged = archive.testzip()
             if damaged:
-                raise CheckpointError(f"{name} is damaged: the checksum of its part {damaged} does not match. Use another copy.")
+                raise CheckpointError(
+                    f"{name} is damaged: the checksum of its part {damaged} does not match. Use "
+                    f"another copy."
+                )
         state = torch.load(file, map_location="cpu", weights_only=True)
     except CheckpointError:
         raise
     except FileNotFoundError:
-        raise CheckpointError(f"{name} does not exist. Check the path, or train the model that writes it first.") from None
+        raise CheckpointError(
+            f"{name} does not exist. Check the path, or train the model that writes it first."
+        ) from None
     except OSError as error:
         raise CheckpointError(f"{name} cannot be read: {error}.") from None
     except Exception as error:  # torch and pickle raise many kinds for bad files
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise CheckpointError(
-            f"{name} is not a whole checkpoint of tensors and plain values (truncated, damaged, or with objects in it, which are "
+            f"{name} is not a whole checkpoint of tensors and plain values (truncated, damaged, "
+            f"or with objects in it, which are "
             f"never loaded): {first}"
         ) from None
     if not isinstance(state, dict) or not state:
@@ -89,20 +101,25 @@ def read_checkpoint(path: str | os.PathLike[str], *, cache: str = DEFAULT_CACHE)
 
 
 def choose_weights(state: Mapping[str, Any], name: str) -> dict[str, Tensor]:
-    """The weights a checkpoint stands for: those of the model, or of its average where that tested better.
+    """The weights a checkpoint stands for: those of the model, or of its average where that tested
+    better.
 
     Also takes a bare state dict (names to tensors).
     """
     if "model_state" not in state:
         if all(isinstance(v, Tensor) for v in state.values()):
             return dict(state)
-        raise CheckpointError(f"{name} has no model_state; its keys are {', '.join(map(str, list(state)[:6]))}.")
-    average = state.get("ema_state")
-    use_average = average and state.get("test_err", 100.0) > state.get("ema_err", 100.0)
+        raise CheckpointError(
+            f"{name} has no model_state; its keys are {', '.join(map(str, list(state)[:6]))}."
+        )
+    average = state.get("ema_state") or {}
+    use_average = bool(average) and state.get("test_err", 100.0) > state.get("ema_err", 100.0)
     return dict(average if use_average else state["model_state"])
 
 
-def load_weights(model: nn.Module, path: str | os.PathLike[str], *, cache: str = DEFAULT_CACHE) -> dict[str, Any]:
+def load_weights(
+    model: nn.Module, path: str | os.PathLike[str], *, cache: str = DEFAULT_CACHE
+) -> dict[str, Any]:
     """Loads a model's weights, strictly, from a checkpoint of this project or a published one.
 
     When the file holds weights and their average, the one with the lower test error is taken.
@@ -113,10 +130,12 @@ def load_weights(model: nn.Module, path: str | os.PathLike[str], *, cache: str =
         cache: folder for what is fetched.
 
     Returns:
-        What the file says besides its weights: epoch, test_err, ema_err, cfg, as far as they are there.
+        What the file says besides its weights: epoch, test_err, ema_err, cfg, as far as they are
+        there.
 
     Raises:
-        CheckpointError: see `read_checkpoint`; also for keys or shapes that are not the model's. The model is then unchanged.
+        CheckpointError: see `read_checkpoint`; also for keys or shapes that are not the model's.
+            The model is then unchanged.
     """
     state = read_checkpoint(path, cache=cache)
     try:
@@ -129,7 +148,8 @@ def load_weights(model: nn.Module, path: str | os.PathLike[str], *, cache: str =
 
 
 class CheckpointFolder:
-    """The checkpoints of one run: `checkpoints/model_epoch_NNNN.pyth`, and the best as `model.pyth`."""
+    """The checkpoints of one run: `checkpoints/model_epoch_NNNN.pyth`, and the best as
+    `model.pyth`."""
 
     def __init__(self, out_dir: str | os.PathLike[str], *, keep: int = 2) -> None:
         self.best = Path(out_dir) / BEST_NAME
@@ -138,11 +158,12 @@ class CheckpointFolder:
 
     def files(self) -> list[Path]:
         """Checkpoints, oldest first."""
-        found = self.folder.glob("model_epoch_*.pyth")
-        return sorted((p for p in found if _NAME.fullmatch(p.name)), key=lambda p: int(_NAME.fullmatch(p.name)[1]))  # type: ignore[index]
+        numbered = {p: _NAME.fullmatch(p.name) for p in self.folder.glob("model_epoch_*.pyth")}
+        return sorted((p for p, m in numbered.items() if m), key=lambda p: int(p.stem[12:]))
 
     def save(self, state: dict[str, Any], *, epoch: int, is_best: bool) -> Path:
-        """Writes the checkpoint of an epoch (counted from 1), then the best if it is that, then drops the oldest."""
+        """Writes the checkpoint of an epoch (counted from 1), then the best if it is that, then
+        drops the oldest."""
         path = self.folder / f"model_epoch_{epoch:04d}.pyth"
         write_atomically(path, lambda stream: torch.save(state, stream))
         if is_best:
@@ -154,7 +175,8 @@ class CheckpointFolder:
     def load_last(self, warn: Callable[[str], None]) -> dict[str, Any] | None:
         """The newest readable checkpoint; None when there is none at all.
 
-        Leftovers of a save that was killed are removed. A damaged file is passed over with a warning.
+        Leftovers of a save that was killed are removed. A damaged file is passed over with a
+        warning.
 
         Raises:
             CheckpointError: there are checkpoints, and all are damaged.
@@ -172,8 +194,11 @@ class CheckpointFolder:
                 continue
             return state
         if faults:
-            raise CheckpointError(f"No checkpoint in {self.folder} can be read ({', '.join(faults)}). To start afresh, remove them, "
-                                  "or set TRAIN.AUTO_RESUME False.")
+            raise CheckpointError(
+                f"No checkpoint in {self.folder} can be read ({', '.join(faults)}). To start "
+                f"afresh, remove them, "
+                "or set TRAIN.AUTO_RESUME False."
+            )
         return None
 
 

@@ -1,7 +1,8 @@
 """The config tree: every key with its default, loading (with `_BASE_`), validation and dumping.
 
-`load_config` is the only way to get a config. It returns a frozen `CfgNode` in which every value has the right type, lies in
-its range and can take effect; anything else is a `ConfigError` that names the key, its value, what is allowed and the fix.
+`load_config` is the only way to get a config. It returns a frozen `CfgNode` in which every value
+has the right type, lies in its range and can take effect; anything else is a `ConfigError` that
+names the key, its value, what is allowed and the fix.
 """
 
 from __future__ import annotations
@@ -17,160 +18,9 @@ from urllib.parse import urljoin
 import yaml
 from yacs.config import CfgNode
 
+from lg.config_defaults import DEFAULTS
 from lg.config_rules import CHOICES, COMBINATIONS, NULLABLE, RANGES, TYPED_LISTS
 from lg.paths import is_url, local_path
-
-# The tree. `null` (None) means "not set"; the comment gives meaning, unit and range. Keys marked (+) are this project's own,
-# the others keep the names and defaults of the published code, so that its configs load unchanged.
-DEFAULTS: dict[str, Any] = {
-    "MODEL": {
-        "TYPE": "ResNet",  # DeiT, T2TViT, PiT, PVT, PVTv2, ConViT, CvT, ResNet, or timm/NAME for any timm model
-        "IMG_SIZE": 224,  # side of the square image that the model sees, pixels
-        "IN_CHANNELS": 3,  # image channels; the data sets here give 3
-        "NUM_CLASSES": 100,  # must equal the class count of the data
-        "LOSS_FUN": "cross_entropy",  # cross_entropy
-        "BLOCKS": [],  # (+) timm/NAME only: module names (or shell patterns) of the blocks, when they cannot be found
-    },
-    "CNN": {  # the CNN guide, or the model itself when MODEL.TYPE is ResNet
-        "DEPTH": 56,  # 6n+2: the CIFAR form; 18, 34, 50, 101, 152: the ImageNet form
-        "ACTIVATION_FUN": "relu",  # any activation that timm knows by name
-        "ACTIVATION_INPLACE": True,  # saves memory; same numbers
-        "BN_EPS": 1e-5,  # > 0
-        "BN_MOMENTUM": 0.1,  # (0, 1]
-        "ZERO_INIT_FINAL_BN_GAMMA": False,  # each residual branch starts at zero
-    },
-    "RESNET": {
-        "TRANS_FUN": "basic_transform",  # basic_transform | bottleneck_transform (ImageNet depths >= 50)
-        "NUM_GROUPS": 1,  # groups of the 3x3 convolution (bottleneck only)
-        "WIDTH_PER_GROUP": 64,  # channels per group in the first stage (bottleneck only)
-        "STRIDE_1X1": True,  # bottleneck: stride on the first 1x1 rather than on the 3x3
-    },
-    # Lists hold one entry a stage in the hierarchical families, plain numbers serve the others.
-    "TRANSFORMER": {
-        "PATCH_SIZE": None,  # pixels
-        "PATCH_STRIDE": None,  # pixels
-        "PATCH_PADDING": None,  # pixels
-        "HIDDEN_DIM": None,  # channels
-        "DEPTH": None,  # blocks
-        "NUM_HEADS": None,  # must divide HIDDEN_DIM
-        "MLP_RATIO": None,  # hidden width of the MLP over HIDDEN_DIM
-        "LN_EPS": 1e-6,  # > 0
-        "DROP_RATE": None,  # dropout of tokens, attention output and MLP, [0, 1)
-        "DROP_PATH_RATE": None,  # stochastic depth of the last block, [0, 1)
-        "ATTENTION_DROP_RATE": None,  # dropout of attention weights, [0, 1)
-    },
-    "T2T": {"TOKEN_DIM": 64, "KERNEL_SIZE": [7, 3, 3], "STRIDE": [4, 2, 2], "PADDING": [2, 1, 1]},
-    "PIT": {"STRIDE": 8},  # of the patch convolution, pixels
-    "PVT": {"SR_RATIO": [8, 4, 2, 1]},  # spatial reduction of keys and values, a stage
-    "CONVIT": {"LOCAL_LAYERS": 10, "LOCALITY_STRENGTH": 1.0},  # gated blocks before the class token joins; their initial focus
-    "CVT": {
-        "WITH_CLS_TOKEN": [False, False, True],
-        "QKV_PROJ_METHOD": ["dw_bn", "dw_bn", "dw_bn"],
-        "KERNEL_QKV": [3, 3, 3],
-        "STRIDE_KV": [2, 2, 2],
-        "STRIDE_Q": [1, 1, 1],
-        "PADDING_KV": [1, 1, 1],
-        "PADDING_Q": [1, 1, 1],
-    },
-    "DISTILLATION": {
-        "ENABLE_INTER": False,  # imitate the guide's feature maps
-        "INTER_TRANSFORM": "linear",  # linear (1x1 convolution heads) | attention | similarity
-        "INTER_LOSS": "l2",  # l2
-        "INTER_TEACHER_INDEX": [],  # ResNet stages (or timm blocks), from 0
-        "INTER_STUDENT_INDEX": [],  # student blocks, counted flat across stages, from 0; pairs with the line above
-        "INTER_WEIGHT": 2.5,  # factor of the summed imitation losses, >= 0
-        "ENABLE_LOGIT": False,  # imitate the guide's class scores (DeiT then has its distillation token)
-        "LOGIT_LOSS": "soft",  # soft (KL divergence at LOGIT_TEMP, times LOGIT_TEMP^2) | hard (cross-entropy with its argmax)
-        "LOGIT_TEMP": 1.0,  # > 0
-        "LOGIT_WEIGHT": 0.5,  # [0, 1]: weight of the logit loss; the classification loss gets the rest
-        "TEACHER_MODEL": "ResNet",  # ResNet (CNN.* and RESNET.* describe it) | timm/NAME
-        "TEACHER_WEIGHTS": None,  # path or URL of the trained guide; needed for training
-        "TEACHER_IMG_SIZE": 32,  # side to which the student's batch is resized for the guide, pixels
-        "TEACHER_BN": "eval",  # (+) eval: frozen statistics; batch: statistics of the batch, as in the published runs
-        "OFFLINE": False,  # replay stored guide features instead of running the guide
-        "FEATURE_FILE": None,  # where they are stored
-    },
-    "OPTIM": {
-        "OPTIMIZER": "sgd",  # sgd | adam | adamw
-        "BASE_LR": 0.1,  # learning rate after warm-up, > 0
-        "MIN_LR": 0.0,  # where cos, lin and exp end, [0, BASE_LR]; exp needs > 0
-        "HEAD_LR_RATIO": 1.0,  # learning rate of the classifier over that of the body, > 0
-        "LR_POLICY": "cos",  # cos | lin | exp | steps; changes once an epoch
-        "STEPS": [],  # epochs at which `steps` multiplies by LR_MULT
-        "LR_MULT": 0.1,  # (0, 1]
-        "MAX_EPOCH": 200,  # >= 1
-        "MOMENTUM": 0.9,  # sgd
-        "DAMPENING": 0.0,  # sgd
-        "NESTEROV": True,  # sgd; needs MOMENTUM > 0 and DAMPENING 0
-        "BETA1": 0.9,  # adam, adamw
-        "BETA2": 0.999,  # adam, adamw
-        "WEIGHT_DECAY": 5e-4,  # not on biases, norms, tokens and positions
-        "WARMUP_FACTOR": 0.1,  # learning rate of epoch 0 over BASE_LR, when WARMUP_EPOCHS > 0
-        "WARMUP_EPOCHS": 0,  # linear, epochs
-        "EMA_ALPHA": 1e-5,  # step of the weight average, scaled by BATCH_SIZE / MAX_EPOCH * EMA_UPDATE_PERIOD
-        "EMA_UPDATE_PERIOD": 0,  # optimiser steps between updates of the average; 0: no average
-        "CLIP_GRAD_NORM": 0.0,  # (+) largest L2 norm of the whole gradient; 0: no clipping
-    },
-    "TRAIN": {
-        "DATASET": "",  # digits, cifar100, flowers, tiny_imagenet, chaoyang, image_folder
-        "SPLIT": "train",
-        "BATCH_SIZE": 128,  # images an optimiser step sees, over all processes
-        "AUTO_RESUME": True,  # go on from the last checkpoint in OUT_DIR
-        "WEIGHTS": "",  # path or URL of weights to start from
-        "MIXED_PRECISION": False,  # True: bf16 where the hardware has it, else fp16 with loss scaling
-        "LABEL_SMOOTHING": 0.0,  # [0, 1)
-        "MIXUP_ALPHA": 0.0,  # Beta(alpha, alpha); 0: off. With CutMix on as well, each batch draws one of the two
-        "CUTMIX_ALPHA": 0.0,  # Beta(alpha, alpha); 0: off
-        "STRONG_AUGMENTATION": True,  # random resized crop, RandAugment, random erasing; False: padded crop
-        "AMP_DTYPE": "auto",  # (+) auto | bf16 | fp16; with MIXED_PRECISION
-        "FRACTION": 1.0,  # (+) part of the training set to use, stratified by class and stable in RNG_SEED, (0, 1]
-        "ACCUM_STEPS": 1,  # (+) micro-batches a batch is split into, to save memory; divides BATCH_SIZE
-        "HFLIP": 0.5,  # (+) probability of a horizontal flip; 0 for digits, letters and the like
-        "KEEP_CHECKPOINTS": 2,  # (+) how many of the last checkpoints stay, >= 1
-    },
-    "TEST": {
-        "DATASET": "",  # as in TRAIN; empty: TRAIN.DATASET
-        "SPLIT": "val",  # val and test both name the held-out split where a set has just one
-        "BATCH_SIZE": 200,  # over all processes
-        "WEIGHTS": "",  # path or URL; --mode test
-        "PERIOD": 1,  # (+) epochs between tests during training; the last epoch is always tested
-        "PER_CLASS": False,  # (+) --mode test also prints the accuracy of each class
-    },
-    "DATA_LOADER": {
-        "NUM_WORKERS": 8,  # processes that read and augment images; 0: none; never more than the machine has cores
-        "PIN_MEMORY": True,  # page-locked batches for faster copies to a GPU
-        "ROOT": "data",  # (+) where the data sets are; image_folder: the folder that holds train/ and test/ or val/
-        "DOWNLOAD": True,  # (+) fetch a missing set where its makers offer it (cifar100, flowers)
-    },
-    "CUDNN": {"BENCHMARK": True},  # time convolution algorithms first; faster, not bit-reproducible on GPUs
-    "PREC_TIME": {"WARMUP_ITER": 3, "NUM_ITER": 30},  # --mode time: steps before and while timing
-    "LAUNCH": {  # submission to a cluster
-        "MODE": "local",  # local (also under torchrun)
-        "MAX_RETRY": 3,
-        "NAME": "pycls_job",
-        "COMMENT": "",
-        "CPUS_PER_GPU": 10,
-        "MEM_PER_GPU": 60,  # GB
-        "PARTITION": "devlab",
-        "GPU_TYPE": "volta",
-        "TIME_LIMIT": 4200,  # minutes
-        "EMAIL": "",
-    },
-    "DESC": "",  # free text, printed at the start
-    "VERBOSE": True,  # write the resolved config and the model's complexity to the log
-    "NUM_GPUS": 1,  # processes on this machine, one a GPU
-    "MAX_GPUS_PER_NODE": 8,
-    "OUT_DIR": None,  # null: work_dirs/<config name>
-    "CFG_DEST": "config.yaml",  # name of the resolved config in OUT_DIR
-    "RNG_SEED": 1,  # >= 0
-    "LOG_DEST": "stdout",  # stdout: console and OUT_DIR/log.txt; file: OUT_DIR/log.txt alone
-    "LOG_PERIOD": 10,  # steps between log lines
-    "DIST_BACKEND": "nccl",  # nccl | gloo; processes without a GPU always use gloo
-    "HOST": "localhost",  # where processes of one machine meet
-    "PORT_RANGE": [10000, 65000],  # ports tried for that
-    "DOWNLOAD_CACHE": "/tmp/pycls-download-cache",  # where files given by URL are kept
-    "DEVICE": "auto",  # (+) auto | cpu | cuda | mps
-}
 
 BASE_KEY = "_BASE_"
 
@@ -187,26 +37,32 @@ class Setting(NamedTuple):
 
 
 def load_config(path: str | os.PathLike[str], opts: Sequence[str] = ()) -> CfgNode:
-    """Reads a YAML config with its `_BASE_` files and command-line overrides; validates and freezes it.
+    """Reads a YAML config with its `_BASE_` files and command-line overrides; validates and freezes
+    it.
 
     Args:
-        path: a .yaml file, or a URL of one. `_BASE_` in it is a path or a list of paths, relative to the file; later
-            files override earlier ones, the file itself overrides them all.
+        path: a .yaml file, or a URL of one. `_BASE_` in it is a path or a list of paths, relative
+            to the file; later files override earlier ones, the file itself overrides them all.
         opts: flat list KEY VALUE KEY VALUE ..., as on the command line.
 
     Raises:
-        ConfigError: unreadable file, unknown key, wrong type, value out of range, impossible combination.
+        ConfigError: unreadable file, unknown key, wrong type, value out of range, impossible
+            combination.
     """
     settings: dict[str, Setting] = {}
     for source, tree in _read_with_bases(os.fspath(path), ()):
         _collect(tree, source, settings)
     if len(opts) % 2:
-        raise ConfigError(f"Overrides come in pairs KEY VALUE; the last one, {opts[-1]!r}, has no value.")
+        raise ConfigError(
+            f"Overrides come in pairs KEY VALUE; the last one, {opts[-1]!r}, has no value."
+        )
     for key, text in zip(opts[::2], opts[1::2], strict=True):
         default = _known(key, "the command line")
         if isinstance(default, Mapping):
-            raise ConfigError(f"{key} on the command line is a section; give one of its keys, such as "
-                              f"{key}.{next(iter(default))}.")
+            raise ConfigError(
+                f"{key} on the command line is a section; give one of its keys, such as "
+                f"{key}.{next(iter(default))}."
+            )
         settings[key] = Setting(_parse(text), "the command line")
     cfg = CfgNode(_plain_copy(DEFAULTS))
     for key, setting in settings.items():
@@ -240,28 +96,37 @@ def changed_keys(old_text: str, new_text: str) -> list[str]:
 
 
 class _Loader(yaml.SafeLoader):
-    """Safe YAML (no Python objects) in which a key given twice is an error rather than silently the last."""
+    """Safe YAML (no Python objects) in which a key given twice is an error rather than silently the
+    last."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()
         for key_node, _ in node.value:
             if key_node.value in seen:
-                raise ConfigError(f"{self.name}, line {key_node.start_mark.line + 1}: the key {key_node.value!r} is given "
-                                  "twice; remove one.")
+                raise ConfigError(
+                    f"{self.name}, line {key_node.start_mark.line + 1}: the key "
+                    f"{key_node.value!r} is given "
+                    "twice; remove one."
+                )
             seen.add(key_node.value)
         return super().construct_mapping(node, deep)
 
 
 def _read_with_bases(path: str, chain: tuple[str, ...]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yields (file, tree) in the order of rising priority: bases first, depth first, then the file itself."""
+    """Yields (file, tree) in the order of rising priority: bases first, depth first, then the file
+    itself."""
     identity = path if is_url(path) else os.path.realpath(path)
     if identity in chain:
-        names = " -> ".join(_short(p) for p in (*chain[chain.index(identity):], identity))
-        raise ConfigError(f"{BASE_KEY} goes in a circle: {names}. Remove one of these {BASE_KEY} entries.")
+        names = " -> ".join(_short(p) for p in (*chain[chain.index(identity) :], identity))
+        raise ConfigError(
+            f"{BASE_KEY} goes in a circle: {names}. Remove one of these {BASE_KEY} entries."
+        )
     tree = _read_yaml(path, chain)
     bases = tree.pop(BASE_KEY, [])
     if not isinstance(bases, (str, list)) or not all(isinstance(b, str) for b in bases):
-        raise ConfigError(f"{_short(path)}: {BASE_KEY} is {bases!r}; it takes a path or a list of paths.")
+        raise ConfigError(
+            f"{_short(path)}: {BASE_KEY} is {bases!r}; it takes a path or a list of paths."
+        )
     for base in [bases] if isinstance(bases, str) else bases:
         where = urljoin(path, base) if is_url(path) else os.path.join(os.path.dirname(path), base)
         yield from _read_with_bases(base if is_url(base) else where, (*chain, identity))
@@ -271,7 +136,9 @@ def _read_with_bases(path: str, chain: tuple[str, ...]) -> Iterator[tuple[str, d
 def _read_yaml(path: str, chain: tuple[str, ...]) -> dict[str, Any]:
     via = f" (named by {BASE_KEY} in {_short(chain[-1])})" if chain else ""
     if not path.endswith((".yaml", ".yml")):
-        raise ConfigError(f"{path}{via}: configs are YAML files, named .yaml or .yml; nothing else is read.")
+        raise ConfigError(
+            f"{path}{via}: configs are YAML files, named .yaml or .yml; nothing else is read."
+        )
     try:
         with open(local_path(path, cache=DEFAULTS["DOWNLOAD_CACHE"]), encoding="utf-8") as stream:
             loader = _Loader(stream)
@@ -281,22 +148,34 @@ def _read_yaml(path: str, chain: tuple[str, ...]) -> dict[str, Any]:
                 loader.dispose()
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-        raise ConfigError(f"Cannot read the config {path}{via}: {reason}. Check the path.") from None
+        raise ConfigError(
+            f"Cannot read the config {path}{via}: {reason}. Check the path."
+        ) from None
     except yaml.YAMLError as error:
-        raise ConfigError(f"{path}{via} is not plain YAML: {' '.join(str(error).split())}") from None
+        raise ConfigError(
+            f"{path}{via} is not plain YAML: {' '.join(str(error).split())}"
+        ) from None
     if not isinstance(tree, dict | None):
-        raise ConfigError(f"{path}{via}: a config is a mapping of sections, this file holds a {type(tree).__name__}.")
+        raise ConfigError(
+            f"{path}{via}: a config is a mapping of sections, this file holds a "
+            f"{type(tree).__name__}."
+        )
     return tree or {}
 
 
-def _collect(tree: Mapping[str, Any], source: str, settings: dict[str, Setting], prefix: str = "") -> None:
-    """Flattens one file's tree into `settings`, refusing keys that the tree of defaults does not have."""
+def _collect(
+    tree: Mapping[str, Any], source: str, settings: dict[str, Setting], prefix: str = ""
+) -> None:
+    """Flattens one file's tree into `settings`, refusing keys that the tree of defaults does not
+    have."""
     for name, value in tree.items():
         key = f"{prefix}{name}"
         default = _known(key, source)
         if isinstance(default, Mapping):
             if not isinstance(value, Mapping):
-                raise ConfigError(f"{_short(source)}: {key} is a section with keys of its own, not {value!r}.")
+                raise ConfigError(
+                    f"{_short(source)}: {key} is a section with keys of its own, not {value!r}."
+                )
             _collect(value, source, settings, f"{key}.")
         else:
             settings[key] = Setting(value, source)
@@ -310,7 +189,10 @@ def _known(key: str, source: str) -> Any:
             leaves = [k for k, _ in flatten(DEFAULTS)]
             last = {leaf.rsplit(".", 1)[-1]: leaf for leaf in leaves}
             near = difflib.get_close_matches(key.upper(), leaves, 3, 0.6)
-            near += [last[n] for n in difflib.get_close_matches(key.upper().rsplit(".", 1)[-1], last, 3, 0.7)]
+            near += [
+                last[n]
+                for n in difflib.get_close_matches(key.upper().rsplit(".", 1)[-1], last, 3, 0.7)
+            ]
             hint = f" Nearest known keys: {', '.join(dict.fromkeys(near))}." if near else ""
             raise ConfigError(f"Unknown config key {key} in {_short(source)}.{hint}")
         node = node[part]
@@ -350,7 +232,10 @@ def _coerce(key: str, setting: Setting) -> Any:
         element = TYPED_LISTS[key]
         good, wanted = all(type(v) is element for v in value), f"a list of {element.__name__}"
     if not good:
-        raise ConfigError(f"{key} is {value!r} ({type(value).__name__}), set in {_short(setting.source)}; it takes {wanted}.")
+        raise ConfigError(
+            f"{key} is {value!r} ({type(value).__name__}), set in {_short(setting.source)}; it "
+            f"takes {wanted}."
+        )
     return value
 
 
@@ -368,15 +253,17 @@ def _validate(cfg: CfgNode, settings: Mapping[str, Setting]) -> None:
         ):
             near = difflib.get_close_matches(str(values[key]), choices, 1, 0.5)
             hint = f" Did you mean {near[0]}?" if near else ""
-            raise fault(key, f"allowed: {', '.join(repr(c) if c == '' else c for c in choices)}.{hint}")
+            raise fault(
+                key, f"allowed: {', '.join(repr(c) if c == '' else c for c in choices)}.{hint}"
+            )
     for key, (test, text) in RANGES.items():
         value = values[key]
         for element in value if isinstance(value, list) else [value]:
             if element is not None and not test(element):
                 raise fault(key, f"it must be {text}.")
-    for key, broken, text in COMBINATIONS:
+    for key, broken, advice in COMBINATIONS:
         if broken(values):
-            raise fault(key, text(values) if callable(text) else text)
+            raise fault(key, advice(values) if callable(advice) else advice)
 
 
 def _assign(cfg: CfgNode, key: str, value: Any) -> None:

@@ -1,7 +1,7 @@
 """What the values of the config tree may be: types of null keys, choices, ranges and combinations.
 
-Plain data over flattened keys, read by `lg.config`. A rule here is all it takes to make a setting that cannot take effect an
-error when the config is loaded.
+Plain data over flattened keys, read by `lg.config`. A rule here is all it takes to make a setting
+that cannot take effect an error when the config is loaded.
 """
 
 from __future__ import annotations
@@ -19,8 +19,21 @@ _NUMBERS = (int, float, list)
 
 # Keys that may be null, with the types they otherwise take.
 NULLABLE: dict[str, tuple[type, ...]] = {
-    **{f"TRANSFORMER.{k}": _NUMBERS for k in ("PATCH_SIZE", "PATCH_STRIDE", "PATCH_PADDING", "HIDDEN_DIM", "DEPTH", "NUM_HEADS",
-                                              "MLP_RATIO", "DROP_RATE", "DROP_PATH_RATE", "ATTENTION_DROP_RATE")},
+    **{
+        f"TRANSFORMER.{k}": _NUMBERS
+        for k in (
+            "PATCH_SIZE",
+            "PATCH_STRIDE",
+            "PATCH_PADDING",
+            "HIDDEN_DIM",
+            "DEPTH",
+            "NUM_HEADS",
+            "MLP_RATIO",
+            "DROP_RATE",
+            "DROP_PATH_RATE",
+            "ATTENTION_DROP_RATE",
+        )
+    },
     "DISTILLATION.TEACHER_WEIGHTS": (str,),
     "DISTILLATION.FEATURE_FILE": (str,),
     "OUT_DIR": (str,),
@@ -78,31 +91,102 @@ _POSITIVE = ((lambda v: math.isfinite(v) and v > 0), "greater than 0")
 _FRACTION = ((lambda v: 0 <= v < 1), "at least 0 and below 1")
 _SHARE = ((lambda v: 0 <= v <= 1), "between 0 and 1")
 _PART = ((lambda v: 0 < v <= 1), "greater than 0 and at most 1")
-_FILE_NAME = ((lambda v: bool(v) and "/" not in v and "\\" not in v), "a file name without a folder")
+_FILE_NAME = (
+    (lambda v: bool(v) and "/" not in v and "\\" not in v),
+    "a file name without a folder",
+)
 
 # key -> (test of the value or of each element, what is allowed)
 RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
-    **{key: _at_least(1) for key in (
-        "MODEL.IMG_SIZE", "MODEL.IN_CHANNELS", "MODEL.NUM_CLASSES", "CNN.DEPTH", "RESNET.NUM_GROUPS", "RESNET.WIDTH_PER_GROUP",
-        "DISTILLATION.TEACHER_IMG_SIZE", "OPTIM.MAX_EPOCH", "TRAIN.BATCH_SIZE", "TRAIN.ACCUM_STEPS", "TRAIN.KEEP_CHECKPOINTS",
-        "TEST.BATCH_SIZE", "TEST.PERIOD", "PREC_TIME.NUM_ITER", "NUM_GPUS", "MAX_GPUS_PER_NODE", "LOG_PERIOD",
-        "TRANSFORMER.PATCH_SIZE", "TRANSFORMER.PATCH_STRIDE", "TRANSFORMER.HIDDEN_DIM", "TRANSFORMER.DEPTH",
-        "TRANSFORMER.NUM_HEADS", "T2T.TOKEN_DIM", "T2T.KERNEL_SIZE", "T2T.STRIDE", "PIT.STRIDE", "PVT.SR_RATIO",
-        "CVT.KERNEL_QKV", "CVT.STRIDE_KV", "CVT.STRIDE_Q")},
-    **{key: _at_least(0) for key in (
-        "TRANSFORMER.PATCH_PADDING", "T2T.PADDING", "CVT.PADDING_KV", "CVT.PADDING_Q", "CONVIT.LOCAL_LAYERS",
-        "DISTILLATION.INTER_TEACHER_INDEX", "DISTILLATION.INTER_STUDENT_INDEX", "DISTILLATION.INTER_WEIGHT", "OPTIM.STEPS",
-        "OPTIM.MIN_LR", "OPTIM.WEIGHT_DECAY", "OPTIM.WARMUP_EPOCHS", "OPTIM.EMA_ALPHA", "OPTIM.EMA_UPDATE_PERIOD",
-        "OPTIM.CLIP_GRAD_NORM", "TRAIN.MIXUP_ALPHA", "TRAIN.CUTMIX_ALPHA", "DATA_LOADER.NUM_WORKERS",
-        "PREC_TIME.WARMUP_ITER", "RNG_SEED")},
-    **{key: _POSITIVE for key in (
-        "CNN.BN_EPS", "TRANSFORMER.LN_EPS", "TRANSFORMER.MLP_RATIO", "CONVIT.LOCALITY_STRENGTH", "DISTILLATION.LOGIT_TEMP",
-        "OPTIM.BASE_LR", "OPTIM.HEAD_LR_RATIO")},
-    **{key: _FRACTION for key in (
-        "TRANSFORMER.DROP_RATE", "TRANSFORMER.DROP_PATH_RATE", "TRANSFORMER.ATTENTION_DROP_RATE", "OPTIM.MOMENTUM",
-        "OPTIM.BETA1", "OPTIM.BETA2", "TRAIN.LABEL_SMOOTHING")},
+    **{
+        key: _at_least(1)
+        for key in (
+            "MODEL.IMG_SIZE",
+            "MODEL.IN_CHANNELS",
+            "MODEL.NUM_CLASSES",
+            "CNN.DEPTH",
+            "RESNET.NUM_GROUPS",
+            "RESNET.WIDTH_PER_GROUP",
+            "DISTILLATION.TEACHER_IMG_SIZE",
+            "OPTIM.MAX_EPOCH",
+            "TRAIN.BATCH_SIZE",
+            "TRAIN.ACCUM_STEPS",
+            "TRAIN.KEEP_CHECKPOINTS",
+            "TEST.BATCH_SIZE",
+            "TEST.PERIOD",
+            "PREC_TIME.NUM_ITER",
+            "NUM_GPUS",
+            "MAX_GPUS_PER_NODE",
+            "LOG_PERIOD",
+            "TRANSFORMER.PATCH_SIZE",
+            "TRANSFORMER.PATCH_STRIDE",
+            "TRANSFORMER.HIDDEN_DIM",
+            "TRANSFORMER.DEPTH",
+            "TRANSFORMER.NUM_HEADS",
+            "T2T.TOKEN_DIM",
+            "T2T.KERNEL_SIZE",
+            "T2T.STRIDE",
+            "PIT.STRIDE",
+            "PVT.SR_RATIO",
+            "CVT.KERNEL_QKV",
+            "CVT.STRIDE_KV",
+            "CVT.STRIDE_Q",
+        )
+    },
+    **{
+        key: _at_least(0)
+        for key in (
+            "TRANSFORMER.PATCH_PADDING",
+            "T2T.PADDING",
+            "CVT.PADDING_KV",
+            "CVT.PADDING_Q",
+            "CONVIT.LOCAL_LAYERS",
+            "DISTILLATION.INTER_TEACHER_INDEX",
+            "DISTILLATION.INTER_STUDENT_INDEX",
+            "DISTILLATION.INTER_WEIGHT",
+            "OPTIM.STEPS",
+            "OPTIM.MIN_LR",
+            "OPTIM.WEIGHT_DECAY",
+            "OPTIM.WARMUP_EPOCHS",
+            "OPTIM.EMA_ALPHA",
+            "OPTIM.EMA_UPDATE_PERIOD",
+            "OPTIM.CLIP_GRAD_NORM",
+            "TRAIN.MIXUP_ALPHA",
+            "TRAIN.CUTMIX_ALPHA",
+            "DATA_LOADER.NUM_WORKERS",
+            "PREC_TIME.WARMUP_ITER",
+            "RNG_SEED",
+        )
+    },
+    **{
+        key: _POSITIVE
+        for key in (
+            "CNN.BN_EPS",
+            "TRANSFORMER.LN_EPS",
+            "TRANSFORMER.MLP_RATIO",
+            "CONVIT.LOCALITY_STRENGTH",
+            "DISTILLATION.LOGIT_TEMP",
+            "OPTIM.BASE_LR",
+            "OPTIM.HEAD_LR_RATIO",
+        )
+    },
+    **{
+        key: _FRACTION
+        for key in (
+            "TRANSFORMER.DROP_RATE",
+            "TRANSFORMER.DROP_PATH_RATE",
+            "TRANSFORMER.ATTENTION_DROP_RATE",
+            "OPTIM.MOMENTUM",
+            "OPTIM.BETA1",
+            "OPTIM.BETA2",
+            "TRAIN.LABEL_SMOOTHING",
+        )
+    },
     **{key: _SHARE for key in ("DISTILLATION.LOGIT_WEIGHT", "OPTIM.DAMPENING", "TRAIN.HFLIP")},
-    **{key: _PART for key in ("CNN.BN_MOMENTUM", "OPTIM.LR_MULT", "OPTIM.WARMUP_FACTOR", "TRAIN.FRACTION")},
+    **{
+        key: _PART
+        for key in ("CNN.BN_MOMENTUM", "OPTIM.LR_MULT", "OPTIM.WARMUP_FACTOR", "TRAIN.FRACTION")
+    },
     "PORT_RANGE": ((lambda v: 1 <= v <= 65535), "two ports between 1 and 65535"),
     "CFG_DEST": _FILE_NAME,
 }
@@ -121,7 +205,9 @@ def _depth_needs(v: Values) -> str | None:
 
 
 def _uses_resnet(v: Values) -> bool:
-    return v["MODEL.TYPE"] == "ResNet" or (_guided(v) and v["DISTILLATION.TEACHER_MODEL"] == "ResNet")
+    return v["MODEL.TYPE"] == "ResNet" or (
+        _guided(v) and v["DISTILLATION.TEACHER_MODEL"] == "ResNet"
+    )
 
 
 def _share_per_process(v: Values) -> int:
@@ -130,61 +216,177 @@ def _share_per_process(v: Values) -> int:
 
 _OFFLINE = "DISTILLATION.OFFLINE"
 
-# (key to blame, test for a broken combination, what to do): checked in order, after every choice and range holds.
+# (key to blame, test for a broken combination, what to do): checked in order, after every choice
+# and range holds.
 COMBINATIONS: list[tuple[str, Callable[[Values], bool], str | Callable[[Values], str]]] = [
-    ("CNN.DEPTH", lambda v: _uses_resnet(v) and _depth_needs(v) is None,
-     "a ResNet has depth 6n+2 (8, 14, 20, 32, 44, 56, 110: CIFAR form) or 18, 34, 50, 101, 152 (ImageNet form)."),
-    ("RESNET.TRANS_FUN", lambda v: _uses_resnet(v) and v["RESNET.TRANS_FUN"] != _depth_needs(v),
-     lambda v: f"CNN.DEPTH {v['CNN.DEPTH']} needs {_depth_needs(v)}."),
-    ("RESNET.NUM_GROUPS", lambda v: _uses_resnet(v) and v["RESNET.TRANS_FUN"] == "basic_transform" and v["RESNET.NUM_GROUPS"] != 1,
-     "grouped convolutions exist in bottleneck blocks only: set it to 1."),
-    ("RESNET.WIDTH_PER_GROUP", lambda v: _uses_resnet(v) and v["RESNET.TRANS_FUN"] == "basic_transform"
-     and v["RESNET.WIDTH_PER_GROUP"] != 64, "it widens bottleneck blocks only: set it to 64."),
-    ("MODEL.BLOCKS", lambda v: bool(v["MODEL.BLOCKS"]) and not v["MODEL.TYPE"].startswith("timm/"),
-     "only timm/NAME models take block names; the others know their blocks: set it to []."),
-    ("DISTILLATION.INTER_STUDENT_INDEX", lambda v: v["DISTILLATION.ENABLE_INTER"] and not v["DISTILLATION.INTER_STUDENT_INDEX"],
-     "DISTILLATION.ENABLE_INTER needs at least one block to guide, such as [0, 6, 11], and as many guide stages."),
-    ("DISTILLATION.INTER_TEACHER_INDEX", lambda v: v["DISTILLATION.ENABLE_INTER"]
-     and len(v["DISTILLATION.INTER_TEACHER_INDEX"]) != len(v["DISTILLATION.INTER_STUDENT_INDEX"]),
-     lambda v: "it pairs one to one with DISTILLATION.INTER_STUDENT_INDEX, which has "
-     f"{len(v['DISTILLATION.INTER_STUDENT_INDEX'])} entries."),
-    ("DISTILLATION.INTER_STUDENT_INDEX", lambda v: v["DISTILLATION.ENABLE_INTER"]
-     and len(set(v["DISTILLATION.INTER_STUDENT_INDEX"])) != len(v["DISTILLATION.INTER_STUDENT_INDEX"]),
-     "each student block can be guided once: remove the repeated entry."),
-    ("DISTILLATION.LOGIT_TEMP", lambda v: v["DISTILLATION.ENABLE_LOGIT"] and v["DISTILLATION.LOGIT_LOSS"] == "hard"
-     and v["DISTILLATION.LOGIT_TEMP"] != 1, "hard targets have no temperature: set it to 1 or DISTILLATION.LOGIT_LOSS to soft."),
-    (_OFFLINE, lambda v: v[_OFFLINE] and not v["DISTILLATION.ENABLE_INTER"],
-     "stored features serve DISTILLATION.ENABLE_INTER, which is False: switch that on or this off."),
-    (_OFFLINE, lambda v: v[_OFFLINE] and not v["DISTILLATION.FEATURE_FILE"],
-     "DISTILLATION.FEATURE_FILE must name the stored features."),
-    (_OFFLINE, lambda v: v[_OFFLINE] and v["DISTILLATION.ENABLE_LOGIT"],
-     "the guide's class scores are not stored: set DISTILLATION.ENABLE_LOGIT False, or this False."),
-    (_OFFLINE, lambda v: v[_OFFLINE] and v["DISTILLATION.TEACHER_BN"] == "batch",
-     "stored features cannot follow the statistics of each batch: set DISTILLATION.TEACHER_BN eval, or this False."),
-    (_OFFLINE, lambda v: v[_OFFLINE] and (v["TRAIN.MIXUP_ALPHA"] > 0 or v["TRAIN.CUTMIX_ALPHA"] > 0),
-     "the features of a mixed image are not those of its parts: set TRAIN.MIXUP_ALPHA and TRAIN.CUTMIX_ALPHA 0, or this False."),
-    ("OPTIM.MIN_LR", lambda v: v["OPTIM.LR_POLICY"] != "steps" and v["OPTIM.MIN_LR"] > v["OPTIM.BASE_LR"],
-     lambda v: f"it must not exceed OPTIM.BASE_LR {v['OPTIM.BASE_LR']}."),
-    ("OPTIM.MIN_LR", lambda v: v["OPTIM.LR_POLICY"] == "exp" and v["OPTIM.MIN_LR"] <= 0,
-     "OPTIM.LR_POLICY exp falls to MIN_LR by equal factors and needs it above 0."),
-    ("OPTIM.STEPS", lambda v: v["OPTIM.LR_POLICY"] == "steps" and not v["OPTIM.STEPS"],
-     "OPTIM.LR_POLICY steps needs the epochs of its steps, such as [100, 150]."),
+    (
+        "CNN.DEPTH",
+        lambda v: _uses_resnet(v) and _depth_needs(v) is None,
+        "a ResNet has depth 6n+2 (8, 14, 20, 32, 44, 56, 110: CIFAR form) or 18, 34, 50, 101, 152 "
+        "(ImageNet form).",
+    ),
+    (
+        "RESNET.TRANS_FUN",
+        lambda v: _uses_resnet(v) and v["RESNET.TRANS_FUN"] != _depth_needs(v),
+        lambda v: f"CNN.DEPTH {v['CNN.DEPTH']} needs {_depth_needs(v)}.",
+    ),
+    (
+        "RESNET.NUM_GROUPS",
+        lambda v: (
+            _uses_resnet(v)
+            and v["RESNET.TRANS_FUN"] == "basic_transform"
+            and v["RESNET.NUM_GROUPS"] != 1
+        ),
+        "grouped convolutions exist in bottleneck blocks only: set it to 1.",
+    ),
+    (
+        "RESNET.WIDTH_PER_GROUP",
+        lambda v: (
+            _uses_resnet(v)
+            and v["RESNET.TRANS_FUN"] == "basic_transform"
+            and v["RESNET.WIDTH_PER_GROUP"] != 64
+        ),
+        "it widens bottleneck blocks only: set it to 64.",
+    ),
+    (
+        "MODEL.BLOCKS",
+        lambda v: bool(v["MODEL.BLOCKS"]) and not v["MODEL.TYPE"].startswith("timm/"),
+        "only timm/NAME models take block names; the others know their blocks: set it to [].",
+    ),
+    (
+        "DISTILLATION.INTER_STUDENT_INDEX",
+        lambda v: v["DISTILLATION.ENABLE_INTER"] and not v["DISTILLATION.INTER_STUDENT_INDEX"],
+        "DISTILLATION.ENABLE_INTER needs at least one block to guide, such as [0, 6, 11], and as "
+        "many guide stages.",
+    ),
+    (
+        "DISTILLATION.INTER_TEACHER_INDEX",
+        lambda v: (
+            v["DISTILLATION.ENABLE_INTER"]
+            and len(v["DISTILLATION.INTER_TEACHER_INDEX"])
+            != len(v["DISTILLATION.INTER_STUDENT_INDEX"])
+        ),
+        lambda v: (
+            "it pairs one to one with DISTILLATION.INTER_STUDENT_INDEX, which has "
+            f"{len(v['DISTILLATION.INTER_STUDENT_INDEX'])} entries."
+        ),
+    ),
+    (
+        "DISTILLATION.INTER_STUDENT_INDEX",
+        lambda v: (
+            v["DISTILLATION.ENABLE_INTER"]
+            and len(set(v["DISTILLATION.INTER_STUDENT_INDEX"]))
+            != len(v["DISTILLATION.INTER_STUDENT_INDEX"])
+        ),
+        "each student block can be guided once: remove the repeated entry.",
+    ),
+    (
+        "DISTILLATION.LOGIT_TEMP",
+        lambda v: (
+            v["DISTILLATION.ENABLE_LOGIT"]
+            and v["DISTILLATION.LOGIT_LOSS"] == "hard"
+            and v["DISTILLATION.LOGIT_TEMP"] != 1
+        ),
+        "hard targets have no temperature: set it to 1 or DISTILLATION.LOGIT_LOSS to soft.",
+    ),
+    (
+        _OFFLINE,
+        lambda v: v[_OFFLINE] and not v["DISTILLATION.ENABLE_INTER"],
+        "stored features serve DISTILLATION.ENABLE_INTER, which is False: switch that on or this "
+        "off.",
+    ),
+    (
+        _OFFLINE,
+        lambda v: v[_OFFLINE] and not v["DISTILLATION.FEATURE_FILE"],
+        "DISTILLATION.FEATURE_FILE must name the stored features.",
+    ),
+    (
+        _OFFLINE,
+        lambda v: v[_OFFLINE] and v["DISTILLATION.ENABLE_LOGIT"],
+        "the guide's class scores are not stored: set DISTILLATION.ENABLE_LOGIT False, or this "
+        "False.",
+    ),
+    (
+        _OFFLINE,
+        lambda v: v[_OFFLINE] and v["DISTILLATION.TEACHER_BN"] == "batch",
+        "stored features cannot follow the statistics of each batch: set DISTILLATION.TEACHER_BN "
+        "eval, or this False.",
+    ),
+    (
+        _OFFLINE,
+        lambda v: v[_OFFLINE] and (v["TRAIN.MIXUP_ALPHA"] > 0 or v["TRAIN.CUTMIX_ALPHA"] > 0),
+        "the features of a mixed image are not those of its parts: set TRAIN.MIXUP_ALPHA and "
+        "TRAIN.CUTMIX_ALPHA 0, or this False.",
+    ),
+    (
+        "OPTIM.MIN_LR",
+        lambda v: v["OPTIM.LR_POLICY"] != "steps" and v["OPTIM.MIN_LR"] > v["OPTIM.BASE_LR"],
+        lambda v: f"it must not exceed OPTIM.BASE_LR {v['OPTIM.BASE_LR']}.",
+    ),
+    (
+        "OPTIM.MIN_LR",
+        lambda v: v["OPTIM.LR_POLICY"] == "exp" and v["OPTIM.MIN_LR"] <= 0,
+        "OPTIM.LR_POLICY exp falls to MIN_LR by equal factors and needs it above 0.",
+    ),
+    (
+        "OPTIM.STEPS",
+        lambda v: v["OPTIM.LR_POLICY"] == "steps" and not v["OPTIM.STEPS"],
+        "OPTIM.LR_POLICY steps needs the epochs of its steps, such as [100, 150].",
+    ),
     ("OPTIM.STEPS", lambda v: v["OPTIM.STEPS"] != sorted(set(v["OPTIM.STEPS"])), "it must rise."),
-    ("OPTIM.STEPS", lambda v: v["OPTIM.LR_POLICY"] != "steps" and bool(v["OPTIM.STEPS"]),
-     "it has no effect unless OPTIM.LR_POLICY is steps: set that, or this to []."),
-    ("OPTIM.WARMUP_EPOCHS", lambda v: v["OPTIM.WARMUP_EPOCHS"] > v["OPTIM.MAX_EPOCH"],
-     lambda v: f"it must not exceed OPTIM.MAX_EPOCH {v['OPTIM.MAX_EPOCH']}."),
-    ("OPTIM.NESTEROV", lambda v: v["OPTIM.OPTIMIZER"] == "sgd" and v["OPTIM.NESTEROV"]
-     and (v["OPTIM.MOMENTUM"] == 0 or v["OPTIM.DAMPENING"] != 0),
-     "Nesterov momentum needs OPTIM.MOMENTUM above 0 and OPTIM.DAMPENING 0: change those, or set this False."),
-    ("OPTIM.EMA_ALPHA", lambda v: v["OPTIM.EMA_UPDATE_PERIOD"] > 0 and v["OPTIM.EMA_ALPHA"] == 0,
-     "a weight average that never moves: raise it, or set OPTIM.EMA_UPDATE_PERIOD 0."),
-    ("TRAIN.AMP_DTYPE", lambda v: v["TRAIN.AMP_DTYPE"] != "auto" and not v["TRAIN.MIXED_PRECISION"],
-     "it has no effect unless TRAIN.MIXED_PRECISION is True: set that, or this to auto."),
-    ("TRAIN.BATCH_SIZE", lambda v: v["TRAIN.BATCH_SIZE"] % _share_per_process(v) != 0,
-     lambda v: f"it must be a multiple of NUM_GPUS x TRAIN.ACCUM_STEPS = {_share_per_process(v)}."),
-    ("TEST.BATCH_SIZE", lambda v: v["TEST.BATCH_SIZE"] < v["NUM_GPUS"], lambda v: f"it must be at least NUM_GPUS {v['NUM_GPUS']}."),
-    ("NUM_GPUS", lambda v: v["NUM_GPUS"] > v["MAX_GPUS_PER_NODE"],
-     lambda v: f"it must not exceed MAX_GPUS_PER_NODE {v['MAX_GPUS_PER_NODE']}; for several machines use torchrun."),
-    ("PORT_RANGE", lambda v: len(v["PORT_RANGE"]) != 2 or v["PORT_RANGE"][0] > v["PORT_RANGE"][1], "it takes [first, last]."),
+    (
+        "OPTIM.STEPS",
+        lambda v: v["OPTIM.LR_POLICY"] != "steps" and bool(v["OPTIM.STEPS"]),
+        "it has no effect unless OPTIM.LR_POLICY is steps: set that, or this to [].",
+    ),
+    (
+        "OPTIM.WARMUP_EPOCHS",
+        lambda v: v["OPTIM.WARMUP_EPOCHS"] > v["OPTIM.MAX_EPOCH"],
+        lambda v: f"it must not exceed OPTIM.MAX_EPOCH {v['OPTIM.MAX_EPOCH']}.",
+    ),
+    (
+        "OPTIM.NESTEROV",
+        lambda v: (
+            v["OPTIM.OPTIMIZER"] == "sgd"
+            and v["OPTIM.NESTEROV"]
+            and (v["OPTIM.MOMENTUM"] == 0 or v["OPTIM.DAMPENING"] != 0)
+        ),
+        "Nesterov momentum needs OPTIM.MOMENTUM above 0 and OPTIM.DAMPENING 0: change those, or "
+        "set this False.",
+    ),
+    (
+        "OPTIM.EMA_ALPHA",
+        lambda v: v["OPTIM.EMA_UPDATE_PERIOD"] > 0 and v["OPTIM.EMA_ALPHA"] == 0,
+        "a weight average that never moves: raise it, or set OPTIM.EMA_UPDATE_PERIOD 0.",
+    ),
+    (
+        "TRAIN.AMP_DTYPE",
+        lambda v: v["TRAIN.AMP_DTYPE"] != "auto" and not v["TRAIN.MIXED_PRECISION"],
+        "it has no effect unless TRAIN.MIXED_PRECISION is True: set that, or this to auto.",
+    ),
+    (
+        "TRAIN.BATCH_SIZE",
+        lambda v: v["TRAIN.BATCH_SIZE"] % _share_per_process(v) != 0,
+        lambda v: (
+            f"it must be a multiple of NUM_GPUS x TRAIN.ACCUM_STEPS = {_share_per_process(v)}."
+        ),
+    ),
+    (
+        "TEST.BATCH_SIZE",
+        lambda v: v["TEST.BATCH_SIZE"] < v["NUM_GPUS"],
+        lambda v: f"it must be at least NUM_GPUS {v['NUM_GPUS']}.",
+    ),
+    (
+        "NUM_GPUS",
+        lambda v: v["NUM_GPUS"] > v["MAX_GPUS_PER_NODE"],
+        lambda v: (
+            f"it must not exceed MAX_GPUS_PER_NODE {v['MAX_GPUS_PER_NODE']}; for several machines "
+            f"use torchrun."
+        ),
+    ),
+    (
+        "PORT_RANGE",
+        lambda v: len(v["PORT_RANGE"]) != 2 or v["PORT_RANGE"][0] > v["PORT_RANGE"][1],
+        "it takes [first, last].",
+    ),
 ]

@@ -21,12 +21,21 @@ def select_device(kind: str, *, local_rank: int = 0) -> torch.device:
         ValueError: the device asked for is not there, or there are fewer GPUs than processes.
     """
     if kind == "auto":
-        kind = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        kind = (
+            "cuda"
+            if torch.cuda.is_available()
+            else "mps"
+            if torch.backends.mps.is_available()
+            else "cpu"
+        )
     if kind == "cuda":
         count = torch.cuda.device_count()
         if local_rank >= count:
-            raise ValueError(f"Process {local_rank} of this machine needs a GPU of its own, but torch sees {count}: lower NUM_GPUS, "
-                             "or set DEVICE cpu.")
+            raise ValueError(
+                f"Process {local_rank} of this machine needs a GPU of its own, but torch sees "
+                f"{count}: lower NUM_GPUS, "
+                "or set DEVICE cpu."
+            )
         torch.cuda.set_device(local_rank)
         return torch.device("cuda", local_rank)
     if kind == "mps" and not torch.backends.mps.is_available():
@@ -48,10 +57,14 @@ class Precision:
         self.dtype: torch.dtype | None = None
         if mixed:
             if dtype == "auto":
-                native = device.type == "cpu" or (device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0))
+                native = device.type == "cpu" or (
+                    device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+                )
                 dtype = "bf16" if native else "fp16"
             if dtype == "fp16" and device.type == "cpu":
-                raise ValueError("TRAIN.AMP_DTYPE is fp16, which CPUs do not train in: set it to bf16 or auto.")
+                raise ValueError(
+                    "TRAIN.AMP_DTYPE is fp16, which CPUs do not train in: set it to bf16 or auto."
+                )
             self.dtype = torch.bfloat16 if dtype == "bf16" else torch.float16
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype == torch.float16)
 
@@ -74,7 +87,8 @@ def synchronize(device: torch.device) -> None:
 
 
 def peak_memory_mb(device: torch.device) -> int:
-    """Peak memory in MB (1024^2 bytes): allocated on the GPU, or resident of this process on a CPU."""
+    """Peak memory in MB (1024^2 bytes): allocated on the GPU, or resident of this process on a
+    CPU."""
     if device.type == "cuda":
         return int(torch.cuda.max_memory_allocated(device) / 1024**2)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes on macOS, KiB elsewhere

@@ -1,6 +1,7 @@
 """Processes: who am I, how many are we, and sums over all of us.
 
-The world comes from torchrun's environment if it is there; else `launch` starts one process a GPU on this machine.
+The world comes from torchrun's environment if it is there; else `launch` starts one process a GPU
+on this machine.
 """
 
 from __future__ import annotations
@@ -31,21 +32,33 @@ class World(NamedTuple):
 
 
 def launch(
-    entry: Callable[..., None], args: tuple[Any, ...], *, num_processes: int, host: str, port_range: tuple[int, int]
+    entry: Callable[..., None],
+    args: tuple[Any, ...],
+    *,
+    num_processes: int,
+    host: str,
+    port_range: tuple[int, int],
 ) -> None:
-    """Runs `entry(*args)` in `num_processes` processes, or right here when there is one or torchrun started us."""
+    """Runs `entry(*args)` in `num_processes` processes, or right here when there is one or torchrun
+    started us."""
     if num_processes == 1 or "RANK" in os.environ:
         entry(*args)
         return
     environment = {"MASTER_ADDR": host, "MASTER_PORT": str(_free_port(host, port_range))}
     try:
-        mp.start_processes(_child, (entry, args, num_processes, environment), nprocs=num_processes, start_method="spawn")
+        mp.start_processes(
+            _child,
+            (entry, args, num_processes, environment),
+            nprocs=num_processes,
+            start_method="spawn",
+        )
     except mp.ProcessExitedException as error:  # it has said why itself
         sys.exit(error.exit_code)
 
 
 def join(*, backend: str) -> World:
-    """Joins the process group that the environment describes; a world of one without such an environment.
+    """Joins the process group that the environment describes; a world of one without such an
+    environment.
 
     Args:
         backend: nccl or gloo; gloo is used where there is no GPU.
@@ -54,7 +67,9 @@ def join(*, backend: str) -> World:
         return World()
     if not dist.is_initialized():
         dist.init_process_group(backend if torch.cuda.is_available() else "gloo")
-    return World(dist.get_rank(), dist.get_world_size(), int(os.environ.get("LOCAL_RANK", dist.get_rank())))
+    return World(
+        dist.get_rank(), dist.get_world_size(), int(os.environ.get("LOCAL_RANK", dist.get_rank()))
+    )
 
 
 def leave() -> None:
@@ -71,7 +86,8 @@ def sum_over_processes(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def gather_objects(value: Any) -> list[Any]:
-    """The values of all processes, in rank order; the main process alone gets them, others an empty list."""
+    """The values of all processes, in rank order; the main process alone gets them, others an empty
+    list."""
     if not dist.is_initialized():
         return [value]
     gathered: list[Any] = [None] * dist.get_world_size()
@@ -93,7 +109,13 @@ def barrier() -> None:
         dist.barrier()
 
 
-def _child(rank: int, entry: Callable[..., None], args: tuple[Any, ...], size: int, environment: dict[str, str]) -> None:
+def _child(
+    rank: int,
+    entry: Callable[..., None],
+    args: tuple[Any, ...],
+    size: int,
+    environment: dict[str, str],
+) -> None:
     os.environ.update(environment, RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size))
     try:
         entry(*args)
@@ -102,8 +124,11 @@ def _child(rank: int, entry: Callable[..., None], args: tuple[Any, ...], size: i
 
 
 def _free_port(host: str, port_range: tuple[int, int]) -> int:
-    """A port of the range that nothing listens on, drawn without touching the run's random streams."""
-    for port in random.SystemRandom().sample(range(port_range[0], port_range[1] + 1), min(100, port_range[1] - port_range[0] + 1)):
+    """A port of the range that nothing listens on, drawn without touching the run's random
+    streams."""
+    for port in random.SystemRandom().sample(
+        range(port_range[0], port_range[1] + 1), min(100, port_range[1] - port_range[0] + 1)
+    ):
         with socket.socket() as probe:
             try:
                 probe.bind((host, port))

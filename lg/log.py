@@ -1,4 +1,5 @@
-"""What a run shows and keeps: console, `log.txt` with json_stats lines, TensorBoard. Only the main process speaks."""
+"""What a run shows and keeps: console, `log.txt` with json_stats lines, TensorBoard. Only the main
+process speaks."""
 
 from __future__ import annotations
 
@@ -15,8 +16,11 @@ TAG = "json_stats: "
 
 
 def json_line(kind: str, stats: Mapping[str, Any]) -> str:
-    """One `json_stats: {...}` line: sorted keys, floats to 4 decimals (below 1, to 4 significant digits)."""
-    return TAG + simplejson.dumps({**_decimals(stats), "_type": kind}, sort_keys=True, use_decimal=True)
+    """One `json_stats: {...}` line: sorted keys, floats to 4 decimals (below 1, to 4 significant
+    digits)."""
+    return TAG + simplejson.dumps(
+        {**_decimals(stats), "_type": kind}, sort_keys=True, use_decimal=True
+    )
 
 
 def read_json_lines(path: str | Path) -> list[dict[str, Any]]:
@@ -28,11 +32,18 @@ def read_json_lines(path: str | Path) -> list[dict[str, Any]]:
 class RunLog:
     """Console, log file and TensorBoard of one run.
 
-    The file is appended to. TensorBoard points beyond `first_step`, left by a run that went on from an earlier checkpoint, are
-    hidden.
+    The file is appended to. TensorBoard points beyond `first_step`, left by a run that went on from
+    an earlier checkpoint, are hidden.
     """
 
-    def __init__(self, out_dir: str | Path, *, enabled: bool = True, console: bool = True, file_name: str = "log.txt") -> None:
+    def __init__(
+        self,
+        out_dir: str | Path,
+        *,
+        enabled: bool = True,
+        console: bool = True,
+        file_name: str = "log.txt",
+    ) -> None:
         """Opens the log file.
 
         Args:
@@ -49,10 +60,12 @@ class RunLog:
         self.enabled = enabled
         if enabled:
             self.out_dir.mkdir(parents=True, exist_ok=True)
-            self._file = open(self.out_dir / file_name, "a", encoding="utf-8", buffering=1)
+            path = self.out_dir / file_name
+            self._file = path.open("a", encoding="utf-8", buffering=1)
 
     def open_board(self, first_step: int) -> None:
-        """Starts TensorBoard; steps from `first_step` on of earlier runs in the folder are hidden."""
+        """Starts TensorBoard; steps from `first_step` on of earlier runs in the folder are
+        hidden."""
         if self.enabled:
             from torch.utils.tensorboard import SummaryWriter  # slow to import
 
@@ -85,10 +98,13 @@ class RunLog:
     def start_bar(self, title: str, *, total: int, done: int = 0) -> None:
         """Shows a progress bar where the console is a terminal."""
         if self.console and sys.stderr.isatty():
-            self._bar = tqdm(total=total, initial=done, desc=title, leave=False, dynamic_ncols=True, unit="step")
+            self._bar = tqdm(
+                total=total, initial=done, desc=title, leave=False, dynamic_ncols=True, unit="step"
+            )
 
     def advance(self, summary: str | None = None) -> None:
-        """One step done; `summary`, when given, stands beside the bar, or on a line of its own where there is no bar."""
+        """One step done; `summary`, when given, stands beside the bar, or on a line of its own
+        where there is no bar."""
         if self._bar is not None:
             self._bar.update()
             if summary:

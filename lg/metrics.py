@@ -50,11 +50,18 @@ class EvalResult:
         rows = counts.tolist()
         count, top1, top5 = (sum(column) for column in zip(*rows, strict=True))
         accuracies = [100 * r[1] / r[0] if r[0] else math.nan for r in rows]
-        return cls(100 - 100 * top1 / count, 100 - 100 * top5 / count, count, [r[0] for r in rows], accuracies)
+        return cls(
+            100 - 100 * top1 / count,
+            100 - 100 * top5 / count,
+            count,
+            [r[0] for r in rows],
+            accuracies,
+        )
 
 
 class TrainMeter:
-    """Losses and errors of an epoch: rows stay on the device until a log point reads them all at once."""
+    """Losses and errors of an epoch: rows stay on the device until a log point reads them all at
+    once."""
 
     def __init__(self) -> None:
         self._pending: list[Tensor] = []
@@ -82,14 +89,20 @@ class TrainMeter:
         rows = torch.stack(self._pending).tolist()
         self._pending.clear()
         for offset, row in enumerate(rows, start=step - len(rows) + 1):
-            bad = [f"{t} = {v}" for t, v in zip(LOSS_TERMS, row[: len(LOSS_TERMS)], strict=True) if not math.isfinite(v)]
+            bad = [
+                f"{t} = {v}"
+                for t, v in zip(LOSS_TERMS, row[: len(LOSS_TERMS)], strict=True)
+                if not math.isfinite(v)
+            ]
             if bad:
                 raise NonFiniteLossError(
-                    f"The loss is not finite in epoch {epoch + 1}, step {offset}: {', '.join(bad)}. Training stops; the last "
-                    "checkpoint is from before. Lower OPTIM.BASE_LR, lengthen OPTIM.WARMUP_EPOCHS, set OPTIM.CLIP_GRAD_NORM, "
+                    f"The loss is not finite in epoch {epoch + 1}, step {offset}: "
+                    f"{', '.join(bad)}. Training stops; the last "
+                    "checkpoint is from before. Lower OPTIM.BASE_LR, lengthen "
+                    "OPTIM.WARMUP_EPOCHS, set OPTIM.CLIP_GRAD_NORM, "
                     "or set TRAIN.MIXED_PRECISION False."
                 )
-            weighted = [v * row[-1] for v in row[: len(LOSS_TERMS)]] + row[len(LOSS_TERMS):]
+            weighted = [v * row[-1] for v in row[: len(LOSS_TERMS)]] + row[len(LOSS_TERMS) :]
             self._totals = [a + b for a, b in zip(self._totals, weighted, strict=True)]
             self._window.append(weighted)
 
@@ -120,4 +133,8 @@ def _means(totals: Sequence[float]) -> dict[str, float]:
     sums = dict(zip(COLUMNS, totals, strict=True))
     count = sums["count"]
     means = {term: sums[term] / count for term in LOSS_TERMS}
-    return {**means, "top1_err": 100 * sums["top1_wrong"] / count, "top5_err": 100 * sums["top5_wrong"] / count}
+    return {
+        **means,
+        "top1_err": 100 * sums["top1_wrong"] / count,
+        "top5_err": 100 * sums["top5_wrong"] / count,
+    }

@@ -13,12 +13,17 @@ NO_DECAY_TOKENS = ("cls_token", "pos_embed", "dist_token", "distill_token")
 
 
 def parameter_groups(
-    named_parameters: Iterable[tuple[str, nn.Parameter]], *, head_names: set[str], weight_decay: float, head_lr_ratio: float = 1.0
+    named_parameters: Iterable[tuple[str, nn.Parameter]],
+    *,
+    head_names: set[str],
+    weight_decay: float,
+    head_lr_ratio: float = 1.0,
 ) -> list[dict[str, Any]]:
     """Splits parameters into head and body, each with and without weight decay.
 
-    Not decayed: biases, norms and other vectors, class and distillation tokens, position embeddings. Projection heads of the
-    guidance count as body. Frozen parameters are left out, empty groups too.
+    Not decayed: biases, norms and other vectors, class and distillation tokens, position
+    embeddings. Projection heads of the guidance count as body. Frozen parameters are left out,
+    empty groups too.
 
     Args:
         named_parameters: names and parameters of all that is trained.
@@ -27,21 +32,28 @@ def parameter_groups(
         head_lr_ratio: learning rate of the head over that of the body.
 
     Returns:
-        Groups for a torch optimiser, with the extra entries `name`, `parameter_names` and `lr_ratio`.
+        Groups for a torch optimiser, with the extra entries `name`, `parameter_names` and
+        `lr_ratio`.
     """
     groups: dict[str, dict[str, Any]] = {}
     for part in ("head", "body"):
         for kind, decay in (("no_decay", 0.0), ("decay", weight_decay)):
             ratio = head_lr_ratio if part == "head" else 1.0
             groups[f"{part}_{kind}"] = dict(
-                params=[], parameter_names=[], name=f"{part}_{kind}", weight_decay=decay, lr_ratio=ratio
+                params=[],
+                parameter_names=[],
+                name=f"{part}_{kind}",
+                weight_decay=decay,
+                lr_ratio=ratio,
             )
     for name, parameter in named_parameters:
         if not parameter.requires_grad:
             continue
         last = name.rsplit(".", 1)[-1]
         plain = parameter.ndim <= 1 or last == "bias" or last.startswith(NO_DECAY_TOKENS)
-        group = groups[f"{'head' if name in head_names else 'body'}_{'no_decay' if plain else 'decay'}"]
+        group = groups[
+            f"{'head' if name in head_names else 'body'}_{'no_decay' if plain else 'decay'}"
+        ]
         group["params"].append(parameter)
         group["parameter_names"].append(name)
     return [g for g in groups.values() if g["params"]]
@@ -59,7 +71,9 @@ def make_optimizer(
 ) -> torch.optim.Optimizer:
     """SGD, Adam (L2 in the gradient) or AdamW (decoupled decay) over the groups."""
     if kind == "sgd":
-        return torch.optim.SGD(groups, lr=lr, momentum=momentum, dampening=dampening, nesterov=nesterov)
+        return torch.optim.SGD(
+            groups, lr=lr, momentum=momentum, dampening=dampening, nesterov=nesterov
+        )
     if kind == "adam":
         return torch.optim.Adam(groups, lr=lr, betas=betas)
     if kind == "adamw":
@@ -70,8 +84,8 @@ def make_optimizer(
 class LearningRate:
     """The learning rate of each epoch: a pure function of the epoch, so there is no state to save.
 
-    During warm-up it rises linearly from `warmup_factor * base_lr` to `base_lr`; the policy counts epochs from 0 regardless
-    of the warm-up.
+    During warm-up it rises linearly from `warmup_factor * base_lr` to `base_lr`; the policy counts
+    epochs from 0 regardless of the warm-up.
     """
 
     def __init__(
@@ -87,7 +101,9 @@ class LearningRate:
         warmup_epochs: int = 0,
     ) -> None:
         if policy not in ("cos", "lin", "exp", "steps"):
-            raise ValueError(f"The learning-rate policy is {policy!r}; allowed: cos, lin, exp, steps.")
+            raise ValueError(
+                f"The learning-rate policy is {policy!r}; allowed: cos, lin, exp, steps."
+            )
         self.policy, self.base_lr, self.max_epoch, self.min_lr = policy, base_lr, max_epoch, min_lr
         self.steps, self.lr_mult = tuple(steps), lr_mult
         self.warmup_factor, self.warmup_epochs = warmup_factor, warmup_epochs
@@ -107,7 +123,8 @@ class LearningRate:
         return self.base_lr * self.lr_mult ** sum(0 < s <= epoch for s in self.steps)
 
     def apply(self, optimizer: torch.optim.Optimizer, epoch: int) -> float:
-        """Sets the learning rate of an epoch in every group (times its `lr_ratio`) and returns it."""
+        """Sets the learning rate of an epoch in every group (times its `lr_ratio`) and returns
+        it."""
         lr = self.at(epoch)
         for group in optimizer.param_groups:
             group["lr"] = lr * group["lr_ratio"]
@@ -117,13 +134,17 @@ class LearningRate:
 class WeightAverage:
     """Exponential moving average of a model's weights and buffers, kept as a second set of tensors.
 
-    Every `period` optimiser steps: average += step * (weights - average). While `warming` the weights are copied. The step is
-    min(1, alpha * batch_size / max_epoch * period), so that its effect changes little with these settings.
+    Every `period` optimiser steps: average += step * (weights - average). While `warming` the
+    weights are copied. The step is min(1, alpha * batch_size / max_epoch * period), so that its
+    effect changes little with these settings.
 
-    Source: pycls's EMA, whose keys (EMA_ALPHA, EMA_UPDATE_PERIOD) this project keeps; timm's takes a fixed decay instead.
+    Source: pycls's EMA, whose keys (EMA_ALPHA, EMA_UPDATE_PERIOD) this project keeps; timm's takes
+    a fixed decay instead.
     """
 
-    def __init__(self, model: nn.Module, *, alpha: float, period: int, batch_size: int, max_epoch: int) -> None:
+    def __init__(
+        self, model: nn.Module, *, alpha: float, period: int, batch_size: int, max_epoch: int
+    ) -> None:
         self.period = period
         self.step = min(1.0, alpha * batch_size / max_epoch * period)
         self._source = model.state_dict(keep_vars=True)
@@ -140,11 +161,15 @@ class WeightAverage:
                 value.copy_(self._source[key])
         if not warming:
             averages = [self.state[k] for k in self._floats]
-            torch._foreach_lerp_(averages, [self._source[k].detach() for k in self._floats], self.step)
+            torch._foreach_lerp_(
+                averages, [self._source[k].detach() for k in self._floats], self.step
+            )
 
     def load(self, state: dict[str, Tensor]) -> None:
         """Copies a saved average in; the keys must be the same."""
         if set(state) != set(self.state):
-            raise ValueError(f"The saved weight average differs in {sorted(set(state) ^ set(self.state))[:3]}.")
+            raise ValueError(
+                f"The saved weight average differs in {sorted(set(state) ^ set(self.state))[:3]}."
+            )
         for key, value in self.state.items():
             value.copy_(state[key])

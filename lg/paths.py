@@ -25,7 +25,10 @@ def local_path(path: str, *, cache: str) -> str:
     """
     if not is_url(path):
         return os.path.expanduser(path)
-    from iopath.common.file_io import HTTPURLHandler, PathManager  # only when there is something to fetch
+    from iopath.common.file_io import (
+        HTTPURLHandler,
+        PathManager,
+    )  # only when there is something to fetch
 
     manager = PathManager()
     manager.register_handler(HTTPURLHandler())

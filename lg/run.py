@@ -1,4 +1,5 @@
-"""The state of a training run, all of it explicit: what it consists of, how far it is, how it is saved and taken up again."""
+"""The state of a training run, all of it explicit: what it consists of, how far it is, how it is
+saved and taken up again."""
 
 from __future__ import annotations
 
@@ -20,23 +21,23 @@ from lg.log import RunLog
 from lg.metrics import TrainMeter
 from lg.models.published import load_published_state_dict, published_name, published_state_dict
 from lg.optim import LearningRate, WeightAverage
+from lg.progress import Progress
 from lg.report import Reporter
 
-UNKNOWN_ERR = 100.0
 
+@dataclass(frozen=True)
+class Settings:
+    """Numbers of the loop."""
 
-@dataclass
-class Progress:
-    """How far a run is and what it has reached; errors are percent."""
-
-    epoch: int = 0  # epochs done
-    step: int = 0  # steps done in the epoch under way
-    test_err: float = UNKNOWN_ERR  # top-1, last test
-    ema_err: float = UNKNOWN_ERR
-    best_err: float = float("inf")  # the least of both over all tests
-    test_count: int = 0  # images in the test split
-    # Least errors so far: {"test" | "ema": {"top1_err", "top5_err", "epoch" (of the least top1_err, from 1)}}
-    best: dict[str, dict[str, float]] = field(default_factory=dict)
+    max_epoch: int
+    warmup_epochs: int  # in which the weight average copies the weights
+    test_period: int  # epochs between tests
+    log_period: int  # steps between log points
+    accum_steps: int  # micro-batches a batch
+    clip_norm: float  # largest gradient norm; 0: any
+    seed: int
+    num_classes: int
+    config_text: str  # YAML, kept in checkpoints
 
 
 @dataclass
@@ -44,7 +45,9 @@ class Run:
     """Everything a training run consists of."""
 
     guided: GuidedStudent
-    module: nn.Module  # what is called and trained: `guided`, or the DistributedDataParallel around it
+    module: (
+        nn.Module
+    )  # what is called and trained: `guided`, or the DistributedDataParallel around it
     guide: Any  # guide(images, index, view) -> (maps, logits | None)
     loss: GuidanceLoss
     mixing: Mixing
@@ -59,40 +62,36 @@ class Run:
     log: RunLog
     report: Reporter
     checkpoints: CheckpointFolder
-    max_epoch: int
-    warmup_epochs: int
-    test_period: int
-    log_period: int
-    accum_steps: int
-    clip_norm: float
-    seed: int
-    num_classes: int
-    config_text: str
+    settings: Settings
     progress: Progress = field(default_factory=Progress)
     meter: TrainMeter = field(default_factory=TrainMeter)
     signals: list[int] = field(default_factory=list)  # asking to stop, in order of arrival
 
     def save(self, *, is_best: bool = False) -> str:
-        """Writes a checkpoint (the main process; the others hand in their random states); returns its path."""
+        """Writes a checkpoint (the main process; the others hand in their random states); returns
+        its path."""
         epoch = self.progress.epoch + (self.progress.step > 0)
         random_states = gather_objects(random_state())
         path = ""
         if self.world.is_main:
-            path = str(self.checkpoints.save(self.state(random_states), epoch=epoch, is_best=is_best))
+            path = str(
+                self.checkpoints.save(self.state(random_states), epoch=epoch, is_best=is_best)
+            )
         return path
 
     def state(self, random_states: list[Any]) -> dict[str, Any]:
         """All that is needed to go on exactly, as tensors and plain values.
 
-        `epoch` is the last epoch done, counted from 0. The learning rate is a function of the epoch and the sampler one of the seed
-        and its position, so neither has more state than `sampler_state`.
+        `epoch` is the last epoch done, counted from 0. The learning rate is a function of the epoch
+        and the sampler one of the seed and its position, so neither has more state than
+        `sampler_state`.
         """
         progress = self.progress
         return {
             "epoch": progress.epoch - 1,
             "test_err": progress.test_err,
             "ema_err": progress.ema_err,
-            "cfg": self.config_text,
+            "cfg": self.settings.config_text,
             "model_state": published_state_dict(self.guided.student),
             "ema_state": self._published_average(),
             "guidance_state": self.guided.heads.state_dict(),
@@ -105,23 +104,40 @@ class Run:
         }
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Takes up a run where `state` was saved. Settings of the optimiser come from the config, not from the file.
+        """Takes up a run where `state` was saved. Settings of the optimiser come from the config,
+        not from the file.
 
         Raises:
             ValueError: the state is of another model, or lacks what training needs.
         """
-        missing = [k for k in ("guidance_state", "optimizer_state", "scaler_state", "rng_state", "progress") if k not in state]
+        missing = [
+            k
+            for k in ("guidance_state", "optimizer_state", "scaler_state", "rng_state", "progress")
+            if k not in state
+        ]
         if missing:
-            raise ValueError(f"it has no {', '.join(missing)}, so training cannot go on from it; give it as TRAIN.WEIGHTS instead "
-                             "and use a new OUT_DIR")
+            raise ValueError(
+                f"it has no {', '.join(missing)}, so training cannot go on from it; give it as "
+                f"TRAIN.WEIGHTS instead "
+                "and use a new OUT_DIR"
+            )
         load_published_state_dict(self.guided.student, state["model_state"])
         self.guided.heads.load_state_dict(state["guidance_state"])
         if self.average is not None and state["ema_state"]:
-            self.average.load({k: state["ema_state"][published_name(self.guided.student, k)] for k in self.average.state})
-        settings = [{k: v for k, v in g.items() if k != "params"} for g in self.optimizer.param_groups]
+            self.average.load(
+                {
+                    k: state["ema_state"][published_name(self.guided.student, k)]
+                    for k in self.average.state
+                }
+            )
+        settings = [
+            {k: v for k, v in g.items() if k != "params"} for g in self.optimizer.param_groups
+        ]
         names = [g["parameter_names"] for g in settings]
         if [g.get("parameter_names") for g in state["optimizer_state"]["param_groups"]] != names:
-            raise ValueError("its optimiser state is of other parameters; use the config it was written with")
+            raise ValueError(
+                "its optimiser state is of other parameters; use the config it was written with"
+            )
         self.optimizer.load_state_dict(state["optimizer_state"])
         for group, mine in zip(self.optimizer.param_groups, settings, strict=True):
             group.update(mine)

@@ -8,28 +8,30 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from lg.datasets.loader import MIX, Batch
 from lg.device import synchronize
 from lg.run import Run
+from lg.step import accumulate_gradients, update_weights
 
-Step = Callable[[Batch, Tensor], object]
 
-
-def measure(run: Run, *, step: Step, warmup: int, repeats: int) -> dict[str, float]:
+def measure(run: Run, *, warmup: int, repeats: int) -> dict[str, float]:
     """Median seconds per batch of each part of training, after warm-up.
 
     Args:
         run: a run that has not started; its weights change.
-        step: gradients and weight update of one batch on the device.
         warmup: repeats that do not count.
         repeats: repeats that count.
 
     Returns:
-        `test_fw_time`: the student's forward pass in evaluation; `train_fw_time`: student, guide and loss; `train_bw_time`: backward;
-        `train_fw_bw_time`: the whole step, optimiser included, on one batch in place; `train_loader_time`: the next batch from the
-        workers, which have nothing else to wait for; `train_step_time`: the whole step with a new batch each time;
+        `test_fw_time`: the student's forward pass in evaluation; `train_fw_time`: student, guide
+            and loss; `train_bw_time`: backward;
+        `train_fw_bw_time`: the whole step, optimiser included, on one batch in place;
+            `train_loader_time`: the next batch from the
+        workers, which have nothing else to wait for; `train_step_time`: the whole step with a new
+        batch each time;
         `train_loader_overhead`: what the loader adds to the step, as a fraction of it.
     """
     run.loader.start(0, 0)
@@ -42,7 +44,9 @@ def measure(run: Run, *, step: Step, warmup: int, repeats: int) -> dict[str, flo
             return next(run.loader).to(run.device)
 
     def targets_of(batch: Batch) -> Tensor:
-        return run.mixing(batch.images, batch.labels, np.random.default_rng((run.seed, MIX)))[1]
+        return run.mixing(
+            batch.images, batch.labels, np.random.default_rng((run.settings.seed, MIX))
+        )[1]
 
     def median(work: Callable[[], object]) -> float:
         seconds = []
@@ -64,19 +68,19 @@ def measure(run: Run, *, step: Step, warmup: int, repeats: int) -> dict[str, flo
     both = median(lambda: run.precision.scaler.scale(_forward(run, batch, targets)).backward())
     times["train_bw_time"] = both - times["train_fw_time"]
     run.optimizer.zero_grad(set_to_none=True)
-    times["train_fw_bw_time"] = median(lambda: step(batch, targets))
+    times["train_fw_bw_time"] = median(lambda: _step(run, batch, targets))
     times["train_loader_time"] = median(next_batch)
 
     def whole() -> None:
         fresh = next_batch()
-        step(fresh, targets_of(fresh))
+        _step(run, fresh, targets_of(fresh))
 
     times["train_step_time"] = median(whole)
     times["train_loader_overhead"] = times["train_step_time"] / times["train_fw_bw_time"] - 1
     return times
 
 
-def report(times: dict[str, float], run: Run) -> None:
+def report_times(times: dict[str, float], run: Run) -> None:
     """Says the table of `measure` and writes the stats of steps and epochs."""
     log, size, steps = run.log, run.report.batch_size, run.loader.steps_per_epoch
     rows = {
@@ -93,10 +97,26 @@ def report(times: dict[str, float], run: Run) -> None:
     log.say(f"  {'loader overhead':<28} {100 * times['train_loader_overhead']:9.1f} %")
     log.say(f"  {'training epoch':<28} {steps * times['train_step_time']:9.1f} s  ({steps} steps)")
     log.stats("iter_times", times)
-    log.stats("epoch_times", {
-        "train_fw_bw_time": steps * times["train_fw_bw_time"],
-        "train_step_time": steps * times["train_step_time"],
-    })
+    log.stats(
+        "epoch_times",
+        {
+            "train_fw_bw_time": steps * times["train_fw_bw_time"],
+            "train_step_time": steps * times["train_step_time"],
+        },
+    )
+
+
+def complexity(model: nn.Module, image_size: int) -> dict[str, int]:
+    """Parameters, and multiply-adds of one RGB image's forward pass."""
+    device = next(model.parameters()).device
+    training = model.training
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model.eval()(torch.zeros(1, 3, image_size, image_size, device=device))
+    model.train(training)
+    return {
+        "params": sum(p.numel() for p in model.parameters()),
+        "macs": counter.get_total_flops() // 2,
+    }
 
 
 def _forward(run: Run, batch: Batch, targets: Tensor) -> Tensor:
@@ -104,3 +124,8 @@ def _forward(run: Run, batch: Batch, targets: Tensor) -> Tensor:
         logits, maps = run.module(batch.images)
         teacher_maps, teacher_logits = run.guide(batch.images, batch.index, batch.view)
     return run.loss(logits, maps, targets, teacher_maps, teacher_logits)["loss"]
+
+
+def _step(run: Run, batch: Batch, targets: Tensor) -> None:
+    accumulate_gradients(run, batch, targets)
+    update_weights(run)

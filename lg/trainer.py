@@ -1,52 +1,61 @@
 """Training and testing: the loop, from top to bottom.
 
-`train`, `test` and `time_steps` build everything from a config; `train_epoch` and `evaluate` are the loops themselves.
+`train`, `test` and `time_steps` build everything from a config; `train_epoch` and `evaluate` are
+the loops themselves.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
-import shlex
-import signal
-import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 
 import numpy as np
 import torch
+import yaml
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from yacs.config import CfgNode
 
-from lg import builders, distributed, timing
+from lg import builders, distributed
 from lg.checkpoint import BEST_NAME, CheckpointError, load_weights, write_atomically
-from lg.config import ConfigError, changed_keys, dump_config
+from lg.config import ConfigError, changed_keys
 from lg.datasets.loader import MIX, MODEL, Batch
 from lg.device import Precision, select_device
 from lg.distributed import World
 from lg.log import RunLog
 from lg.metrics import EvalResult, topk_hits
+from lg.progress import UNKNOWN_ERR
 from lg.report import Reporter, result_lines
-from lg.run import UNKNOWN_ERR, Run
+from lg.run import Run
+from lg.signals import Interrupted, asked_to_stop, stop_signals
+from lg.step import accumulate_gradients, update_weights
+from lg.timing import complexity, measure, report_times
 
 # Keys whose change between runs is no change of the training.
-_FREE_SECTIONS = ("OUT_DIR", "DATA_LOADER.", "LOG_", "DESC", "VERBOSE", "TEST.", "LAUNCH.", "HOST", "PORT_RANGE", "PREC_TIME.",
-                  "DOWNLOAD_CACHE", "TRAIN.KEEP_CHECKPOINTS", "CFG_DEST")
-
-
-class Interrupted(Exception):
-    """Training was stopped by a signal, after saving; `code` is the exit status that schedulers expect."""
-
-    def __init__(self, signum: int, path: str) -> None:
-        super().__init__(f"Stopped by {signal.Signals(signum).name}. Saved {path}.")
-        self.code = 128 + signum
+_FREE_SECTIONS = (
+    "OUT_DIR",
+    "DATA_LOADER.",
+    "LOG_",
+    "DESC",
+    "VERBOSE",
+    "TEST.",
+    "LAUNCH.",
+    "HOST",
+    "PORT_RANGE",
+    "PREC_TIME.",
+    "DOWNLOAD_CACHE",
+    "TRAIN.KEEP_CHECKPOINTS",
+    "CFG_DEST",
+)
 
 
 def train(cfg: CfgNode) -> None:
-    """Trains what the config describes, from its last checkpoint if there is one; the entry of every process."""
+    """Trains what the config describes, from its last checkpoint if there is one; the entry of
+    every process."""
     builders.check_training(cfg)
     world = distributed.join(backend=cfg.DIST_BACKEND)
     try:
@@ -56,10 +65,14 @@ def train(cfg: CfgNode) -> None:
             run = _build_run(cfg, data, world, log)
             _resume(run, auto=cfg.TRAIN.AUTO_RESUME)
             if world.is_main:
-                write_atomically(os.path.join(cfg.OUT_DIR, cfg.CFG_DEST), lambda f: f.write(run.config_text.encode()))
+                write_atomically(
+                    os.path.join(cfg.OUT_DIR, cfg.CFG_DEST),
+                    lambda f: f.write(run.settings.config_text.encode()),
+                )
             if cfg.VERBOSE:
-                log.write(f"json_stats is the prefix of records below; config:\n{run.config_text}")
-            with _stop_signals(run):
+                log.stats("cfg", yaml.safe_load(run.settings.config_text))
+                log.stats("complexity", complexity(run.guided.student, cfg.MODEL.IMG_SIZE))
+            with stop_signals(run):
                 _train_epochs(run)
     finally:
         distributed.leave()
@@ -67,35 +80,37 @@ def train(cfg: CfgNode) -> None:
 
 def train_epoch(run: Run) -> None:
     """Trains one epoch, from the step that `run.progress` names to its end."""
-    progress, report = run.progress, run.report
+    progress, settings, report = run.progress, run.settings, run.report
     run.module.train()
     lr = run.learning_rate.apply(run.optimizer, progress.epoch)
     report.start_epoch(progress.epoch, progress.step)
     while progress.step < run.loader.steps_per_epoch:
-        # The next batch, augmented by the workers, and its targets; mixing draws depend on the position alone.
+        # The next batch, augmented by the workers, on its way to the device.
         batch = next(run.loader).to(run.device)
-        rng = np.random.default_rng((run.seed, MIX, progress.epoch, progress.step, run.world.rank))
-        images, targets = run.mixing(batch.images, batch.labels, rng)
+        # Targets, and mixing whose draws depend on the position in the run alone.
+        position = (settings.seed, MIX, progress.epoch, progress.step, run.world.rank)
+        images, targets = run.mixing(batch.images, batch.labels, np.random.default_rng(position))
         # Forward and backward, student and guide on the same images.
-        losses, hits = _accumulate_gradients(run, batch._replace(images=images), targets)
+        losses, hits = accumulate_gradients(run, batch._replace(images=images), targets)
         # One optimiser step, then the weight average follows it.
-        _update_weights(run)
+        update_weights(run)
         total_step = progress.epoch * run.loader.steps_per_epoch + progress.step
         if run.average is not None:
-            run.average.update(total_step, warming=progress.epoch < run.warmup_epochs)
+            run.average.update(total_step, warming=progress.epoch < settings.warmup_epochs)
         # Counts stay on the device until a log point reads them.
         run.meter.add(losses, hits)
         progress.step += 1
         seconds = report.step()
-        if (total_step + 1) % run.log_period == 0:
+        if (total_step + 1) % settings.log_period == 0:
             run.meter.collect(epoch=progress.epoch, step=progress.step)
-            report.iteration(run.meter.window(), epoch=progress.epoch, step=progress.step, lr=lr, seconds=seconds)
+            report.iteration(run.meter.window(), progress=progress, lr=lr, seconds=seconds)
         else:
             run.log.advance()
         # Asked to stop: save here, in the middle of the epoch.
-        if progress.step < run.loader.steps_per_epoch and _asked_to_stop(run, total_step):
+        if progress.step < run.loader.steps_per_epoch and asked_to_stop(run, total_step):
             run.meter.collect(epoch=progress.epoch, step=progress.step)
             raise Interrupted(run.signals[0], run.save())
+    # The epoch's means; then the next epoch begins at its first step.
     run.meter.collect(epoch=progress.epoch, step=progress.step)
     report.train_epoch(run.meter.epoch(), epoch=progress.epoch, lr=lr)
     run.meter.end_epoch()
@@ -126,7 +141,11 @@ def evaluate(
         batch = batch.to(precision.device)
         # Scores, from the weights asked for.
         with precision.autocast():
-            logits = model(batch.images) if weights is None else functional_call(model, dict(weights), (batch.images,))
+            logits = (
+                model(batch.images)
+                if weights is None
+                else functional_call(model, dict(weights), (batch.images,))
+            )
         # Samples, top-1 and top-5 hits, by class; nothing is read back before the end.
         hits = topk_hits(logits, batch.labels)
         rows = torch.cat([torch.ones_like(hits[:, :1]), hits], dim=1)
@@ -138,7 +157,9 @@ def test(cfg: CfgNode) -> EvalResult:
     """Tests TEST.WEIGHTS (by default the best of OUT_DIR) on the test split and says the result."""
     path = cfg.TEST.WEIGHTS or os.path.join(cfg.OUT_DIR, BEST_NAME)
     if not cfg.TEST.WEIGHTS and not os.path.isfile(path):
-        raise ConfigError(f"TEST.WEIGHTS is '' and there is no {path}; name the weights to test, or train first.")
+        raise ConfigError(
+            f"TEST.WEIGHTS is '' and there is no {path}; name the weights to test, or train first."
+        )
     world = distributed.join(backend=cfg.DIST_BACKEND)
     try:
         dataset = builders.build_test_data(cfg)
@@ -148,11 +169,18 @@ def test(cfg: CfgNode) -> EvalResult:
         model.to(device)
         loader = builders.build_test_loader(cfg, dataset, world)
         result = evaluate(
-            model, loader, num_classes=cfg.MODEL.NUM_CLASSES, precision=builders.build_precision(cfg, device)
+            model,
+            loader,
+            num_classes=cfg.MODEL.NUM_CLASSES,
+            precision=builders.build_precision(cfg, device),
         )
         names = dataset.class_names if cfg.TEST.PER_CLASS else None
         if world.is_main:
-            print("\n".join(result_lines(result, split=f"{dataset.name}/{dataset.split}", class_names=names)))
+            print(
+                "\n".join(
+                    result_lines(result, split=f"{dataset.name}/{dataset.split}", class_names=names)
+                )
+            )
         return result
     finally:
         distributed.leave()
@@ -162,33 +190,33 @@ test.__test__ = False  # type: ignore[attr-defined]  # not a test case, whatever
 
 
 def time_steps(cfg: CfgNode) -> dict[str, float]:
-    """Measures forward, backward, loader and full step of the config's training, and says the table."""
+    """Measures forward, backward, loader and full step of the config's training, and says the
+    table."""
     world = distributed.join(backend=cfg.DIST_BACKEND)
     data = builders.fetch_data(cfg, world)
     log = RunLog(cfg.OUT_DIR, console=True)
     with contextlib.closing(log):
         run = _build_run(cfg, data, world, log)
-        times = timing.measure(
+        times = measure(
             run,
-            step=lambda batch, targets: (_accumulate_gradients(run, batch, targets), _update_weights(run)),
             warmup=cfg.PREC_TIME.WARMUP_ITER,
             repeats=cfg.PREC_TIME.NUM_ITER,
         )
-        timing.report(times, run)
+        report_times(times, run)
     return times
 
 
 def _train_epochs(run: Run) -> None:
-    progress = run.progress
+    progress, settings = run.progress, run.settings
     run.loader.start(progress.epoch, progress.step)
-    while progress.epoch < run.max_epoch:
+    while progress.epoch < settings.max_epoch:
         train_epoch(run)
-        is_best = False
-        if progress.epoch % run.test_period == 0 or progress.epoch == run.max_epoch:
-            is_best = _test_epoch(run)
+        progress.test_err = progress.ema_err = UNKNOWN_ERR
+        due = progress.epoch % settings.test_period == 0 or progress.epoch == settings.max_epoch
+        is_best = due and _test_epoch(run)
         run.report.end_epoch()
         path = run.save(is_best=is_best)
-        if progress.epoch < run.max_epoch and _asked_to_stop(run, None):
+        if progress.epoch < settings.max_epoch and asked_to_stop(run, None):
             raise Interrupted(run.signals[0], path)
     best = {kind: (b["top1_err"], int(b["epoch"])) for kind, b in progress.best.items()}
     run.report.finished(progress.test_err, progress.ema_err, best, count=progress.test_count)
@@ -203,54 +231,33 @@ def _test_epoch(run: Run) -> bool:
             continue
         started = time.perf_counter()
         result = evaluate(
-            run.guided.student, run.test_loader, num_classes=run.num_classes, precision=run.precision, weights=weights
+            run.guided.student,
+            run.test_loader,
+            num_classes=run.settings.num_classes,
+            precision=run.precision,
+            weights=weights,
         )
         seconds = time.perf_counter() - started
-        best = progress.best.setdefault(kind, {"top1_err": float("inf"), "top5_err": float("inf"), "epoch": 0})
+        best = progress.best.setdefault(
+            kind, {"top1_err": float("inf"), "top5_err": float("inf"), "epoch": 0}
+        )
         if result.top1_err < best["top1_err"]:
             best.update(top1_err=result.top1_err, epoch=progress.epoch)
         best["top5_err"] = min(best["top5_err"], result.top5_err)
         errors[kind] = result.top1_err
         progress.test_count = result.count
         run.report.test_epoch(
-            result, best, epoch=progress.epoch - 1, seconds=seconds, batches=len(run.test_loader), average=kind == "ema"
+            result,
+            best,
+            epoch=progress.epoch - 1,
+            seconds=seconds,
+            batches=len(run.test_loader),
+            average=kind == "ema",
         )
     progress.test_err, progress.ema_err = errors["test"], errors.get("ema", UNKNOWN_ERR)
     is_best = min(errors.values()) < progress.best_err
     progress.best_err = min(*errors.values(), progress.best_err)
     return is_best
-
-
-def _accumulate_gradients(run: Run, batch: Batch, targets: Tensor) -> tuple[dict[str, Tensor], Tensor]:
-    """Forward and backward of a batch in `accum_steps` micro-batches; returns mean losses and hits [N, 2]."""
-    parts = zip(*(t.chunk(run.accum_steps) for t in (batch.images, targets, batch.index, batch.view)), strict=True)
-    losses: list[dict[str, Tensor]] = []
-    hits = []
-    for number, (images, target, index, view) in enumerate(parts, start=1):
-        # Processes exchange gradients in the last micro-batch only.
-        waiting = isinstance(run.module, DistributedDataParallel) and number < run.accum_steps
-        with run.module.no_sync() if waiting else contextlib.nullcontext():  # type: ignore[operator]
-            with run.precision.autocast():
-                logits, maps = run.module(images)
-                teacher_maps, teacher_logits = run.guide(images, index, view)
-            terms = run.loss(logits, maps, target, teacher_maps, teacher_logits)
-            run.precision.scaler.scale(terms["loss"] / run.accum_steps).backward()
-        losses.append({name: term.detach() for name, term in terms.items()})
-        class_logits = logits[0] if isinstance(logits, tuple) else logits
-        hits.append(topk_hits(class_logits.detach(), target.argmax(dim=1)))
-    means = {name: torch.stack([part[name] for part in losses]).mean() for name in losses[0]}
-    return means, torch.cat(hits)
-
-
-def _update_weights(run: Run) -> None:
-    """One optimiser step on the gradients at hand, clipped if asked for."""
-    scaler = run.precision.scaler
-    if run.clip_norm > 0:
-        scaler.unscale_(run.optimizer)
-        nn.utils.clip_grad_norm_(run.guided.parameters(), run.clip_norm)
-    scaler.step(run.optimizer)
-    scaler.update()
-    run.optimizer.zero_grad(set_to_none=True)
 
 
 def _build_run(cfg: CfgNode, data: tuple, world: World, log: RunLog) -> Run:
@@ -271,7 +278,9 @@ def _build_run(cfg: CfgNode, data: tuple, world: World, log: RunLog) -> Run:
         guide.to(device)
     module: nn.Module = guided
     if world.size > 1:
-        module = DistributedDataParallel(guided, device_ids=[device.index] if device.type == "cuda" else None)
+        module = DistributedDataParallel(
+            guided, device_ids=[device.index] if device.type == "cuda" else None
+        )
     loader = builders.build_train_loader(cfg, train_data, world)
     report = Reporter(
         log=log,
@@ -300,70 +309,40 @@ def _build_run(cfg: CfgNode, data: tuple, world: World, log: RunLog) -> Run:
         log=log,
         report=report,
         checkpoints=builders.build_checkpoints(cfg),
-        max_epoch=cfg.OPTIM.MAX_EPOCH,
-        warmup_epochs=cfg.OPTIM.WARMUP_EPOCHS,
-        test_period=cfg.TEST.PERIOD,
-        log_period=cfg.LOG_PERIOD,
-        accum_steps=cfg.TRAIN.ACCUM_STEPS,
-        clip_norm=cfg.OPTIM.CLIP_GRAD_NORM,
-        seed=cfg.RNG_SEED,
-        num_classes=cfg.MODEL.NUM_CLASSES,
-        config_text=dump_config(cfg),
+        settings=builders.build_settings(cfg),
     )
 
 
 def _resume(run: Run, *, auto: bool) -> None:
-    """Takes up the last checkpoint of the run's folder; opens TensorBoard where the curves go on."""
+    """Takes up the last checkpoint of the run's folder; opens TensorBoard where the curves go
+    on."""
     if not auto and run.checkpoints.files():
-        raise ConfigError(f"TRAIN.AUTO_RESUME is False, but {run.checkpoints.folder} has checkpoints of an earlier run; choose another "
-                          "OUT_DIR, remove them, or set TRAIN.AUTO_RESUME True.")
+        raise ConfigError(
+            f"TRAIN.AUTO_RESUME is False, but {run.checkpoints.folder} has checkpoints of an "
+            f"earlier run; choose another "
+            "OUT_DIR, remove them, or set TRAIN.AUTO_RESUME True."
+        )
     state = run.checkpoints.load_last(run.log.warn)
     if state is not None:
         try:
             run.restore(state)
         except ValueError as error:
-            raise CheckpointError(f"Cannot go on from the last checkpoint in {run.checkpoints.folder}: {error}.") from None
-        changed = [c for c in changed_keys(state["cfg"], run.config_text) if not c.startswith(_FREE_SECTIONS)]
+            raise CheckpointError(
+                f"Cannot go on from the last checkpoint in {run.checkpoints.folder}: {error}."
+            ) from None
+        changed = [
+            c
+            for c in changed_keys(state["cfg"], run.settings.config_text)
+            if not c.startswith(_FREE_SECTIONS)
+        ]
         if changed:
             run.log.warn(f"Going on with other settings than before: {'; '.join(changed)}.")
         if len(state["rng_state"]) != run.world.size:
-            run.log.warn(f"The run had {len(state['rng_state'])} processes, now {run.world.size}: it goes on, not bit for bit.")
+            run.log.warn(
+                f"The run had {len(state['rng_state'])} processes, now {run.world.size}: it goes "
+                f"on, not bit for bit."
+            )
         progress = run.progress
         within = f" and {progress.step} steps" if progress.step else ""
-        run.log.say(f"Going on after {progress.epoch} epochs{within} of {run.max_epoch}.")
+        run.log.say(f"Going on after {progress.epoch} epochs{within} of {run.settings.max_epoch}.")
     run.log.open_board(run.progress.epoch * run.loader.steps_per_epoch + run.progress.step + 1)
-
-
-def _asked_to_stop(run: Run, total_step: int | None) -> bool:
-    """Whether a signal came. Several processes ask each other at log points and between epochs only."""
-    if run.world.size == 1:
-        return bool(run.signals)
-    if total_step is not None and (total_step + 1) % run.log_period:
-        return False
-    stop = distributed.any_process(bool(run.signals), run.device)
-    if stop and not run.signals:
-        run.signals.append(signal.SIGTERM)
-    return stop
-
-
-@contextlib.contextmanager
-def _stop_signals(run: Run) -> Iterator[None]:
-    """SIGINT and SIGTERM ask for a stop after the current step; a second one ends the process at once."""
-
-    def ask(signum: int, frame: object) -> None:
-        if run.signals:
-            signal.signal(signum, signal.SIG_DFL)
-            signal.raise_signal(signum)
-        run.signals.append(signum)
-        print(f"\n{signal.Signals(signum).name}: saving after this step; once more to stop at once.", file=sys.stderr)
-
-    kept = {s: signal.signal(s, ask) for s in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    except Interrupted as stop:
-        run.log.end_bar()
-        run.log.say(f"{stop} To go on: {shlex.join([os.path.basename(sys.executable), *sys.argv])}")
-        raise
-    finally:
-        for signum, handler in kept.items():
-            signal.signal(signum, handler)

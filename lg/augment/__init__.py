@@ -1,1 +1,2 @@
-"""Augmentation: where an image is cropped (view), what is done to it (recipe), how images are mixed (mixing)."""
+"""Augmentation: where an image is cropped (view), what is done to it (recipe), how images are mixed
+(mixing)."""

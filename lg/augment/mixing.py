@@ -9,31 +9,40 @@ from torch import Tensor
 
 
 class Mixing:
-    """Turns labels into target distributions and, if asked for, mixes the batch with a permutation of itself.
+    """Turns labels into target distributions and, if asked for, mixes the batch with a permutation
+    of itself.
 
-    With both alphas above 0 each batch draws mixup or CutMix with equal probability. The draws depend on nothing but the
-    generator that is passed in, and are made on the host.
+    With both alphas above 0 each batch draws mixup or CutMix with equal probability. The draws
+    depend on nothing but the generator that is passed in, and are made on the host.
 
     Source: mixup: arXiv 1710.09412; CutMix: arXiv 1905.04899; smoothing: arXiv 1512.00567.
     """
 
     def __init__(
-        self, *, num_classes: int, smoothing: float = 0.0, mixup_alpha: float = 0.0, cutmix_alpha: float = 0.0
+        self,
+        *,
+        num_classes: int,
+        smoothing: float = 0.0,
+        mixup_alpha: float = 0.0,
+        cutmix_alpha: float = 0.0,
     ) -> None:
         self.num_classes = num_classes
         self.smoothing = smoothing
         self.mixup_alpha = mixup_alpha
         self.cutmix_alpha = cutmix_alpha
 
-    def __call__(self, images: Tensor, labels: Tensor, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
-        """Images [N, 3, S, S] and labels [N] to (mixed images, targets [N, K] whose rows sum to 1)."""
+    def __call__(
+        self, images: Tensor, labels: Tensor, rng: np.random.Generator
+    ) -> tuple[Tensor, Tensor]:
+        """Images [N, 3, S, S] and labels [N] to (mixed images, targets [N, K] whose rows sum to
+        1)."""
         targets = F.one_hot(labels, self.num_classes).to(images.dtype)
         targets = targets * (1 - self.smoothing) + self.smoothing / self.num_classes
         cutmix = self.cutmix_alpha > 0 and (self.mixup_alpha == 0 or rng.random() < 0.5)
         alpha = self.cutmix_alpha if cutmix else self.mixup_alpha
         if alpha == 0:
             return images, targets
-        share = rng.beta(alpha, alpha)  # of the image itself
+        share = float(rng.beta(alpha, alpha))  # of the image itself
         order = torch.from_numpy(rng.permutation(len(images))).to(images.device, non_blocking=True)
         if cutmix:
             images, share = _paste_box(images, images[order], share, rng)
@@ -42,12 +51,15 @@ class Mixing:
         return images, torch.lerp(targets[order], targets, share)
 
 
-def _paste_box(images: Tensor, others: Tensor, share: float, rng: np.random.Generator) -> tuple[Tensor, float]:
-    """Pastes one box of `others`, about 1 - share of the area, into `images`; returns them and the true share."""
+def _paste_box(
+    images: Tensor, others: Tensor, share: float, rng: np.random.Generator
+) -> tuple[Tensor, float]:
+    """Pastes one box of `others`, about 1 - share of the area, into `images`; returns them and the
+    true share."""
     height, width = images.shape[2:]
     side = np.sqrt(1 - share)
     half_height, half_width = int(height * side) // 2, int(width * side) // 2
-    y, x = rng.integers(height), rng.integers(width)
+    y, x = int(rng.integers(height)), int(rng.integers(width))
     top, bottom = max(y - half_height, 0), min(y + half_height, height)
     left, right = max(x - half_width, 0), min(x + half_width, width)
     images = images.clone()

@@ -13,7 +13,8 @@ from lg.augment.view import View, padded_crop, random_resized_crop
 class TrainTransform:
     """One training image: a random view, then (strong) timm's RandAugment and random erasing.
 
-    Strong: random resized crop (bicubic), flip, `rand-m9-mstd0.5-inc1`, normalise, erase a box with probability 0.25 (noise).
+    Strong: random resized crop (bicubic), flip, `rand-m9-mstd0.5-inc1`, normalise, erase a box with
+    probability 0.25 (noise).
     Plain: resize, random crop with padding of an eighth of the side, flip, normalise.
     Mean and standard deviation are ImageNet's. All draws come from the global generators.
     """
@@ -34,7 +35,8 @@ class TrainTransform:
                 re_count=1,
                 mean=IMAGENET_DEFAULT_MEAN,
                 std=IMAGENET_DEFAULT_STD,
-                separate=True,  # the first part, crop and flip, is ours, because the view must be known
+                # the first part, crop and flip, is ours, because the view must be known
+                separate=True,
             )
             _mend_posterize(rest)
             self.finish = transforms.Compose(rest)
@@ -63,11 +65,14 @@ class TestTransform:
 
 
 def _mend_posterize(parts: list[transforms.Compose]) -> None:
-    """Lets timm's posterize keep 0 bits, which it draws at magnitudes from 10 on and newer Pillow refuses.
+    """Lets timm's posterize keep 0 bits, which it draws at magnitudes from 10 on and newer Pillow
+    refuses.
 
     The result is what Pillow made of it before: black.
     """
-    for operation in (op for part in parts for t in part.transforms for op in getattr(t, "ops", ())):
+    for operation in (
+        op for part in parts for t in part.transforms for op in getattr(t, "ops", ())
+    ):
         if operation.name.startswith("Posterize"):
             operation.aug_fn = _posterize
 

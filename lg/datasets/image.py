@@ -112,9 +112,7 @@ def _upright(image: Image.Image) -> Image.Image:
         return image
     if orientation not in UPRIGHT:
         return image
-    turned = image.transpose(UPRIGHT[orientation])
-    turned.info = image.info  # holds the transparent colour
-    return turned
+    return image.transpose(UPRIGHT[orientation])
 
 
 def _from_16_bits(image: Image.Image) -> Image.Image:

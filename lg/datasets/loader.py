@@ -1,6 +1,8 @@
-"""Batches: every sample's random draws depend on (seed, epoch, index) alone, every batch's content on (seed, epoch, step).
+"""Batches: every sample's random draws depend on (seed, epoch, index) alone, every batch's content
+on (seed, epoch, step).
 
-So the number of workers changes nothing, and a run that starts in the middle of an epoch sees what it would have seen.
+So the number of workers changes nothing, and a run that starts in the middle of an epoch sees what
+it would have seen.
 """
 
 from __future__ import annotations
@@ -32,7 +34,7 @@ class Batch(NamedTuple):
 
     images: Tensor  # [N, 3, S, S], normalised
     labels: Tensor  # [N], int64
-    index: Tensor  # [N], int64, positions in the whole data set
+    index: Tensor  # type: ignore[assignment]  # [N], int64, positions in the whole data set
     view: Tensor  # [N, 5], see lg.augment.view.View
 
     def to(self, device: torch.device) -> Batch:
@@ -76,8 +78,8 @@ class TestSamples(Dataset[Batch]):
 class TrainBatches:
     """A batch sampler that runs through all remaining epochs, each a new permutation.
 
-    Global batch s of an epoch is the same whatever the number of processes; each takes its own slice. The last batch is dropped
-    when it is not full.
+    Global batch s of an epoch is the same whatever the number of processes; each takes its own
+    slice. The last batch is dropped when it is not full.
     """
 
     def __init__(
@@ -150,7 +152,8 @@ def test_loader(
     rank: int = 0,
     world_size: int = 1,
 ) -> DataLoader[Batch]:
-    """Batches of one process's share of the test set; over all processes every sample comes exactly once."""
+    """Batches of one process's share of the test set; over all processes every sample comes exactly
+    once."""
     mine = range(rank, len(samples), world_size)
     size = max(1, batch_size // world_size)
     batches = [list(mine[i : i + size]) for i in range(0, len(mine), size)]

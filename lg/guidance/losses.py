@@ -1,6 +1,8 @@
-"""The losses of guided training: classification, imitation of feature maps, imitation of class scores.
+"""The losses of guided training: classification, imitation of feature maps, imitation of class
+scores.
 
-Shapes: N batch, C channels, H W map, K classes, T taps. All losses are computed in float32 whatever the maps are stored in.
+Shapes: N batch, C channels, H W map, K classes, T taps. All losses are computed in float32 whatever
+the maps are stored in.
 """
 
 from __future__ import annotations
@@ -15,44 +17,63 @@ TRANSFORMS = ("linear", "attention", "similarity")
 
 
 def imitation_loss(student_map: Tensor, teacher_map: Tensor, transform: str = "linear") -> Tensor:
-    """Mean squared difference of two feature maps after bringing them to one size and one description.
+    """Mean squared difference of two feature maps after bringing them to one size and one
+    description.
 
-    Both maps are resized (bilinear, align_corners False) to the larger height and the larger width of the two.
+    Both maps are resized (bilinear, align_corners False) to the larger height and the larger width
+    of the two.
 
     Args:
         student_map: [N, C, H, W]; for `linear` already projected to the teacher's channels.
         teacher_map: [N, C', H', W'].
-        transform: `linear` compares the maps themselves (C = C'); `attention` their L2-normalised spatial energy, the channel
-            mean of squares; `similarity` the L2-normalised rows of their N x N Gram matrices.
+        transform: `linear` compares the maps themselves (C = C'); `attention` their L2-normalised
+            spatial energy, the channel mean of squares; `similarity` the L2-normalised rows of
+            their N x N Gram matrices.
 
     Returns:
         A scalar, float32.
 
     Raises:
-        ValueError: unknown transform, or `linear` with differing channel counts, or differing batch sizes.
+        ValueError: unknown transform, or `linear` with differing channel counts, or differing batch
+            sizes.
 
-    Source: Locality Guidance, ECCV 2022, section 3.3; attention: arXiv 1612.03928; similarity: arXiv 1907.09682.
+    Source: Locality Guidance, ECCV 2022, section 3.3; attention: arXiv 1612.03928; similarity:
+    arXiv 1907.09682.
     """
     if transform not in TRANSFORMS:
         raise ValueError(f"transform is {transform!r}; allowed: {', '.join(TRANSFORMS)}.")
     if len(student_map) != len(teacher_map):
-        raise ValueError(f"The student's maps are of {len(student_map)} images, the teacher's of {len(teacher_map)}.")
+        raise ValueError(
+            f"The student's maps are of {len(student_map)} images, the teacher's of "
+            f"{len(teacher_map)}."
+        )
     if transform == "linear" and student_map.shape[1] != teacher_map.shape[1]:
-        raise ValueError(f"The projected student map has {student_map.shape[1]} channels, the teacher's {teacher_map.shape[1]}; "
-                         "the projection head must produce the teacher's count.")
-    size = (max(student_map.shape[2], teacher_map.shape[2]), max(student_map.shape[3], teacher_map.shape[3]))
-    described = (_describe(_resize(m.float(), size), transform) for m in (student_map, teacher_map))
-    return F.mse_loss(*described)
+        raise ValueError(
+            f"The projected student map has {student_map.shape[1]} channels, the teacher's "
+            f"{teacher_map.shape[1]}; "
+            "the projection head must produce the teacher's count."
+        )
+    size = (
+        max(student_map.shape[2], teacher_map.shape[2]),
+        max(student_map.shape[3], teacher_map.shape[3]),
+    )
+    student, teacher = (
+        _describe(_resize(m.float(), size), transform) for m in (student_map, teacher_map)
+    )
+    return F.mse_loss(student, teacher)
 
 
-def logit_loss(student_logits: Tensor, teacher_logits: Tensor, *, kind: str = "soft", temperature: float = 1.0) -> Tensor:
+def logit_loss(
+    student_logits: Tensor, teacher_logits: Tensor, *, kind: str = "soft", temperature: float = 1.0
+) -> Tensor:
     """Imitation of the teacher's class scores.
 
     Args:
         student_logits: [N, K].
         teacher_logits: [N, K].
-        kind: `soft`: KL divergence from the teacher's to the student's distribution, both at `temperature`, mean over the
-            batch, times temperature^2 so that its gradient keeps its size; `hard`: cross-entropy with the teacher's argmax.
+        kind: `soft`: KL divergence from the teacher's to the student's distribution, both at
+            `temperature`, mean over the batch, times temperature^2 so that its gradient keeps its
+            size; `hard`: cross-entropy with the teacher's argmax.
         temperature: > 0; `soft` only.
 
     Source: soft: arXiv 1503.02531; hard: arXiv 2012.12877.
@@ -74,7 +95,8 @@ def classification_loss(logits: Tensor, targets: Tensor) -> Tensor:
 class GuidanceLoss:
     """Cross-entropy beside the imitation of a guide's feature maps and class scores.
 
-    loss = (1 - w) * cls + w * logit + inter_weight * inter, where w = logit_weight, or 0 without logit imitation.
+    loss = (1 - w) * cls + w * logit + inter_weight * inter, where w = logit_weight, or 0 without
+    logit imitation.
     """
 
     def __init__(
@@ -103,16 +125,17 @@ class GuidanceLoss:
         """Computes every term.
 
         Args:
-            logits: [N, K], or the pair (class, distillation) of a student with a distillation token, whose second head then
-                imitates the teacher while the first learns the labels.
+            logits: [N, K], or the pair (class, distillation) of a student with a distillation
+                token, whose second head then imitates the teacher while the first learns the
+                labels.
             student_maps: T maps [N, C, H, W], projected where the transform is linear.
             targets: distributions over classes [N, K].
             teacher_maps: T maps, in the same order.
             teacher_logits: [N, K]; needed when logit_weight is above 0.
 
         Returns:
-            `loss` (what to minimise) and its unweighted terms `cls`, `inter` (summed over taps) and `logit`; scalars, a term that
-            is off is 0.
+            `loss` (what to minimise) and its unweighted terms `cls`, `inter` (summed over taps) and
+            `logit`; scalars, a term that is off is 0.
         """
         class_logits, imitating_logits = logits if isinstance(logits, tuple) else (logits, logits)
         cls = classification_loss(class_logits, targets)
@@ -121,7 +144,9 @@ class GuidanceLoss:
         if self.logit_weight > 0:
             if teacher_logits is None:
                 raise ValueError("Logit imitation is on, but the guide gives no class scores.")
-            logit = logit_loss(imitating_logits, teacher_logits, kind=self.logit_kind, temperature=self.temperature)
+            logit = logit_loss(
+                imitating_logits, teacher_logits, kind=self.logit_kind, temperature=self.temperature
+            )
             loss = (1 - self.logit_weight) * cls + self.logit_weight * logit
         if student_maps:
             pairs = zip(student_maps, teacher_maps, strict=True)

@@ -11,31 +11,41 @@ from lg.models.taps import FeatureTaps
 
 
 class GuidedStudent(nn.Module):
-    """A model whose blocks are tapped in training and whose maps are projected to the teacher's channels.
+    """A model whose blocks are tapped in training and whose maps are projected to the teacher's
+    channels.
 
-    Heads run inside `forward`, so that one wrapper (DDP, compile, autocast) covers everything that learns.
+    Heads run inside `forward`, so that one wrapper (DDP, compile, autocast) covers everything that
+    learns.
 
     Attributes:
         student: the model alone; what is tested, averaged and published.
-        heads: 1x1 convolutions with bias, in tap order; empty when maps are compared without projection.
+        heads: 1x1 convolutions with bias, in tap order; empty when maps are compared without
+            projection.
     """
 
-    def __init__(self, student: Backbone, *, indices: Sequence[int] = (), teacher_dims: Sequence[int] = ()) -> None:
+    def __init__(
+        self, student: Backbone, *, indices: Sequence[int] = (), teacher_dims: Sequence[int] = ()
+    ) -> None:
         """Adds one head for each tapped block.
 
         Args:
             student: the model.
             indices: blocks to tap, in the order of the teacher maps they are compared with.
-            teacher_dims: channels of those teacher maps; empty for transforms that need no projection.
+            teacher_dims: channels of those teacher maps; empty for transforms that need no
+                projection.
         """
         super().__init__()
         FeatureTaps(student, indices)  # refuses indices that the model does not have
         self.student = student
         self.indices = tuple(indices)
         dims = [student.feature_dims[i] for i in indices] if teacher_dims else []
-        self.heads = nn.ModuleList(nn.Conv2d(s, t, 1) for s, t in zip(dims, teacher_dims, strict=True))
+        self.heads = nn.ModuleList(
+            nn.Conv2d(s, t, 1) for s, t in zip(dims, teacher_dims, strict=True)
+        )
 
-    def forward(self, images: Tensor) -> tuple[Tensor | tuple[Tensor, Tensor], list[Tensor]] | Tensor:
+    def forward(
+        self, images: Tensor
+    ) -> tuple[Tensor | tuple[Tensor, Tensor], list[Tensor]] | Tensor:
         """Images [N, 3, S, S] to (logits [N, K], maps) in training, to logits [N, K] in evaluation.
 
         A student with a distillation token gives a pair of logits in training.

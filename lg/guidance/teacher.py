@@ -1,6 +1,7 @@
 """Guides: what gives the training step the maps and class scores to imitate.
 
-Every guide is called as `guide(images, index, view) -> (maps, logits | None)`, so that the step need not know which it has.
+Every guide is called as `guide(images, index, view) -> (maps, logits | None)`, so that the step
+need not know which it has.
 """
 
 from __future__ import annotations
@@ -17,9 +18,11 @@ from lg.models.taps import FeatureTaps
 
 
 class FrozenTeacher(nn.Module):
-    """A trained CNN that never changes: no gradients, no new statistics, whatever `train()` is called.
+    """A trained CNN that never changes: no gradients, no new statistics, whatever `train()` is
+    called.
 
-    It sees the student's augmented, normalised batch, resized (bilinear, align_corners False) to its own image size.
+    It sees the student's augmented, normalised batch, resized (bilinear, align_corners False) to
+    its own image size.
 
     Attributes:
         model: the CNN.
@@ -41,8 +44,8 @@ class FrozenTeacher(nn.Module):
             model: the trained guide.
             indices: its blocks (stages of a ResNet) whose maps are given.
             image_size: side of the images it sees, pixels.
-            batch_norm: `eval` normalises with the stored statistics; `batch` with those of each batch, as the published runs
-                did. Neither changes the stored ones.
+            batch_norm: `eval` normalises with the stored statistics; `batch` with those of each
+                batch, as the published runs did. Neither changes the stored ones.
             with_logits: whether class scores are given too.
         """
         super().__init__()
@@ -63,7 +66,8 @@ class FrozenTeacher(nn.Module):
         if self.batch_norm == "batch":
             for module in self.modules():
                 if isinstance(module, _BatchNorm):
-                    # Training mode without tracking: batch statistics are used and nothing is stored.
+                    # Training mode without tracking: batch statistics are used and nothing is
+                    # stored.
                     module.training = True
                     module.track_running_stats = False
         return self
@@ -72,9 +76,11 @@ class FrozenTeacher(nn.Module):
     def forward(
         self, images: Tensor, index: Tensor | None = None, view: Tensor | None = None
     ) -> tuple[list[Tensor], Tensor | None]:
-        """Images [N, 3, S, S] to the tapped maps [N, C, H, W] and, if asked for, class scores [N, K].
+        """Images [N, 3, S, S] to the tapped maps [N, C, H, W] and, if asked for, class scores [N,
+        K].
 
-        `index` and `view` (which image, which crop) are for guides that replay stored features; this one looks at the images.
+        `index` and `view` (which image, which crop) are for guides that replay stored features;
+        this one looks at the images.
         """
         size = (self.image_size, self.image_size)
         if tuple(images.shape[2:]) != size:

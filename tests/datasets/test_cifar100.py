@@ -14,6 +14,7 @@ import pytest
 
 from lg.datasets import DataError, build_dataset
 from lg.datasets.cifar100 import CIFAR100
+from lg.datasets.safe_pickle import _STAND_INS
 
 NAMES = ["apple", "bear", "cup"]
 LABELS = [2, 0, 1, 1]
@@ -175,6 +176,7 @@ def test_stand_ins_cannot_be_altered(tmp_path: Path) -> None:
         write(tmp_path, b"\x80\x02c" + name + b"\nN}X\x01\x00\x00\x00xK\x01s\x86b.")
         with pytest.raises(DataError, match="train: this is not the expected"):
             CIFAR100(tmp_path, "train")
+    assert not any(hasattr(stand_in, "x") for stand_in in _STAND_INS.values())
     check(CIFAR100(write(tmp_path), "train"))
 
 
@@ -209,6 +211,14 @@ def test_inconsistent_files(tmp_path: Path, changes: dict, problem: str) -> None
 def test_damaged_files(tmp_path: Path, content: bytes) -> None:
     with pytest.raises(DataError, match=r"train: this is not the expected.*fetch it again"):
         CIFAR100(write(tmp_path, content), "train")
+
+
+@pytest.mark.parametrize("names", ["apple", None, [1, 2, 3]])
+def test_bad_class_names(tmp_path: Path, names: Any) -> None:
+    meta = write(tmp_path) / "cifar-100-python" / "meta"
+    meta.write_bytes(pickle.dumps({"fine_label_names": names}))
+    with pytest.raises(DataError, match="meta: fine_label_names is no list of names"):
+        CIFAR100(tmp_path, "train")
 
 
 def test_missing_column(tmp_path: Path) -> None:

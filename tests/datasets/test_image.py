@@ -127,6 +127,13 @@ def test_exif_orientation(tmp_path: Path, orientation: int, dtype: type) -> None
     assert to_rgb(once).tobytes() == once.tobytes() and not once.getexif(), "turned twice"
 
 
+def test_turned_images_keep_their_transparent_colour(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 3
+    Image.fromarray(GRAY).save(tmp_path / "a.png", exif=exif, transparency=51)
+    assert gray_levels(tmp_path / "a.png") == [[255, 204, 153], [102, 255, 0]]
+
+
 @pytest.mark.parametrize("suffix", [".jpg", ".tif"])
 def test_exif_orientation_by_format(tmp_path: Path, suffix: str) -> None:
     """TIFF turns itself while loading, JPEG does not: both come out turned once."""

@@ -58,7 +58,7 @@ def imitation_loss(student_map: Tensor, teacher_map: Tensor, transform: str = "l
         max(student_map.shape[3], teacher_map.shape[3]),
     )
     student, teacher = (
-        _describe(_resize(m.float(), size), transform) for m in (student_map, teacher_map)
+        _describe(_resize(_widen(m), size), transform) for m in (student_map, teacher_map)
     )
     return F.mse_loss(student, teacher)
 
@@ -79,17 +79,17 @@ def logit_loss(
     Source: soft: arXiv 1503.02531; hard: arXiv 2012.12877.
     """
     if kind == "hard":
-        return F.cross_entropy(student_logits.float(), teacher_logits.argmax(dim=1))
+        return F.cross_entropy(_widen(student_logits), teacher_logits.argmax(dim=1))
     if kind != "soft":
         raise ValueError(f"kind is {kind!r}; allowed: soft, hard.")
-    student = F.log_softmax(student_logits.float() / temperature, dim=1)
-    teacher = F.log_softmax(teacher_logits.float() / temperature, dim=1)
+    student = F.log_softmax(_widen(student_logits) / temperature, dim=1)
+    teacher = F.log_softmax(_widen(teacher_logits) / temperature, dim=1)
     return F.kl_div(student, teacher, reduction="batchmean", log_target=True) * temperature**2
 
 
 def classification_loss(logits: Tensor, targets: Tensor) -> Tensor:
     """Cross-entropy of logits [N, K] with target distributions [N, K], mean over the batch."""
-    return -(targets * F.log_softmax(logits.float(), dim=1)).sum(dim=1).mean()
+    return -(targets * F.log_softmax(_widen(logits), dim=1)).sum(dim=1).mean()
 
 
 class GuidanceLoss:
@@ -153,6 +153,11 @@ class GuidanceLoss:
             inter = torch.stack([imitation_loss(s, t, self.transform) for s, t in pairs]).sum()
             loss = loss + self.inter_weight * inter
         return {"loss": loss, "cls": cls, "inter": inter, "logit": logit}
+
+
+def _widen(tensor: Tensor) -> Tensor:
+    """Half precision to float32; wider ones stay."""
+    return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 
 def _resize(feature_map: Tensor, size: tuple[int, int]) -> Tensor:

@@ -87,8 +87,8 @@ class Backbone(nn.Module):
     def blocks(self) -> list[nn.Module]:
         """The blocks in forward order, the ones INTER_STUDENT_INDEX counts.
 
-        Looked up by name at each call: a stored list would register the blocks a second time or,
-        hidden from that, still point at the original's blocks after `copy.deepcopy`.
+        Looked up by name at each call: a stored ModuleList would put every key into the state dict
+        a second time, a plain list would go stale when a block is replaced.
         """
         return [self.net.get_submodule(name) for name in self.block_names]
 

@@ -118,6 +118,17 @@ def test_tiny_imagenet(tmp_path: Path) -> None:
         assert val.labels.tolist() == [0, 1] and brightnesses(val) == [100, 101]
 
 
+def test_tiny_imagenet_classes_are_sorted(tmp_path: Path) -> None:
+    folder = make_tiny_imagenet(tmp_path)
+    wnids = [f"n{number:02d}" for number in range(20, 10, -1)]
+    (folder / "wnids.txt").write_text("\n".join(wnids))
+    for number, wnid in enumerate(wnids):
+        draw(folder / "train" / wnid / "images" / "a.JPEG", number)
+    train = build_dataset("tiny_imagenet", tmp_path, "train")
+    assert train.class_names == sorted(wnids)
+    assert brightnesses(train) == list(range(9, -1, -1))
+
+
 def test_tiny_imagenet_damage(tmp_path: Path) -> None:
     folder = make_tiny_imagenet(tmp_path)
     (folder / "val" / "images" / "val_0.JPEG").unlink()
@@ -199,11 +210,11 @@ def test_image_folder(tmp_path: Path) -> None:
         tmp_path,
         ["train/dog/b.PNG", "train/dog/deep/er/a.jpeg", "train/cat/x.Tiff", "val/dog/y.png",
          "train/.git/z.png", "train/dog/.hidden.png", "train/dog/.trash/z.png",
-         "train/dog/notes.txt", "train/stray.png"],
+         "train/dog/notes.txt", "train/stray.png", "train/dog/z.png"],
     )  # fmt: skip
     train = build_dataset("image_folder", tmp_path, "train")
-    assert train.class_names == ["cat", "dog"] and train.labels.tolist() == [0, 1, 1]
-    assert brightnesses(train) == [20, 0, 10]
+    assert train.class_names == ["cat", "dog"] and train.labels.tolist() == [0, 1, 1, 1]
+    assert brightnesses(train) == [20, 0, 10, 90], "not sorted by path"
     for split in ("val", "test"):
         held_out = build_dataset("image_folder", tmp_path, split)
         assert (held_out.split, held_out.labels.tolist()) == ("val", [1])
@@ -217,7 +228,9 @@ def test_image_folder_links(tmp_path: Path) -> None:
     make_folder(tmp_path, ["elsewhere/a.png", "train/dog/b.png"])
     (tmp_path / "train" / "cat").symlink_to(tmp_path / "elsewhere")
     (tmp_path / "train" / "dog" / "circle").symlink_to(tmp_path / "train" / "dog")
-    assert build_dataset("image_folder", tmp_path, "train").labels.tolist() == [0, 1]
+    (tmp_path / "train" / "dog" / "more").symlink_to(tmp_path / "elsewhere")
+    train = build_dataset("image_folder", tmp_path, "train")
+    assert train.labels.tolist() == [0, 1, 1] and brightnesses(train) == [0, 10, 0]
 
 
 def test_image_folder_damage(tmp_path: Path) -> None:

@@ -22,7 +22,8 @@ def test_names() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "hint"), [("cifar", "did you mean cifar100"), ("Tiny-ImageNet", "mean tiny_imagenet")]
+    ("name", "hint"),
+    [("CIFAR-100", "did you mean cifar100"), ("Tiny-ImageNet", "mean tiny_imagenet")],
 )
 def test_unknown_name(name: str, hint: str) -> None:
     with pytest.raises(DataError, match=f"data set '{name}' is unknown: .*{hint}.*image_folder"):

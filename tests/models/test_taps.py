@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import set_checkpoint_early_stop
 
 from lg.models import Backbone, FeatureTaps, deit, feature_maps, resnet
 
@@ -112,8 +113,9 @@ def test_activation_checkpointing_changes_no_gradient() -> None:
     expected = gradients(plain, [0, 2])
     for mine, theirs in zip(gradients(checkpointed, [0, 2]), expected, strict=True):
         torch.testing.assert_close(mine, theirs)
-    # The blocks run again in the backward pass: a tap that is still open keeps its maps.
-    with FeatureTaps(checkpointed, [0]) as taps:
+    # The blocks run again in the backward pass, to their ends if early stop is off: a tap that is
+    # still open keeps its maps.
+    with FeatureTaps(checkpointed, [0]) as taps, set_checkpoint_early_stop(False):
         logits = checkpointed(images())
         before = taps.maps()[0]
         logits.sum().backward()
@@ -172,6 +174,9 @@ def test_blocks_are_no_second_registration_and_follow_copies() -> None:
     assert list(twin.state_dict()) == list(model.state_dict())
     assert len(list(model.parameters())) == len({*map(id, model.parameters())}) == 8 + 12 * 4
     assert [twin.blocks[i] is twin.net.blocks[i] for i in range(4)] == [True] * 4
+    replaced = model.blocks[1]
+    model.net.blocks[1] = copy.deepcopy(replaced)
+    assert model.blocks[1] is model.net.blocks[1] is not replaced
     nn.init.zeros_(twin.net.patch_embed.proj.weight)
     ours, theirs = (feature_maps(m.eval(), images(), [0])[1][0] for m in (model, twin))
     assert not torch.allclose(ours, theirs)

@@ -7,7 +7,8 @@ import timm
 import torch
 from torch import nn
 
-from lg.models import Backbone, deit, feature_maps, timm_model
+from lg.models import Backbone, MapLayout, deit, feature_maps, timm_model
+from lg.models.backbone import probe_layouts
 
 DEIT = {
     "img_size": 32,
@@ -33,6 +34,8 @@ FAMILIES = [
     ("mixer_s32_224", 64, 8, "tokens", 0, (512, 2, 2), (512, 2, 2)),
     ("levit_128s", 128, 9, "tokens", 0, (128, 8, 8), (384, 2, 2)),
     ("regnetx_002", 64, 13, "nchw", 0, (24, 16, 16), (368, 2, 2)),
+    ("mobilevit_xxs", 64, 10, "nchw", 0, (16, 32, 32), (80, 2, 2)),  # blocks inside blocks
+    ("repvgg_a0", 64, 21, "nchw", 0, (48, 16, 16), (1280, 2, 2)),  # and a stem of the same class
 ]
 SLOW_FAMILIES = [
     ("swin_tiny_patch4_window7_224", 224, 12, "nhwc", 0, (96, 56, 56), (768, 7, 7)),
@@ -45,7 +48,6 @@ SLOW_FAMILIES = [
     ("mvitv2_tiny", 224, 10, "tokens", 0, (96, 56, 56), (768, 7, 7)),
     ("gcvit_xxtiny", 224, 12, "nhwc", 0, (64, 56, 56), (512, 7, 7)),
     ("tiny_vit_5m_224", 224, 12, "nhwc", 0, (64, 56, 56), (320, 7, 7)),
-    ("mobilevit_xxs", 256, 10, "nchw", 0, (16, 128, 128), (80, 8, 8)),
     ("resnetv2_50", 224, 16, "nchw", 0, (256, 56, 56), (2048, 7, 7)),
     ("caformer_s18", 224, 18, "tokens", 0, (64, 56, 56), (512, 7, 7)),
 ]
@@ -118,6 +120,53 @@ def test_finding_the_blocks_disturbs_nothing(name: str) -> None:
         assert torch.equal(mine, theirs), key
     assert all(module.training for module in model.modules())
     assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_the_probe_draws_from_no_global_stream() -> None:
+    class Noisy(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 4, 1)
+
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            return self.conv(images + torch.randn_like(images))
+
+    net = Noisy()
+    before = torch.get_rng_state()
+    assert probe_layouts(net, ["conv"], image_shape=(3, 8, 8)) == {"conv": MapLayout("nchw", 4)}
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_setting_refused_half_way_moves_no_weight(monkeypatch: pytest.MonkeyPatch) -> None:
+    create = timm.create_model
+
+    def late_refusal(name: str, **settings: object) -> nn.Module:
+        if "img_size" in settings:
+            torch.rand(3)
+            raise TypeError("__init__() got an unexpected keyword argument 'img_size'")
+        return create(name, **settings)
+
+    torch.manual_seed(5)
+    expected = create("mobilenetv3_small_100", num_classes=10)
+    monkeypatch.setattr(timm, "create_model", late_refusal)
+    torch.manual_seed(5)
+    model = build("mobilenetv3_small_100", 32)
+    assert torch.equal(model.net.conv_stem.weight, expected.conv_stem.weight)
+
+
+def test_maps_that_fit_two_layouts_are_read_like_their_neighbours() -> None:
+    class ChannelsLast(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.two = nn.Linear(3, 5), nn.Linear(5, 4)
+
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            return self.two(self.one(images.permute(0, 2, 3, 1)))
+
+    layouts = probe_layouts(ChannelsLast(), ["one", "two"], image_shape=(3, 4, 4))
+    assert layouts == {"one": MapLayout("nhwc", 5), "two": MapLayout("nhwc", 4)}
+    cube = probe_layouts(nn.Conv2d(3, 4, 1), [""], image_shape=(3, 4, 4))
+    assert cube == {"": MapLayout("nchw", 4)}
 
 
 def test_blocks_named_by_hand() -> None:

@@ -1,0 +1,30 @@
+"""Installs `lg`; what it needs stands in requirements.txt alone."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+HERE = Path(__file__).parent
+
+setup(
+    name="lg",
+    version="0.1.0",
+    description="Vision transformers from scratch on tiny datasets, guided by a small frozen CNN",
+    long_description=(HERE / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="MIT",
+    packages=find_packages(include=["lg", "lg.*"]),
+    python_requires=">=3.10,<3.14",
+    install_requires=(HERE / "requirements.txt").read_text(encoding="utf-8").split(),
+    extras_require={
+        "slurm": ["submitit>=1.5,<2"],
+        "dev": [
+            "mypy>=1.11,<3",
+            "pytest>=8,<10",
+            "pytest-timeout>=2.3,<3",
+            "ruff>=0.6,<1",
+            "types-PyYAML",
+            "types-simplejson",
+        ],
+    },
+)

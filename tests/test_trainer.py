@@ -1,0 +1,295 @@
+"""The training loop: exact resume, what it writes, how it stops."""
+
+from __future__ import annotations
+
+import math
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import lg
+from lg import trainer
+from lg.checkpoint import CheckpointError, read_checkpoint
+from lg.config import ConfigError
+from lg.log import read_json_lines
+from lg.metrics import NonFiniteLossError
+from lg.signals import Interrupted
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+STEPS = 4  # an epoch
+TINY = {
+    "DEVICE": "cpu",
+    "TRANSFORMER.HIDDEN_DIM": 24,
+    "TRANSFORMER.DEPTH": 2,
+    "TRANSFORMER.NUM_HEADS": 2,
+    "TRANSFORMER.DROP_RATE": 0.1,
+    "DISTILLATION.INTER_STUDENT_INDEX": [0, 1],
+    "DISTILLATION.INTER_TEACHER_INDEX": [0, 2],
+    "OPTIM.MAX_EPOCH": 3,
+    "OPTIM.WARMUP_EPOCHS": 1,
+    "OPTIM.EMA_UPDATE_PERIOD": 1,
+    "OPTIM.EMA_ALPHA": 0.01,
+    "OPTIM.CLIP_GRAD_NORM": 5.0,
+    "TRAIN.FRACTION": 0.1,
+    "TRAIN.BATCH_SIZE": 30,
+    "TRAIN.STRONG_AUGMENTATION": True,
+    "TRAIN.MIXUP_ALPHA": 0.4,
+    "TRAIN.CUTMIX_ALPHA": 1.0,
+    "TRAIN.LABEL_SMOOTHING": 0.1,
+    "TRAIN.KEEP_CHECKPOINTS": 2,
+    "TEST.PERIOD": 1,
+    "DATA_LOADER.NUM_WORKERS": 0,
+    "LOG_PERIOD": 3,
+}
+TIMES = {"time_avg", "time_diff", "time_epoch", "eta", "mem", "images_per_second"}
+
+
+@pytest.fixture(scope="session")
+def guide_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A guide as training would leave it, though with its first weights."""
+    cfg = lg.load_config(CONFIGS / "digits/r-8_digits.yaml")
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("guide") / "model.pyth"
+    torch.save(lg.published_state_dict(lg.build_model(cfg)), path)
+    return path
+
+
+def config(out_dir: Path, guide_file: Path | None, **changes: Any) -> Any:
+    values = {
+        **TINY,
+        "OUT_DIR": str(out_dir),
+        **{k.replace("__", "."): v for k, v in changes.items()},
+    }
+    name = "vit_digits_ours" if guide_file else "vit_digits_base"
+    if guide_file:
+        values["DISTILLATION.TEACHER_WEIGHTS"] = str(guide_file)
+    opts = [text for key, value in values.items() for text in (key, str(value))]
+    return lg.load_config(CONFIGS / f"digits/{name}.yaml", opts)
+
+
+def stop_after(monkeypatch: pytest.MonkeyPatch, steps: int) -> None:
+    """Sends this process SIGTERM when training has done that many steps."""
+    update, done = trainer.update_weights, []
+
+    def counted(run: Any) -> None:
+        update(run)
+        done.append(1)
+        if len(done) == steps:
+            signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(trainer, "update_weights", counted)
+
+
+def final_state(out_dir: Path, epoch: int = 3) -> dict[str, Any]:
+    state = read_checkpoint(out_dir / f"checkpoints/model_epoch_{epoch:04d}.pyth")
+    state["cfg"] = state["cfg"].replace(str(out_dir), "")
+    return state
+
+
+def stats(out_dir: Path) -> list[dict[str, Any]]:
+    lines = read_json_lines(out_dir / "log.txt")
+    return [
+        {k: v for k, v in line.items() if k not in TIMES}
+        for line in lines
+        if line["_type"] not in ("cfg", "complexity")
+    ]
+
+
+def assert_same(left: Any, right: Any, where: str = "") -> None:
+    """Equal to the bit, through dicts and lists."""
+    assert type(left) is type(right), where
+    if isinstance(left, dict):
+        assert left.keys() == right.keys(), where
+        for key in left:
+            assert_same(left[key], right[key], f"{where}.{key}")
+    elif isinstance(left, (list, tuple)):
+        assert len(left) == len(right), where
+        for i, pair in enumerate(zip(left, right, strict=True)):
+            assert_same(*pair, f"{where}[{i}]")
+    elif isinstance(left, torch.Tensor):
+        assert left.dtype == right.dtype and torch.equal(left, right), where
+    else:
+        assert left == right or (math.isnan(left) and math.isnan(right)), where
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory: pytest.TempPathFactory, guide_file: Path) -> Path:
+    out_dir = tmp_path_factory.mktemp("straight")
+    trainer.train(config(out_dir, guide_file))
+    return out_dir
+
+
+# One step, the middle of an epoch, just before and at its end, the last but one step.
+@pytest.mark.parametrize(("steps", "workers"), [(1, 0), (2, 2), (3, 0), (4, 2), (6, 0), (11, 2)])
+def test_resume_is_exact(
+    steps: int,
+    workers: int,
+    straight: Path,
+    tmp_path: Path,
+    guide_file: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    cfg = config(tmp_path, guide_file, DATA_LOADER__NUM_WORKERS=workers)
+    with monkeypatch.context() as patch:
+        stop_after(patch, steps)
+        with pytest.raises(Interrupted) as stop:
+            trainer.train(cfg)
+    assert stop.value.code == 128 + signal.SIGTERM
+    torch.manual_seed(99)  # another process would not have this one's random state either
+    trainer.train(cfg)
+    expected, state = final_state(straight), final_state(tmp_path)
+    for either in (expected, state):
+        either.pop("cfg")  # the number of workers differs
+    assert state["guidance_state"] and state["ema_state"]
+    assert_same(state, expected)
+    assert_same(stats(tmp_path), stats(straight))
+
+
+def test_repeated_interruption_is_exact_too(
+    straight: Path, tmp_path: Path, guide_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cfg = config(tmp_path, guide_file)
+    for _ in range(5):
+        with monkeypatch.context() as patch:
+            stop_after(patch, 2)
+            with pytest.raises(Interrupted):
+                trainer.train(cfg)
+    trainer.train(cfg)
+    assert_same(final_state(tmp_path), final_state(straight))
+    assert_same(stats(tmp_path), stats(straight))
+
+
+def test_another_seed_gives_another_run(straight: Path, tmp_path: Path, guide_file: Path) -> None:
+    trainer.train(config(tmp_path, guide_file, RNG_SEED=2))
+    key = "layers.0.mlp.fc1.weight"
+    states = [final_state(d)["model_state"][key] for d in (straight, tmp_path)]
+    assert not torch.equal(*states)
+
+
+def test_what_a_run_leaves(straight: Path) -> None:
+    names = sorted(p.name for p in (straight / "checkpoints").iterdir())
+    assert names == ["model_epoch_0002.pyth", "model_epoch_0003.pyth"]
+    best = read_checkpoint(straight / "model.pyth")
+    state = final_state(straight)
+    assert {"epoch", "test_err", "ema_err", "model_state", "ema_state", "optimizer_state"} < {*best}
+    assert state["epoch"] == 2
+    keys = [*state["model_state"]]
+    assert keys[:3] == ["cls_token", "pos_embed", "patch_embed.projection.weight"]
+    assert not any("heads" in k for k in (*keys, *state["ema_state"]))
+    assert [*state["guidance_state"]] == ["0.weight", "0.bias", "1.weight", "1.bias"]
+    lines = stats(straight)
+    kinds = [line["_type"] for line in lines]
+    assert kinds.count("train_iter") == 3 * STEPS // 3
+    assert kinds.count("train_epoch") == kinds.count("test_epoch") == 3
+    assert kinds.count("test_ema_epoch") == 3
+    tested = [line["top1_err"] for line in lines if line["_type"] == "test_epoch"]
+    averaged = [line["top1_err"] for line in lines if line["_type"] == "test_ema_epoch"]
+    assert min(best["test_err"], best["ema_err"]) == pytest.approx(min(tested + averaged), abs=1e-4)
+    assert (straight / "config.yaml").exists()
+    assert any((straight / "tensorboard").iterdir())
+    assert lg.load_config(straight / "config.yaml").TRAIN.BATCH_SIZE == 30
+
+
+def test_mode_test_finds_what_training_reported(
+    straight: Path, guide_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    result = trainer.test(config(straight, guide_file, TEST__PER_CLASS=True))
+    best = read_checkpoint(straight / "model.pyth")
+    assert result.top1_err == pytest.approx(min(best["test_err"], best["ema_err"]), abs=1e-9)
+    assert result.count == 597
+    out = capsys.readouterr().out
+    assert f"digits/test: top-1 {100 - result.top1_err:.2f} %" in out
+    assert "of 597 images" in out and len(out.strip().splitlines()) == 11
+
+
+def test_a_finished_run_is_not_trained_again(straight: Path, guide_file: Path) -> None:
+    before = (straight / "checkpoints/model_epoch_0003.pyth").stat().st_mtime_ns
+    trainer.train(config(straight, guide_file))
+    assert (straight / "checkpoints/model_epoch_0003.pyth").stat().st_mtime_ns == before
+
+
+def test_a_truncated_checkpoint_is_passed_over(
+    straight: Path, tmp_path: Path, guide_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cfg = config(tmp_path, guide_file)
+    trainer.train(cfg)
+    last = tmp_path / "checkpoints/model_epoch_0003.pyth"
+    last.write_bytes(last.read_bytes()[:-1000])
+    trainer.train(cfg)
+    captured = capsys.readouterr()
+    assert "model_epoch_0003.pyth" in captured.err and "before it" in captured.err
+    assert "Going on after 2 epochs of 3" in captured.out
+    assert_same(final_state(tmp_path), final_state(straight))
+
+
+def test_another_models_checkpoint_is_refused(straight: Path, guide_file: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"Cannot go on.*of another shape"):
+        trainer.train(config(straight, guide_file, TRANSFORMER__HIDDEN_DIM=32))
+
+
+def test_starting_afresh_beside_old_checkpoints_is_refused(
+    straight: Path, guide_file: Path
+) -> None:
+    with pytest.raises(ConfigError, match="AUTO_RESUME"):
+        trainer.train(config(straight, guide_file, TRAIN__AUTO_RESUME=False))
+
+
+def test_accumulation_changes_no_number_of_a_plain_step(tmp_path: Path) -> None:
+    # Without dropout each image is treated alone, so splitting the batch changes rounding only.
+    states = []
+    for count in (1, 3):
+        changes = {"TRAIN__ACCUM_STEPS": count, "TRANSFORMER__DROP_RATE": 0.0}
+        changes |= {"TRANSFORMER__DROP_PATH_RATE": 0.0, "OPTIM__MAX_EPOCH": 1}
+        changes |= {"OPTIM__OPTIMIZER": "sgd", "OPTIM__WARMUP_EPOCHS": 0}
+        trainer.train(config(tmp_path / str(count), None, **changes))
+        states.append(final_state(tmp_path / str(count), epoch=1)["model_state"])
+    for key in states[0]:
+        torch.testing.assert_close(states[0][key], states[1][key], rtol=1e-4, atol=1e-6)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    update, done = trainer.update_weights, []
+
+    def poisoned(run: Any) -> None:
+        update(run)
+        done.append(1)
+        if len(done) == STEPS + 1:
+            with torch.no_grad():
+                run.guided.student.net.head.weight.fill_(float("nan"))
+
+    monkeypatch.setattr(trainer, "update_weights", poisoned)
+    with pytest.raises(NonFiniteLossError, match=r"epoch 2, step 2: .*cls = nan"):
+        trainer.train(config(tmp_path, None))
+    state = final_state(tmp_path, epoch=1)
+    assert all(v.isfinite().all() for v in state["model_state"].values())
+
+
+def test_faults_are_found_before_anything_is_built(tmp_path: Path, guide_file: Path) -> None:
+    faults = {
+        "MODEL.NUM_CLASSES is 11, .* 10": {"MODEL__NUM_CLASSES": 11},
+        "TRAIN.BATCH_SIZE is 600, .* 120": {"TRAIN__BATCH_SIZE": 600},
+        "IN_CHANNELS is 1": {"MODEL__IN_CHANNELS": 1},
+        "TRAIN.WEIGHTS is '/nowhere": {"TRAIN__WEIGHTS": "/nowhere/model.pyth"},
+    }
+    for message, changes in faults.items():
+        with pytest.raises(ConfigError, match=message):
+            trainer.train(config(tmp_path / "out", guide_file, **changes))
+    with pytest.raises(ConfigError, match="TEACHER_WEIGHTS is '/gone/model.pyth', which does not"):
+        trainer.train(config(tmp_path / "out", Path("/gone/model.pyth")))
+    assert not (tmp_path / "out").exists()
+
+
+def test_bf16_trains_in_bf16(tmp_path: Path, guide_file: Path) -> None:
+    trainer.train(config(tmp_path, guide_file, TRAIN__MIXED_PRECISION=True, OPTIM__MAX_EPOCH=1))
+    exact = config(tmp_path / "exact", guide_file, OPTIM__MAX_EPOCH=1)
+    trainer.train(exact)
+    losses = [
+        next(line["loss"] for line in stats(d) if line["_type"] == "train_epoch")
+        for d in (tmp_path, tmp_path / "exact")
+    ]
+    assert losses[0] == pytest.approx(losses[1], rel=2e-2) and losses[0] != losses[1]

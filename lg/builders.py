@@ -296,9 +296,12 @@ def build_settings(cfg: CfgNode) -> Settings:
     )
 
 
-def check_training(cfg: CfgNode) -> None:
-    """Faults that can be found before anything is built: what training needs and the config does
-    not give.
+def check_training(cfg: CfgNode, *, trained_guide: bool = True) -> None:
+    """Finds, before anything is built, what training needs and the config does not give.
+
+    Args:
+        cfg: the config.
+        trained_guide: whether a guide without weights is a fault.
 
     Raises:
         ConfigError: naming the key and the fix.
@@ -312,7 +315,7 @@ def check_training(cfg: CfgNode) -> None:
             f"to 3."
         )
     guided = options.ENABLE_INTER or options.ENABLE_LOGIT
-    if guided and not options.OFFLINE and options.TEACHER_WEIGHTS is None:
+    if guided and trained_guide and not options.OFFLINE and options.TEACHER_WEIGHTS is None:
         raise ConfigError(
             "DISTILLATION.TEACHER_WEIGHTS is null; an untrained guide teaches noise. Train the "
             "guide first and name its "

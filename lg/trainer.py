@@ -190,20 +190,19 @@ test.__test__ = False  # type: ignore[attr-defined]  # not a test case, whatever
 
 
 def time_steps(cfg: CfgNode) -> dict[str, float]:
-    """Measures forward, backward, loader and full step of the config's training, and says the
-    table."""
+    """Measures forward, backward, loader and full step of the config's training; says the table."""
+    builders.check_training(cfg, trained_guide=False)
     world = distributed.join(backend=cfg.DIST_BACKEND)
-    data = builders.fetch_data(cfg, world)
-    log = RunLog(cfg.OUT_DIR, console=True)
-    with contextlib.closing(log):
-        run = _build_run(cfg, data, world, log)
-        times = measure(
-            run,
-            warmup=cfg.PREC_TIME.WARMUP_ITER,
-            repeats=cfg.PREC_TIME.NUM_ITER,
-        )
-        report_times(times, run)
-    return times
+    try:
+        data = builders.fetch_data(cfg, world)
+        log = RunLog(cfg.OUT_DIR, enabled=world.is_main)
+        with contextlib.closing(log):
+            run = _build_run(cfg, data, world, log)
+            times = measure(run, warmup=cfg.PREC_TIME.WARMUP_ITER, repeats=cfg.PREC_TIME.NUM_ITER)
+            report_times(times, run)
+        return times
+    finally:
+        distributed.leave()
 
 
 def _train_epochs(run: Run) -> None:

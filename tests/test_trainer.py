@@ -279,7 +279,7 @@ def test_faults_are_found_before_anything_is_built(tmp_path: Path, guide_file: P
     for message, changes in faults.items():
         with pytest.raises(ConfigError, match=message):
             trainer.train(config(tmp_path / "out", guide_file, **changes))
-    with pytest.raises(ConfigError, match="TEACHER_WEIGHTS is '/gone/model.pyth', which does not"):
+    with pytest.raises(ConfigError, match=r"TEACHER_WEIGHTS is '/gone/model\.pyth', which"):
         trainer.train(config(tmp_path / "out", Path("/gone/model.pyth")))
     assert not (tmp_path / "out").exists()
 

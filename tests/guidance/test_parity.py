@@ -1,4 +1,4 @@
-"""Losses, first optimiser steps, learning rates and parameter groups against the published code's."""
+"""Losses, first steps, learning rates and parameter groups against the published code's."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def build(config: str, *options: str) -> tuple:
 def test_imitation_losses_are_the_published_ones(transform: str, logit: bool) -> None:
     name = "deit-ti_c100_ours_logit" if logit else "deit-ti_c100_ours"
     options = ["DISTILLATION.INTER_TRANSFORM", transform, "DISTILLATION.ENABLE_LOGIT", str(logit)]
-    cfg, guided, guide, loss = build(GUIDED, *options)
+    _, guided, guide, loss = build(GUIDED, *options)
     images = reference_input(224)
     with torch.no_grad():
         logits, maps = guided.train()(images)

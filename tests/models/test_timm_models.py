@@ -34,12 +34,12 @@ FAMILIES = [
     ("mixer_s32_224", 64, 8, "tokens", 0, (512, 2, 2), (512, 2, 2)),
     ("levit_128s", 128, 9, "tokens", 0, (128, 8, 8), (384, 2, 2)),
     ("regnetx_002", 64, 13, "nchw", 0, (24, 16, 16), (368, 2, 2)),
-    ("mobilevit_xxs", 64, 10, "nchw", 0, (16, 32, 32), (80, 2, 2)),  # blocks inside blocks
-    ("repvgg_a0", 64, 21, "nchw", 0, (48, 16, 16), (1280, 2, 2)),  # and a stem of the same class
+    ("mobilevit_xxs", 64, 10, "nchw", 0, (16, 32, 32), (80, 2, 2)),
+    ("maxvit_pico_rw_256", 64, 11, "nchw", 0, (32, 16, 16), (256, 2, 2)),  # blocks inside blocks
+    ("repvgg_a0", 64, 21, "nchw", 0, (48, 16, 16), (1280, 2, 2)),  # a stem of the blocks' class
 ]
 SLOW_FAMILIES = [
     ("swin_tiny_patch4_window7_224", 224, 12, "nhwc", 0, (96, 56, 56), (768, 7, 7)),
-    ("maxvit_pico_rw_256", 256, 11, "nchw", 0, (32, 64, 64), (256, 8, 8)),
     ("coatnet_nano_rw_224", 224, 16, "nchw", 0, (64, 56, 56), (512, 7, 7)),
     ("poolformer_s12", 224, 12, "nchw", 0, (64, 56, 56), (512, 7, 7)),
     ("densenet121", 224, 4, "nchw", 0, (256, 56, 56), (1024, 7, 7)),

@@ -1,0 +1,161 @@
+#!/usr/bin/env python3
+"""What does guidance gain on 300 real digits? Trains guide, plain and guided; prints a table.
+
+    python benchmarks/digits_demo.py              # one seed, under 3 minutes on two cores
+    python benchmarks/digits_demo.py --seeds 3    # mean and spread over three
+
+Each training is a plain `run_net.py` command, shown before it runs. Runs that are already finished
+are read, not repeated. Writes curves.png and results.json beside the runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+MODELS = {
+    "r-8_digits": "ResNet-8, the guide",
+    "vit_digits_base": "transformer, plain",
+    "vit_digits_ours": "transformer, guided",
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--seeds", type=int, default=1, help="how many seeds, from 1 (default 1)")
+    parser.add_argument("--out", type=Path, default=Path("work_dirs/digits_demo"))
+    args = parser.parse_args()
+    started = time.perf_counter()
+    runs = {
+        seed: {name: train(name, seed=seed, out=args.out) for name in MODELS}
+        for seed in range(1, args.seeds + 1)
+    }
+    seconds = time.perf_counter() - started
+    print(table(runs))
+    args.out.mkdir(parents=True, exist_ok=True)
+    plot(runs, args.out / "curves.png")
+    write_json(runs, seconds, args.out / "results.json")
+    print(
+        f"\nCurves: {args.out / 'curves.png'}; numbers: {args.out / 'results.json'}. "
+        f"It took {seconds:.0f} s."
+    )
+
+
+def train(name: str, *, seed: int, out: Path) -> dict[str, Any]:
+    """Trains one config and returns what its log says."""
+    from lg.log import read_json_lines
+
+    out_dir = out / f"seed{seed}" / name
+    command = [
+        "run_net.py",
+        "--mode",
+        "train",
+        "--cfg",
+        f"configs/digits/{name}.yaml",
+        "OUT_DIR",
+        str(out_dir.resolve()),
+        "RNG_SEED",
+        str(seed),
+        "DEVICE",
+        "cpu",
+    ]
+    if name == "vit_digits_ours":
+        guide = out / f"seed{seed}" / "r-8_digits" / "model.pyth"
+        command += ["DISTILLATION.TEACHER_WEIGHTS", str(guide.resolve())]
+    print(
+        f"$ python {' '.join(os.path.relpath(c) if c.startswith('/') else c for c in command)}",
+        flush=True,
+    )
+    process = subprocess.run(
+        [sys.executable, *command], cwd=ROOT, text=True, stdout=subprocess.PIPE
+    )
+    if process.returncode:
+        sys.exit(process.returncode)
+    print(process.stdout.strip().splitlines()[-1], flush=True)
+    lines = read_json_lines(out_dir / "log.txt")
+    tests = [line for line in lines if line["_type"] == "test_epoch"]
+    return {
+        "params": next(line["params"] for line in lines if line["_type"] == "complexity"),
+        "epochs": [int(line["epoch"].split("/")[0]) for line in tests],
+        "accuracy": [100 - line["top1_err"] for line in tests],
+    }
+
+
+def table(runs: dict[int, dict[str, Any]]) -> str:
+    """Parameters and final test accuracy of each model, mean and spread over the seeds."""
+    rows = [f"\n{'':<22}{'parameters':>12}{'top-1 on 597 test digits':>28}"]
+    for name, title in MODELS.items():
+        final = [run[name]["accuracy"][-1] for run in runs.values()]
+        spread = f" ± {statistics.stdev(final):.1f}" if len(final) > 1 else ""
+        params = next(iter(runs.values()))[name]["params"]
+        rows.append(f"{title:<22}{params:>12,}{f'{statistics.mean(final):.1f}{spread} %':>28}")
+    gains = [
+        r["vit_digits_ours"]["accuracy"][-1] - r["vit_digits_base"]["accuracy"][-1]
+        for r in runs.values()
+    ]
+    count = f"mean of {len(gains)} seeds, each: {', '.join(f'{g:.1f}' for g in gains)}"
+    rows.append(
+        f"\nGuidance gains {statistics.mean(gains):.1f} points"
+        f"{f' ({count})' if len(gains) > 1 else ''}."
+    )
+    return "\n".join(rows)
+
+
+def plot(runs: dict[int, dict[str, Any]], path: Path) -> None:
+    """Test accuracy over the epochs, one line a run."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
+    colors = dict(zip(MODELS, ("tab:gray", "tab:orange", "tab:blue"), strict=True))
+    for run in runs.values():
+        for name, title in MODELS.items():
+            axes.plot(run[name]["epochs"], run[name]["accuracy"], color=colors[name], label=title)
+    handles, labels = axes.get_legend_handles_labels()
+    unique = dict(zip(labels, handles, strict=True))
+    axes.legend(unique.values(), unique.keys(), loc="lower right")
+    axes.set(
+        xlabel="epoch",
+        ylabel="top-1 accuracy on the test split, %",
+        ylim=(0, 100),
+        title="300 training digits, 16 x 16 pixels",
+    )
+    axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def write_json(runs: dict[int, dict[str, Any]], seconds: float, path: Path) -> None:
+    """The numbers with what they were measured on."""
+    import platform
+
+    import timm
+    import torch
+
+    setting = {
+        "cores": os.cpu_count(),
+        "machine": platform.machine(),
+        "torch": torch.__version__,
+        "timm": timm.__version__,
+        "python": platform.python_version(),
+    }
+    path.write_text(
+        json.dumps({"setting": setting, "seconds": seconds, "runs": runs}, indent=1, default=float)
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -8,6 +8,7 @@ original code are of one format. Only the main process writes.
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import re
 import tempfile
@@ -16,6 +17,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -26,6 +28,16 @@ DEFAULT_CACHE = "/tmp/pycls-download-cache"
 BEST_NAME = "model.pyth"
 _NAME = re.compile(r"model_epoch_(\d+)\.pyth")
 _TEMPORARY = ".partial-"
+
+# What a NumPy number in a file is made of, such as an error rate in a published one: none of these
+# does more than hold bytes. NumPy 1 and 2 name the first one differently.
+_NUMBER = np.float64(0).__reduce__()[0]
+_NUMPY_NUMBERS: list[Any] = [
+    (_NUMBER, "numpy.core.multiarray.scalar"),
+    (_NUMBER, "numpy._core.multiarray.scalar"),
+    np.dtype,
+    *(type(np.dtype(kind)) for kind in ("f2", "f4", "f8", "i4", "i8")),
+]
 
 
 class CheckpointError(ValueError):
@@ -41,7 +53,7 @@ def write_atomically(path: str | os.PathLike[str], write: Callable[[Any], object
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(prefix=_TEMPORARY, dir=path.parent)
+    handle, temporary = tempfile.mkstemp(prefix=f"{_TEMPORARY}{path.name}-", dir=path.parent)
     try:
         with os.fdopen(handle, "wb") as stream:
             write(stream)
@@ -69,17 +81,15 @@ def read_checkpoint(path: str | os.PathLike[str], *, cache: str = DEFAULT_CACHE)
     name = os.fspath(path)
     try:
         file = local_path(name, cache=cache)
-        if zipfile.is_zipfile(
-            file
-        ):  # torch does not look at the checksums of its zip entries; zipfile does
-            with zipfile.ZipFile(file) as archive:
-                damaged = archive.testzip()
+        if zipfile.is_zipfile(file):
+            damaged = _damaged_part(file)
             if damaged:
                 raise CheckpointError(
-                    f"{name} is damaged: the checksum of its part {damaged} does not match. Use "
-                    f"another copy."
+                    f"{name} is damaged: its part {damaged} is not what was written. Use another "
+                    "copy."
                 )
-        state = torch.load(file, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals(_NUMPY_NUMBERS):
+            state = torch.load(file, map_location="cpu", weights_only=True)
     except CheckpointError:
         raise
     except FileNotFoundError:
@@ -104,7 +114,11 @@ def choose_weights(state: Mapping[str, Any], name: str) -> dict[str, Tensor]:
     """The weights a checkpoint stands for: those of the model, or of its average where that tested
     better.
 
-    Also takes a bare state dict (names to tensors).
+    An error rate that is missing or no number counts as 100. Also takes a bare state dict (names to
+    tensors).
+
+    Raises:
+        CheckpointError: there are no weights where they should be.
     """
     if "model_state" not in state:
         if all(isinstance(v, Tensor) for v in state.values()):
@@ -112,9 +126,17 @@ def choose_weights(state: Mapping[str, Any], name: str) -> dict[str, Tensor]:
         raise CheckpointError(
             f"{name} has no model_state; its keys are {', '.join(map(str, list(state)[:6]))}."
         )
-    average = state.get("ema_state") or {}
-    use_average = bool(average) and state.get("test_err", 100.0) > state.get("ema_err", 100.0)
-    return dict(average if use_average else state["model_state"])
+    parts = {"model_state": state["model_state"], "ema_state": state.get("ema_state")}
+    if parts["ema_state"] is None:  # files without an average say so in either way
+        parts["ema_state"] = {}
+    for key, part in parts.items():
+        if not isinstance(part, Mapping):
+            raise CheckpointError(
+                f"{name} holds a {type(part).__name__} as its {key}; that is a dict of tensors in "
+                "a checkpoint. Use another file."
+            )
+    use_average = parts["ema_state"] and _error(state, "test_err") > _error(state, "ema_err")
+    return dict(parts["ema_state" if use_average else "model_state"])
 
 
 def load_weights(
@@ -144,7 +166,8 @@ def load_weights(
         raise
     except ValueError as error:
         raise CheckpointError(f"{os.fspath(path)}: {error}") from None
-    return {k: state[k] for k in ("epoch", "test_err", "ema_err", "cfg") if k in state}
+    found: dict[str, Any] = {k: state[k] for k in ("epoch", "cfg") if k in state}
+    return found | {k: _error(state, k) for k in ("test_err", "ema_err") if k in state}
 
 
 class CheckpointFolder:
@@ -162,12 +185,19 @@ class CheckpointFolder:
         return sorted((p for p, m in numbered.items() if m), key=lambda p: int(p.stem[12:]))
 
     def save(self, state: dict[str, Any], *, epoch: int, is_best: bool) -> Path:
-        """Writes the checkpoint of an epoch (counted from 1), then the best if it is that, then
-        drops the oldest."""
+        """Writes the checkpoint of an epoch (counted from 1), and the best if it is that; then
+        drops the oldest.
+
+        Leftovers of a save that was killed are removed: only one process saves, so none is in use.
+        """
+        for place in (self.folder, self.folder.parent):
+            for leftover in place.glob(f"{_TEMPORARY}model*.pyth-*"):
+                leftover.unlink(missing_ok=True)
         path = self.folder / f"model_epoch_{epoch:04d}.pyth"
-        write_atomically(path, lambda stream: torch.save(state, stream))
-        if is_best:
-            write_atomically(self.best, lambda stream: torch.save(state, stream))
+        # The best first: a run killed in between goes on from before it and writes both again,
+        # whereas the checkpoint alone would say that the best has been written.
+        for place in (self.best, path) if is_best else (path,):
+            write_atomically(place, lambda stream: torch.save(state, stream))
         for old in self.files()[: -self.keep]:
             old.unlink()
         return path
@@ -175,15 +205,11 @@ class CheckpointFolder:
     def load_last(self, warn: Callable[[str], None]) -> dict[str, Any] | None:
         """The newest readable checkpoint; None when there is none at all.
 
-        Leftovers of a save that was killed are removed. A damaged file is passed over with a
-        warning.
+        A damaged file is passed over with a warning.
 
         Raises:
             CheckpointError: there are checkpoints, and all are damaged.
         """
-        for place in (self.folder, self.folder.parent):
-            for leftover in place.glob(f"{_TEMPORARY}*"):
-                leftover.unlink()
         faults = []
         for path in reversed(self.files()):
             try:
@@ -200,6 +226,23 @@ class CheckpointFolder:
                 "or set TRAIN.AUTO_RESUME False."
             )
         return None
+
+
+def _damaged_part(file: str) -> str | None:
+    """The first entry of a zip file that does not match its checksum, which torch does not look at,
+    or that is marked as a folder (bit 4), of which torch reads nothing and returns stray memory."""
+    with zipfile.ZipFile(file) as archive:
+        folders = (e.filename for e in archive.infolist() if e.external_attr & 0x10)
+        return archive.testzip() or next(folders, None)
+
+
+def _error(state: Mapping[str, Any], key: str) -> float:
+    """An error rate in percent, 100 where the file does not say."""
+    try:
+        value = float(state.get(key, math.nan))
+    except (TypeError, ValueError, RuntimeError):  # RuntimeError: a tensor of several numbers
+        return 100.0
+    return 100.0 if math.isnan(value) else value
 
 
 def random_state() -> dict[str, Any]:

@@ -8,9 +8,13 @@ names the key, its value, what is allowed and the fix.
 from __future__ import annotations
 
 import ast
+import contextlib
 import difflib
 import os
+import reprlib
 from collections.abc import Iterator, Mapping, Sequence
+from functools import reduce
+from operator import getitem
 from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import urljoin
@@ -23,6 +27,8 @@ from lg.config_rules import CHOICES, COMBINATIONS, NULLABLE, RANGES, TYPED_LISTS
 from lg.paths import is_url, local_path
 
 BASE_KEY = "_BASE_"
+_COMMAND_LINE = "the command line"
+_NULL = ("null", "Null", "NULL", "None", "~")
 
 
 class ConfigError(ValueError):
@@ -43,32 +49,24 @@ def load_config(path: str | os.PathLike[str], opts: Sequence[str] = ()) -> CfgNo
     Args:
         path: a .yaml file, or a URL of one. `_BASE_` in it is a path or a list of paths, relative
             to the file; later files override earlier ones, the file itself overrides them all.
-        opts: flat list KEY VALUE KEY VALUE ..., as on the command line.
+        opts: flat list KEY VALUE KEY VALUE ..., as on the command line; values that are no text
+            are taken as they are.
 
     Raises:
         ConfigError: unreadable file, unknown key, wrong type, value out of range, impossible
             combination.
     """
+    path = os.fsdecode(path)
     settings: dict[str, Setting] = {}
-    for source, tree in _read_with_bases(os.fspath(path), ()):
+    for source, tree in _read_with_bases(path, ()):
         _collect(tree, source, settings)
-    if len(opts) % 2:
-        raise ConfigError(
-            f"Overrides come in pairs KEY VALUE; the last one, {opts[-1]!r}, has no value."
-        )
-    for key, text in zip(opts[::2], opts[1::2], strict=True):
-        default = _known(key, "the command line")
-        if isinstance(default, Mapping):
-            raise ConfigError(
-                f"{key} on the command line is a section; give one of its keys, such as "
-                f"{key}.{next(iter(default))}."
-            )
-        settings[key] = Setting(_parse(text), "the command line")
+    _collect_overrides(opts, settings)
     cfg = CfgNode(_plain_copy(DEFAULTS))
     for key, setting in settings.items():
-        _assign(cfg, key, _coerce(key, setting))
+        *sections, name = key.split(".")
+        reduce(getitem, sections, cfg)[name] = _coerce(key, setting)
     if cfg.OUT_DIR is None:
-        cfg.OUT_DIR = os.path.join("work_dirs", Path(os.fspath(path)).stem)
+        cfg.OUT_DIR = os.path.join("work_dirs", Path(path).stem)
     _validate(cfg, settings)
     cfg.freeze()
     return cfg
@@ -96,26 +94,28 @@ def changed_keys(old_text: str, new_text: str) -> list[str]:
 
 
 class _Loader(yaml.SafeLoader):
-    """Safe YAML (no Python objects) in which a key given twice is an error rather than silently the
-    last."""
+    """Safe YAML (no Python objects) in which a key given twice is an error."""
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        # Here, not in construct_mapping, where merge keys (<<) have already repeated others.
+        node = super().compose_mapping_node(anchor)
         seen = set()
         for key_node, _ in node.value:
-            if key_node.value in seen:
-                raise ConfigError(
-                    f"{self.name}, line {key_node.start_mark.line + 1}: the key "
-                    f"{key_node.value!r} is given "
-                    "twice; remove one."
-                )
-            seen.add(key_node.value)
-        return super().construct_mapping(node, deep)
+            if isinstance(key_node, yaml.ScalarNode):
+                if key_node.value in seen:
+                    line = key_node.start_mark.line + 1
+                    raise ConfigError(
+                        f"line {line}: the key {key_node.value!r} is given twice; remove one."
+                    )
+                seen.add(key_node.value)
+        return node
 
 
 def _read_with_bases(path: str, chain: tuple[str, ...]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yields (file, tree) in the order of rising priority: bases first, depth first, then the file
-    itself."""
-    identity = path if is_url(path) else os.path.realpath(path)
+    """Yields (file, tree) in the order of rising priority: bases, depth first, then the file."""
+    if "\0" in path:
+        raise ConfigError(f"{path!r} cannot be the path of a config: it has a NUL character in it.")
+    identity = path if is_url(path) else os.path.realpath(os.path.expanduser(path))
     if identity in chain:
         names = " -> ".join(_short(p) for p in (*chain[chain.index(identity) :], identity))
         raise ConfigError(
@@ -125,10 +125,13 @@ def _read_with_bases(path: str, chain: tuple[str, ...]) -> Iterator[tuple[str, d
     bases = tree.pop(BASE_KEY, [])
     if not isinstance(bases, (str, list)) or not all(isinstance(b, str) for b in bases):
         raise ConfigError(
-            f"{_short(path)}: {BASE_KEY} is {bases!r}; it takes a path or a list of paths."
+            f"{_short(path)}: {BASE_KEY} is {_shown(bases)}; it takes a path or a list of paths."
         )
     for base in [bases] if isinstance(bases, str) else bases:
-        where = urljoin(path, base) if is_url(path) else os.path.join(os.path.dirname(path), base)
+        if is_url(path):
+            where = urljoin(path, base)
+        else:
+            where = os.path.join(os.path.dirname(path), os.path.expanduser(base))
         yield from _read_with_bases(base if is_url(base) else where, (*chain, identity))
     yield path, tree
 
@@ -141,23 +144,24 @@ def _read_yaml(path: str, chain: tuple[str, ...]) -> dict[str, Any]:
         )
     try:
         with open(local_path(path, cache=DEFAULTS["DOWNLOAD_CACHE"]), encoding="utf-8") as stream:
-            loader = _Loader(stream)
-            try:
-                tree = loader.get_single_data()
-            finally:
-                loader.dispose()
+            text = stream.read()
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
         raise ConfigError(
             f"Cannot read the config {path}{via}: {reason}. Check the path."
         ) from None
-    except yaml.YAMLError as error:
-        raise ConfigError(
-            f"{path}{via} is not plain YAML: {' '.join(str(error).split())}"
-        ) from None
+    try:
+        tree = yaml.load(text, _Loader)
+    except ConfigError as error:
+        raise ConfigError(f"{_short(path)}{via}, {error}") from None
+    except Exception as error:  # PyYAML lets a dozen types escape, such as for a date in month 13
+        reason = " ".join(str(error).replace('in "<unicode string>", ', "at ").split())
+        if isinstance(error, RecursionError):
+            reason = "it is nested too deeply"
+        raise ConfigError(f"{_short(path)}{via} is not plain YAML: {reason}") from None
     if not isinstance(tree, dict | None):
         raise ConfigError(
-            f"{path}{via}: a config is a mapping of sections, this file holds a "
+            f"{_short(path)}{via}: a config is a mapping of sections, this file holds a "
             f"{type(tree).__name__}."
         )
     return tree or {}
@@ -166,19 +170,43 @@ def _read_yaml(path: str, chain: tuple[str, ...]) -> dict[str, Any]:
 def _collect(
     tree: Mapping[str, Any], source: str, settings: dict[str, Setting], prefix: str = ""
 ) -> None:
-    """Flattens one file's tree into `settings`, refusing keys that the tree of defaults does not
-    have."""
+    """Flattens one file's tree into `settings`, refusing keys that no default has."""
     for name, value in tree.items():
         key = f"{prefix}{name}"
         default = _known(key, source)
         if isinstance(default, Mapping):
             if not isinstance(value, Mapping):
                 raise ConfigError(
-                    f"{_short(source)}: {key} is a section with keys of its own, not {value!r}."
+                    f"{_short(source)}: {key} is a section with keys of its own, not "
+                    f"{_shown(value)}."
                 )
             _collect(value, source, settings, f"{key}.")
+        elif "." in name:
+            raise ConfigError(
+                f"{_short(source)}: {name} is the command line's way to say it; nest the sections."
+            )
         else:
             settings[key] = Setting(value, source)
+
+
+def _collect_overrides(opts: Sequence[Any], settings: dict[str, Setting]) -> None:
+    """Puts KEY VALUE KEY VALUE ... on top of `settings`."""
+    if len(opts) % 2:
+        raise ConfigError(
+            f"Overrides come in pairs KEY VALUE; the last one, {_shown(opts[-1])}, has no value."
+        )
+    for key, value in zip(opts[::2], opts[1::2], strict=True):
+        default = _known(str(key), _COMMAND_LINE)
+        if isinstance(default, Mapping):
+            raise ConfigError(
+                f"{key} on {_COMMAND_LINE} is a section; give one of its keys, such as "
+                f"{key}.{next(iter(default))}."
+            )
+        if isinstance(value, os.PathLike):
+            value = os.fspath(value)
+        elif isinstance(value, str):
+            value = _parse_text(value) if _takes_text(key) else _parse(value)
+        settings[key] = Setting(value, _COMMAND_LINE)
 
 
 def _known(key: str, source: str) -> Any:
@@ -186,57 +214,80 @@ def _known(key: str, source: str) -> Any:
     node: Any = DEFAULTS
     for part in key.split("."):
         if not isinstance(node, Mapping) or part not in node:
-            leaves = [k for k, _ in flatten(DEFAULTS)]
-            last = {leaf.rsplit(".", 1)[-1]: leaf for leaf in leaves}
-            near = difflib.get_close_matches(key.upper(), leaves, 3, 0.6)
-            near += [
-                last[n]
-                for n in difflib.get_close_matches(key.upper().rsplit(".", 1)[-1], last, 3, 0.7)
-            ]
+            lasts = {leaf: leaf.rsplit(".", 1)[-1] for leaf, _ in flatten(DEFAULTS)}
+            wanted, known = key.upper(), dict.fromkeys([*lasts, *DEFAULTS])
+            near = difflib.get_close_matches(wanted, known, 3, 0.6)
+            names = dict.fromkeys(lasts.values())
+            for name in difflib.get_close_matches(wanted.rsplit(".", 1)[-1], names, 3, 0.7):
+                near += [leaf for leaf, last in lasts.items() if last == name]
             hint = f" Nearest known keys: {', '.join(dict.fromkeys(near))}." if near else ""
-            raise ConfigError(f"Unknown config key {key} in {_short(source)}.{hint}")
+            shown = key if key.isprintable() and 0 < len(key) <= 100 else _shown(key)
+            raise ConfigError(f"Unknown config key {shown} in {_short(source)}.{hint}")
         node = node[part]
     return node
 
 
 def _parse(text: str) -> Any:
     """A command-line value: a Python or YAML literal where it is one, else the text itself."""
-    try:
+    # Both readers let many types escape for what is not theirs, TypeError for {[]: 1} among them.
+    with contextlib.suppress(Exception):
         return ast.literal_eval(text)
-    except (ValueError, SyntaxError, MemoryError, RecursionError):
-        pass
-    try:
+    with contextlib.suppress(Exception):
         value = yaml.safe_load(text)
-    except yaml.YAMLError:
-        return text
-    return value if isinstance(value, (bool, int, float, list, type(None))) else text
+        if isinstance(value, (bool, int, float, list, type(None))):
+            return value
+    return text
+
+
+def _parse_text(text: str) -> str | None:
+    """A command-line value of a key that takes text: as it is, or what its quotes hold."""
+    if text in _NULL:
+        return None
+    value = _parse(text)
+    return value if isinstance(value, str) else text
+
+
+def _takes_text(key: str) -> bool:
+    return type(_known(key, "")) is str or NULLABLE.get(key) == (str,)
 
 
 def _coerce(key: str, setting: Setting) -> Any:
     """The value in the type of its default; only conversions that lose nothing are made."""
-    default, value = _known(key, setting.source), setting.value
+    value = setting.value
     if isinstance(value, tuple):
         value = list(value)
-    if isinstance(value, str) and not isinstance(default, str) and key not in NULLABLE:
+    if isinstance(value, str) and not _takes_text(key):
         value = _parse(value)  # YAML reads 5e-4, without a point, as text
-    if key in NULLABLE:
-        allowed, wanted = NULLABLE[key], f"null or {' or '.join(t.__name__ for t in NULLABLE[key])}"
-        if isinstance(value, str) and str not in allowed:
-            value = _parse(value)
-        good = value is None or (type(value) in allowed)
-    elif isinstance(default, float) and type(value) is int:
-        return float(value)
-    else:
-        good, wanted = type(value) is type(default), type(default).__name__
-    if good and key in TYPED_LISTS:
-        element = TYPED_LISTS[key]
-        good, wanted = all(type(v) is element for v in value), f"a list of {element.__name__}"
-    if not good:
+    if key in NULLABLE and value in ("", None):
+        return None
+    wanted = _type_fault(key, value)
+    if wanted:
         raise ConfigError(
-            f"{key} is {value!r} ({type(value).__name__}), set in {_short(setting.source)}; it "
-            f"takes {wanted}."
+            f"{key} is {_shown(value)} ({type(value).__name__}), set in {_short(setting.source)}; "
+            f"it takes {wanted}."
         )
-    return value
+    return float(value) if isinstance(_known(key, ""), float) else value
+
+
+def _type_fault(key: str, value: Any) -> str | None:
+    """What a key takes, if the value is not that."""
+    own = type(_known(key, ""))
+    types = NULLABLE.get(key, (int, float) if own is float else (own,))
+    single = tuple(t for t in types if t is not list)
+    elements = (TYPED_LISTS[key],) if key in TYPED_LISTS else single
+    many = isinstance(value, list)
+    values = value if many else [value]
+    emptied = many and not value and key in NULLABLE
+    if type(value) not in types or emptied or not all(type(v) in elements for v in values):
+        wanted = ["null"] * (key in NULLABLE)
+        wanted += ["float"] if own is float else [t.__name__ for t in single]
+        if list in types:
+            wanted.append(f"a list of {' or '.join(t.__name__ for t in elements)}")
+        return " or ".join(wanted)
+    if any(type(v) is int and abs(v) >= 2**63 for v in values):
+        return "whole numbers below 2^63"
+    nul = any(type(v) is str and "\0" in v for v in values)
+    return "text without NUL characters" if nul else None
 
 
 def _validate(cfg: CfgNode, settings: Mapping[str, Setting]) -> None:
@@ -245,7 +296,7 @@ def _validate(cfg: CfgNode, settings: Mapping[str, Setting]) -> None:
 
     def fault(key: str, text: str) -> ConfigError:
         where = f", set in {_short(settings[key].source)}" if key in settings else ""
-        return ConfigError(f"{key} is {values[key]!r}{where}; {text}")
+        return ConfigError(f"{key} is {_shown(values[key])}{where}; {text}")
 
     for key, choices in CHOICES.items():
         if values[key] not in choices and not (
@@ -266,13 +317,6 @@ def _validate(cfg: CfgNode, settings: Mapping[str, Setting]) -> None:
             raise fault(key, advice(values) if callable(advice) else advice)
 
 
-def _assign(cfg: CfgNode, key: str, value: Any) -> None:
-    *sections, name = key.split(".")
-    for section in sections:
-        cfg = cfg[section]
-    cfg[name] = value
-
-
 def _plain_copy(tree: Any) -> Any:
     """Nested plain dicts and lists, independent of the source."""
     if isinstance(tree, Mapping):
@@ -286,3 +330,18 @@ def _short(path: str) -> str:
         return path
     relative = os.path.relpath(path)
     return relative if len(relative) < len(path) else path
+
+
+def _shown(value: Any) -> str:
+    """A value for a message, cut where it is long: lists that name each other print without end."""
+    try:
+        text = _SHORT.repr(value)
+    except ValueError:  # Python refuses to print numbers of thousands of digits
+        return f"a {type(value).__name__} too long to print"
+    return text if len(text) <= 200 else f"{text[:200]}..."
+
+
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 100
+_SHORT.maxlist = _SHORT.maxtuple = _SHORT.maxdict = 12
+_SHORT.maxlevel = 3

@@ -11,29 +11,18 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 Values = Mapping[str, Any]
+Range = tuple[Callable[[Any], bool], str]  # a test, and what passes it
 
 MODEL_TYPES = ("DeiT", "T2TViT", "PiT", "PVT", "PVTv2", "ConViT", "CvT", "ResNet", "timm/NAME")
 DATASET_NAMES = ("digits", "cifar100", "flowers", "tiny_imagenet", "chaoyang", "image_folder")
 
-_NUMBERS = (int, float, list)
+_COUNTS = ("PATCH_SIZE", "PATCH_STRIDE", "PATCH_PADDING", "HIDDEN_DIM", "DEPTH", "NUM_HEADS")
+_RATIOS = ("MLP_RATIO", "DROP_RATE", "DROP_PATH_RATE", "ATTENTION_DROP_RATE")
 
-# Keys that may be null, with the types they otherwise take.
+# Keys that may be null, with the types they otherwise take; a list holds one or more of the others.
 NULLABLE: dict[str, tuple[type, ...]] = {
-    **{
-        f"TRANSFORMER.{k}": _NUMBERS
-        for k in (
-            "PATCH_SIZE",
-            "PATCH_STRIDE",
-            "PATCH_PADDING",
-            "HIDDEN_DIM",
-            "DEPTH",
-            "NUM_HEADS",
-            "MLP_RATIO",
-            "DROP_RATE",
-            "DROP_PATH_RATE",
-            "ATTENTION_DROP_RATE",
-        )
-    },
+    **{f"TRANSFORMER.{k}": (int, list) for k in _COUNTS},
+    **{f"TRANSFORMER.{k}": (int, float, list) for k in _RATIOS},
     "DISTILLATION.TEACHER_WEIGHTS": (str,),
     "DISTILLATION.FEATURE_FILE": (str,),
     "OUT_DIR": (str,),
@@ -83,110 +72,73 @@ CHOICES: dict[str, tuple[str, ...]] = {
 }
 
 
-def _at_least(low: float) -> tuple[Callable[[Any], bool], str]:
-    return (lambda v: math.isfinite(v) and v >= low), f"at least {low}"
+def _each(rule: Range, keys: str) -> dict[str, Range]:
+    return dict.fromkeys(keys.split(), rule)
 
 
-_POSITIVE = ((lambda v: math.isfinite(v) and v > 0), "greater than 0")
+def _at_least(low: float) -> Range:
+    return (lambda v: low <= v < math.inf), f"at least {low}"
+
+
+_POSITIVE = ((lambda v: 0 < v < math.inf), "greater than 0 and finite")
 _FRACTION = ((lambda v: 0 <= v < 1), "at least 0 and below 1")
 _SHARE = ((lambda v: 0 <= v <= 1), "between 0 and 1")
 _PART = ((lambda v: 0 < v <= 1), "greater than 0 and at most 1")
 _FILE_NAME = (
-    (lambda v: bool(v) and "/" not in v and "\\" not in v),
-    "a file name without a folder",
+    (lambda v: v.endswith((".yaml", ".yml")) and "/" not in v and "\\" not in v),
+    "a file name without a folder, ending in .yaml or .yml",
 )
 
 # key -> (test of the value or of each element, what is allowed)
-RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
-    **{
-        key: _at_least(1)
-        for key in (
-            "MODEL.IMG_SIZE",
-            "MODEL.IN_CHANNELS",
-            "MODEL.NUM_CLASSES",
-            "CNN.DEPTH",
-            "RESNET.NUM_GROUPS",
-            "RESNET.WIDTH_PER_GROUP",
-            "DISTILLATION.TEACHER_IMG_SIZE",
-            "OPTIM.MAX_EPOCH",
-            "TRAIN.BATCH_SIZE",
-            "TRAIN.ACCUM_STEPS",
-            "TRAIN.KEEP_CHECKPOINTS",
-            "TEST.BATCH_SIZE",
-            "TEST.PERIOD",
-            "PREC_TIME.NUM_ITER",
-            "NUM_GPUS",
-            "MAX_GPUS_PER_NODE",
-            "LOG_PERIOD",
-            "TRANSFORMER.PATCH_SIZE",
-            "TRANSFORMER.PATCH_STRIDE",
-            "TRANSFORMER.HIDDEN_DIM",
-            "TRANSFORMER.DEPTH",
-            "TRANSFORMER.NUM_HEADS",
-            "T2T.TOKEN_DIM",
-            "T2T.KERNEL_SIZE",
-            "T2T.STRIDE",
-            "PIT.STRIDE",
-            "PVT.SR_RATIO",
-            "CVT.KERNEL_QKV",
-            "CVT.STRIDE_KV",
-            "CVT.STRIDE_Q",
-        )
-    },
-    **{
-        key: _at_least(0)
-        for key in (
-            "TRANSFORMER.PATCH_PADDING",
-            "T2T.PADDING",
-            "CVT.PADDING_KV",
-            "CVT.PADDING_Q",
-            "CONVIT.LOCAL_LAYERS",
-            "DISTILLATION.INTER_TEACHER_INDEX",
-            "DISTILLATION.INTER_STUDENT_INDEX",
-            "DISTILLATION.INTER_WEIGHT",
-            "OPTIM.STEPS",
-            "OPTIM.MIN_LR",
-            "OPTIM.WEIGHT_DECAY",
-            "OPTIM.WARMUP_EPOCHS",
-            "OPTIM.EMA_ALPHA",
-            "OPTIM.EMA_UPDATE_PERIOD",
-            "OPTIM.CLIP_GRAD_NORM",
-            "TRAIN.MIXUP_ALPHA",
-            "TRAIN.CUTMIX_ALPHA",
-            "DATA_LOADER.NUM_WORKERS",
-            "PREC_TIME.WARMUP_ITER",
-            "RNG_SEED",
-        )
-    },
-    **{
-        key: _POSITIVE
-        for key in (
-            "CNN.BN_EPS",
-            "TRANSFORMER.LN_EPS",
-            "TRANSFORMER.MLP_RATIO",
-            "CONVIT.LOCALITY_STRENGTH",
-            "DISTILLATION.LOGIT_TEMP",
-            "OPTIM.BASE_LR",
-            "OPTIM.HEAD_LR_RATIO",
-        )
-    },
-    **{
-        key: _FRACTION
-        for key in (
-            "TRANSFORMER.DROP_RATE",
-            "TRANSFORMER.DROP_PATH_RATE",
-            "TRANSFORMER.ATTENTION_DROP_RATE",
-            "OPTIM.MOMENTUM",
-            "OPTIM.BETA1",
-            "OPTIM.BETA2",
-            "TRAIN.LABEL_SMOOTHING",
-        )
-    },
-    **{key: _SHARE for key in ("DISTILLATION.LOGIT_WEIGHT", "OPTIM.DAMPENING", "TRAIN.HFLIP")},
-    **{
-        key: _PART
-        for key in ("CNN.BN_MOMENTUM", "OPTIM.LR_MULT", "OPTIM.WARMUP_FACTOR", "TRAIN.FRACTION")
-    },
+RANGES: dict[str, Range] = {
+    **_each(
+        _at_least(1),
+        """
+        MODEL.IMG_SIZE MODEL.IN_CHANNELS MODEL.NUM_CLASSES CNN.DEPTH RESNET.NUM_GROUPS
+        RESNET.WIDTH_PER_GROUP DISTILLATION.TEACHER_IMG_SIZE OPTIM.MAX_EPOCH TRAIN.BATCH_SIZE
+        TRAIN.ACCUM_STEPS TRAIN.KEEP_CHECKPOINTS TEST.BATCH_SIZE TEST.PERIOD PREC_TIME.NUM_ITER
+        NUM_GPUS MAX_GPUS_PER_NODE LOG_PERIOD TRANSFORMER.PATCH_SIZE TRANSFORMER.PATCH_STRIDE
+        TRANSFORMER.HIDDEN_DIM TRANSFORMER.DEPTH TRANSFORMER.NUM_HEADS T2T.TOKEN_DIM T2T.KERNEL_SIZE
+        T2T.STRIDE PIT.STRIDE PVT.SR_RATIO CVT.KERNEL_QKV CVT.STRIDE_KV CVT.STRIDE_Q
+        """,
+    ),
+    **_each(
+        _at_least(0),
+        """
+        TRANSFORMER.PATCH_PADDING T2T.PADDING CVT.PADDING_KV CVT.PADDING_Q CONVIT.LOCAL_LAYERS
+        DISTILLATION.INTER_TEACHER_INDEX DISTILLATION.INTER_STUDENT_INDEX DISTILLATION.INTER_WEIGHT
+        OPTIM.STEPS OPTIM.MIN_LR OPTIM.WEIGHT_DECAY OPTIM.WARMUP_EPOCHS OPTIM.EMA_ALPHA
+        OPTIM.EMA_UPDATE_PERIOD OPTIM.CLIP_GRAD_NORM TRAIN.MIXUP_ALPHA TRAIN.CUTMIX_ALPHA
+        DATA_LOADER.NUM_WORKERS PREC_TIME.WARMUP_ITER
+        """,
+    ),
+    **_each(
+        _POSITIVE,
+        """
+        CNN.BN_EPS TRANSFORMER.LN_EPS TRANSFORMER.MLP_RATIO CONVIT.LOCALITY_STRENGTH
+        DISTILLATION.LOGIT_TEMP OPTIM.BASE_LR OPTIM.HEAD_LR_RATIO
+        """,
+    ),
+    **_each(
+        _FRACTION,
+        """
+        TRANSFORMER.DROP_RATE TRANSFORMER.DROP_PATH_RATE TRANSFORMER.ATTENTION_DROP_RATE
+        OPTIM.MOMENTUM OPTIM.BETA1 OPTIM.BETA2 TRAIN.LABEL_SMOOTHING
+        """,
+    ),
+    **_each(
+        _SHARE,
+        """
+        DISTILLATION.LOGIT_WEIGHT OPTIM.DAMPENING TRAIN.HFLIP
+        """,
+    ),
+    **_each(
+        _PART,
+        """
+        CNN.BN_MOMENTUM OPTIM.LR_MULT OPTIM.WARMUP_FACTOR TRAIN.FRACTION
+        """,
+    ),
+    "RNG_SEED": ((lambda v: 0 <= v < 2**32), "at least 0 and below 2^32"),
     "PORT_RANGE": ((lambda v: 1 <= v <= 65535), "two ports between 1 and 65535"),
     "CFG_DEST": _FILE_NAME,
 }

@@ -4,6 +4,7 @@ process speaks."""
 from __future__ import annotations
 
 import decimal
+import math
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -61,7 +62,8 @@ class RunLog:
         if enabled:
             self.out_dir.mkdir(parents=True, exist_ok=True)
             path = self.out_dir / file_name
-            self._file = path.open("a", encoding="utf-8", buffering=1)
+            # A name or message may hold what UTF-8 cannot; a log never stops a run for that.
+            self._file = path.open("a", encoding="utf-8", errors="backslashreplace", buffering=1)
 
     def open_board(self, first_step: int) -> None:
         """Starts TensorBoard; steps from `first_step` on of earlier runs in the folder are
@@ -150,12 +152,14 @@ def format_time(seconds: float) -> str:
 
 
 def _decimals(value: Any) -> Any:
-    """Floats as decimals of the digits worth keeping."""
+    """Floats as decimals of the digits worth keeping; null for what JSON has no number for."""
     if isinstance(value, Mapping):
         return {k: _decimals(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
         return [_decimals(v) for v in value]
     if isinstance(value, float):
+        if not math.isfinite(value):
+            return None
         text = f"{value:.4f}" if value == 0 or abs(value) >= 1 else f"{value:.4g}"
         return decimal.Decimal(text)
     return value

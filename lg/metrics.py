@@ -121,7 +121,8 @@ class TrainMeter:
 
     def state(self) -> dict[str, Any]:
         """What an interrupted epoch needs to go on; `collect` must have been called."""
-        return {"window": self._window, "totals": self._totals}
+        assert not self._pending, "collect() comes first"
+        return {"window": [list(row) for row in self._window], "totals": list(self._totals)}
 
     def load(self, state: dict[str, Any]) -> None:
         """The inverse of `state`."""

@@ -10,7 +10,7 @@ URL_SCHEMES = ("http://", "https://", "ftp://")
 
 def is_url(path: str) -> bool:
     """True for what has to be fetched before it can be opened."""
-    return path.startswith(URL_SCHEMES)
+    return path.lower().startswith(URL_SCHEMES)
 
 
 def local_path(path: str, *, cache: str) -> str:

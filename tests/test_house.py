@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import ast
+import resource
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -67,14 +67,13 @@ def test_every_config_opens_with_what_it_is_and_its_command() -> None:
 
 
 def test_help_is_quick() -> None:
-    seconds = []
-    for _ in range(3):
-        started = time.perf_counter()
-        command = [sys.executable, str(ROOT / "run_net.py"), "--help"]
-        out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-        seconds.append(time.perf_counter() - started)
+    # Processor time of the child: the clock on the wall also counts what else the machine does.
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    command = [sys.executable, str(ROOT / "run_net.py"), "--help"]
+    out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert "--cfg FILE" in out
-    assert min(seconds) < 0.5
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 0.5
 
 
 def test_a_fault_is_one_line_not_a_traceback(tmp_path: Path) -> None:

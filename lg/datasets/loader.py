@@ -11,8 +11,8 @@ import contextlib
 import os
 import random
 import signal
-from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from lg.augment.view import View
-from lg.datasets.base import ImageDataset
+from lg.datasets.base import DataError, ImageDataset
 
 # Second entry of every seed, so that no two uses share a stream.
 ORDER, SAMPLE, MIX, MODEL = 1, 2, 3, 4
@@ -46,7 +46,21 @@ class Batch(NamedTuple):
         return Batch(*(t.pin_memory() for t in self))
 
 
-class TrainSamples(Dataset[Batch]):
+class _Samples(Dataset[Batch]):
+    """Samples of which a data fault travels in place of the batch: a worker that raises it would
+    have torch wrap the message in a traceback."""
+
+    def __getitems__(self, keys: Sequence[Any]) -> list[Batch] | DataError:
+        """The samples of a batch; called by the DataLoader."""
+        try:
+            return [self[key] for key in keys]
+        except DataError as error:
+            # A new one: the old holds on to its frames, and a worker that still has those hangs
+            # for seconds when it is told to end.
+            return DataError(str(error))
+
+
+class TrainSamples(_Samples):
     """Augmented samples, asked for by (epoch, position)."""
 
     def __init__(self, dataset: ImageDataset, transform: Transform, *, seed: int) -> None:
@@ -60,7 +74,7 @@ class TrainSamples(Dataset[Batch]):
         return _sample(self.dataset, position, pixels, view)
 
 
-class TestSamples(Dataset[Batch]):
+class TestSamples(_Samples):
     """Samples for testing, asked for by position."""
 
     __test__ = False  # not a test case, whatever its name
@@ -119,8 +133,28 @@ class TrainBatches:
                 yield [(epoch, int(i)) for i in order[first : first + share]]
 
 
+class _Batches(DataLoader[Batch]):
+    """Batches, of which one that cannot be read is a DataError."""
+
+    def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
+        # Workers start here and keep SIGINT blocked: Ctrl-C is the main process's business, which
+        # gets it, if it came meanwhile, as soon as it unblocks it.
+        with _interrupts_held():
+            iterator = super().__iter__()
+        return map(_sound, iterator)
+
+
+def _sound(batch: Batch | DataError) -> Batch:
+    if isinstance(batch, DataError):
+        raise DataError(str(batch))
+    return batch
+
+
 class TrainLoader:
-    """Iterates over training batches; one set of workers serves the whole run."""
+    """Iterates over training batches; one set of workers serves the whole run.
+
+    A sample that cannot be read is a DataError when its batch is due.
+    """
 
     def __init__(
         self, samples: TrainSamples, batches: TrainBatches, *, num_workers: int, pin_memory: bool
@@ -175,7 +209,7 @@ def _data_loader(
     samples: Dataset, num_workers: int, pin_memory: bool, *, batch_sampler: object
 ) -> DataLoader[Batch]:
     num_workers = usable_workers(num_workers)
-    return DataLoader(
+    return _Batches(
         samples,
         batch_sampler=batch_sampler,  # type: ignore[arg-type]
         num_workers=num_workers,
@@ -187,14 +221,24 @@ def _data_loader(
     )
 
 
-def _collate(samples: list[Batch]) -> Batch:
+def _collate(samples: list[Batch] | DataError) -> Batch | DataError:
+    if isinstance(samples, DataError):
+        return samples
     return Batch(*(torch.stack(column) for column in zip(*samples, strict=True)))
 
 
+@contextlib.contextmanager
+def _interrupts_held() -> Iterator[None]:
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+
+
 def _start_worker(worker: int) -> None:
-    """One thread a worker; Ctrl-C is the main process's business, which ends its workers itself."""
+    """One thread a worker, which SIGTERM ends at once, whatever the main process does with it."""
     torch.set_num_threads(1)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 

@@ -226,8 +226,8 @@ def _layout_of(shape: Any, *, prefix: int) -> MapLayout | None:
 
 def _token_layout(num_tokens: int, channels: int, *, prefix: int) -> MapLayout | None:
     """Return the layout of [1, P + N, C]: P is the net's own word or, failing it, the smallest."""
-    if num_tokens == prefix:
-        return None  # prefix tokens alone, as in class attention
+    if num_tokens in (1, prefix):
+        return None  # prefix tokens alone, as in class attention; not every net says how many
     for candidate in (prefix, *range(num_tokens)):
         side = math.isqrt(max(num_tokens - candidate, 0))
         if side > 0 and side * side == num_tokens - candidate:

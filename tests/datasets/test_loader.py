@@ -1,0 +1,336 @@
+"""The loader: its batches depend on seed, epoch and step, and on nothing else."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import multiprocessing
+import os
+import random
+import signal
+import time
+from collections.abc import Iterator
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from lg.augment.recipe import TestTransform, TrainTransform
+from lg.datasets import loader as loader_module
+from lg.datasets.base import DataError, DatasetSubset, ImageDataset
+from lg.datasets.image import open_rgb
+from lg.datasets.loader import (
+    Batch,
+    TestSamples,
+    TrainBatches,
+    TrainLoader,
+    TrainSamples,
+    test_loader,
+    usable_workers,
+)
+
+SEED = 3
+
+
+class Noise(ImageDataset):
+    """n images of 12 x 12 noise in 5 classes; image 0 may be read from a file."""
+
+    def __init__(self, n: int = 23, file: Path | None = None) -> None:
+        super().__init__("noise", "train", list("abcde"), np.arange(n) % 5)
+        self.file = file
+
+    def image(self, index: int) -> Image.Image:
+        if index == 0 and self.file is not None:
+            return open_rgb(self.file)
+        pixels = np.random.RandomState(index).randint(0, 256, (12, 12, 3))
+        return Image.fromarray(pixels.astype(np.uint8))
+
+    def describe(self, index: int) -> str:
+        return f"noise {index}"
+
+
+class Spy(Noise):
+    """Reports on the process that reads it, in place of an image that does not matter."""
+
+    def image(self, index: int) -> Image.Image:
+        blocked = signal.SIGINT in signal.pthread_sigmask(signal.SIG_BLOCK, [])
+        default = signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+        levels = (255 * blocked, 255 * default, torch.get_num_threads())
+        return Image.new("RGB", (12, 12), levels)
+
+
+class Clumsy(Noise):
+    def image(self, index: int) -> Image.Image:
+        raise KeyError("a fault of the program")
+
+
+@pytest.fixture(autouse=True)
+def as_many_workers_as_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also on a machine of one core."""
+    monkeypatch.setattr(loader_module, "usable_workers", lambda wanted: wanted)
+
+
+def make(
+    dataset: ImageDataset | None = None,
+    *,
+    workers: int = 0,
+    rank: int = 0,
+    world: int = 1,
+    epochs=3,
+) -> TrainLoader:
+    dataset = dataset or Noise()
+    samples = TrainSamples(dataset, TrainTransform(image_size=8, strong=True), seed=SEED)
+    batches = TrainBatches(
+        num_samples=len(dataset),
+        batch_size=6,
+        seed=SEED,
+        max_epoch=epochs,
+        rank=rank,
+        world_size=world,
+    )
+    return TrainLoader(samples, batches, num_workers=workers, pin_memory=False)
+
+
+def run_through(loader: TrainLoader, epoch: int = 0, step: int = 0) -> list[Batch]:
+    loader.start(epoch, step)
+    return [next(loader) for _ in range(len(loader.batches))]
+
+
+def same(ours: list[Batch], theirs: list[Batch]) -> bool:
+    pairs = zip(ours, theirs, strict=True)
+    return all(torch.equal(a, b) for p in pairs for a, b in zip(*p, strict=True))
+
+
+# --- Training ----------------------------------------------------------------------------------
+
+
+def test_batches_are_the_same_for_any_number_of_workers() -> None:
+    straight = run_through(make())
+    assert len(straight) == 9 and straight[0].images.shape == (6, 3, 8, 8)
+    assert same(run_through(make(workers=1)), straight)
+    assert same(run_through(make(workers=2)), straight)
+
+
+def test_labels_indices_and_views_are_those_of_the_images() -> None:
+    dataset = DatasetSubset(Noise(), np.array([1, 4, 5, 8, 13, 16, 21]))
+    transform = TrainTransform(image_size=8, strong=False, hflip=0.5)
+    samples = TrainSamples(dataset, transform, seed=SEED)
+    for position, index in enumerate(dataset.indices):
+        image, label, number, view = samples[0, position]
+        assert (int(label), int(number)) == (index % 5, index)
+        source = TestTransform(image_size=8)(dataset.image(position))[0]
+        source = source.flip(2) if view[4] else source
+        top, left = round(float(view[0]) * 8), round(float(view[1]) * 8)
+        left = -left if view[4] else left
+        rows, columns = slice(max(-top, 0), 8 - max(top, 0)), slice(max(-left, 0), 8 - max(left, 0))
+        inner = source[:, max(top, 0) : 8 + min(top, 0), max(left, 0) : 8 + min(left, 0)]
+        assert torch.equal(image[:, rows, columns], inner)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_starting_in_the_middle_gives_what_a_straight_pass_gives(workers: int) -> None:
+    straight = run_through(make())
+    loader = make(workers=workers)
+    for epoch, step in ((1, 2), (0, 0), (2, 0), (0, 3)):  # one loader, started again each time
+        assert loader.steps_per_epoch == 3
+        rest = run_through(loader, epoch, step)
+        assert len(rest) == 9 - 3 * epoch - step
+        assert same(rest, straight[3 * epoch + step :])
+
+
+def test_starting_again_while_batches_are_under_way() -> None:
+    straight = run_through(make())
+    loader = make(workers=2)
+    loader.start(0, 0)
+    next(loader)  # its workers are ahead now
+    assert same(run_through(loader, 1, 1), straight[4:])
+
+
+def test_each_epoch_is_another_permutation() -> None:
+    batches = TrainBatches(num_samples=24, batch_size=6, seed=SEED, max_epoch=4)
+    assert batches.steps_per_epoch == 4 and len(batches) == 16
+    keys = [key for batch in batches for key in batch]
+    orders = []
+    for epoch in range(4):
+        own = keys[24 * epoch : 24 * (epoch + 1)]
+        assert {e for e, _ in own} == {epoch}
+        orders.append([i for _, i in own])
+        assert sorted(orders[-1]) == list(range(24)) and orders[-1] != list(range(24))
+    assert len({tuple(order) for order in orders}) == 4
+    other = TrainBatches(num_samples=24, batch_size=6, seed=SEED + 1, max_epoch=1)
+    assert [i for batch in other for _, i in batch] != orders[0]
+
+
+def test_an_epoch_takes_no_sample_twice_and_drops_the_rest() -> None:
+    batches = TrainBatches(num_samples=23, batch_size=6, seed=SEED, max_epoch=1)
+    taken = [i for batch in batches for _, i in batch]
+    assert len(taken) == 18 == len(set(taken)) and max(taken) < 23
+
+
+def test_a_sample_looks_different_in_each_epoch_and_beside_others() -> None:
+    samples = TrainSamples(Noise(), TrainTransform(image_size=8, strong=True), seed=SEED)
+    seen = {samples[epoch, 5].images.numpy().tobytes() for epoch in range(6)}
+    seen |= {samples[0, n].view.numpy().tobytes() for n in range(6, 12)}
+    assert len(seen) == 12
+    other = TrainSamples(Noise(), TrainTransform(image_size=8, strong=True), seed=SEED + 1)
+    assert not torch.equal(other[0, 5].images, samples[0, 5].images)
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_processes_share_each_batch_in_order(world: int) -> None:
+    whole = run_through(make())
+    shares = [run_through(make(rank=rank, world=world)) for rank in range(world)]
+    for parts, batch in zip(zip(*shares, strict=True), whole, strict=True):
+        assert {len(part.index) for part in parts} == {6 // world}
+        for columns, column in zip(zip(*parts, strict=True), batch, strict=True):
+            assert torch.equal(torch.cat(columns), column)
+        indices = [set(part.index.tolist()) for part in parts]
+        assert len(set.union(*indices)) == 6
+
+
+# --- Testing -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("n", [1, 2, 10, 23])
+@pytest.mark.parametrize("world", [1, 2, 3, 4])
+def test_every_test_sample_comes_once(n: int, world: int) -> None:
+    samples = TestSamples(Noise(n), TestTransform(image_size=8))
+    found, sizes = [], []
+    for rank in range(world):
+        loader = test_loader(
+            samples, batch_size=8, num_workers=0, pin_memory=False, rank=rank, world_size=world
+        )
+        batches = list(loader)
+        assert len(loader) == len(batches)
+        sizes += [len(b.index) for b in batches]
+        found += [int(i) for b in batches for i in b.index]
+    assert sorted(found) == list(range(n))
+    assert max(sizes) <= max(1, 8 // world)
+
+
+def test_test_batches_are_the_same_for_any_number_of_workers_and_each_time() -> None:
+    samples = TestSamples(Noise(), TestTransform(image_size=8))
+    passes = []
+    for workers in (0, 1, 2):
+        loader = test_loader(samples, batch_size=8, num_workers=workers, pin_memory=False)
+        passes += [list(loader), list(loader)]
+    assert [len(b.index) for b in passes[0]] == [8, 8, 7]
+    assert torch.cat([b.labels for b in passes[0]]).tolist() == [i % 5 for i in range(23)]
+    assert all(same(p, passes[0]) for p in passes)
+
+
+# --- Processes ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_the_global_generators_are_left_as_they_were(workers: int) -> None:
+    random.seed(1), np.random.seed(2), torch.manual_seed(3)
+    wanted = random.random(), np.random.rand(), float(torch.rand(()))
+    random.seed(1), np.random.seed(2), torch.manual_seed(3)
+    run_through(make(workers=workers, epochs=1))
+    samples = TestSamples(Noise(), TestTransform(image_size=8))
+    list(test_loader(samples, batch_size=8, num_workers=workers, pin_memory=False))
+    assert (random.random(), np.random.rand(), float(torch.rand(()))) == wanted
+
+
+def test_the_global_generators_come_back_after_a_fault() -> None:
+    def fail(image: Image.Image):
+        random.random(), np.random.rand(), torch.rand(())
+        raise RuntimeError("no")
+
+    states = random.getstate(), np.random.get_state()[1].copy(), torch.get_rng_state()
+    with pytest.raises(RuntimeError, match="no"):
+        TrainSamples(Noise(), fail, seed=0)[0, 0]
+    assert random.getstate() == states[0]
+    assert np.array_equal(np.random.get_state()[1], states[1])
+    assert torch.equal(torch.get_rng_state(), states[2])
+
+
+@pytest.fixture
+def broken(tmp_path: Path) -> Path:
+    path = tmp_path / "broken.png"
+    path.write_bytes(b"\x89PNG\r\n\x1a\n and nothing more")
+    return path
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_broken_image_is_a_plain_data_error_in_its_turn(broken: Path, workers: int) -> None:
+    dataset = Noise(file=broken)
+    with pytest.raises(DataError) as alone:
+        dataset.image(0)
+    loader = make(dataset, workers=workers)
+    keys = list(TrainBatches(num_samples=23, batch_size=6, seed=SEED, max_epoch=3))
+    turn = next(n for n, batch in enumerate(keys) if any(i == 0 for _, i in batch))
+    sound = run_through(make())
+    loader.start(0, 0)
+    assert same([next(loader) for _ in range(turn)], sound[:turn])
+    with pytest.raises(DataError) as caught:
+        next(loader)
+    assert str(caught.value) == str(alone.value)
+    assert str(broken) in str(caught.value) and "Traceback" not in str(caught.value)
+    samples = TestSamples(dataset, TestTransform(image_size=8))
+    with pytest.raises(DataError) as caught:
+        list(test_loader(samples, batch_size=8, num_workers=workers, pin_memory=False))
+    assert str(caught.value) == str(alone.value)
+
+
+def test_workers_end_at_once_after_a_broken_image(broken: Path) -> None:
+    loader = make(Noise(file=broken), workers=2)
+    with contextlib.suppress(DataError):
+        run_through(loader)
+    started = time.perf_counter()
+    del loader
+    gc.collect()
+    assert time.perf_counter() - started < 4  # torch waits 5 s for each that does not
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_fault_of_the_program_keeps_its_kind(workers: int) -> None:
+    loader = make(Clumsy(), workers=workers)
+    loader.start(0, 0)
+    with pytest.raises(KeyError, match="a fault of the program"):
+        next(loader)
+
+
+def workers_now() -> Iterator[int]:
+    return (child.pid for child in multiprocessing.active_children() if child.pid)
+
+
+def test_workers_leave_signals_to_the_main_process() -> None:
+    before = set(workers_now())
+    samples = TestSamples(Spy(), TestTransform(image_size=4))
+    loader = test_loader(samples, batch_size=4, num_workers=2, pin_memory=False)
+    seen = next(iter(loader)).images[:, :, 0, 0]
+    told = (seen * torch.tensor([0.229, 0.224, 0.225]) + torch.tensor([0.485, 0.456, 0.406])) * 255
+    assert told.round().tolist() == [[255, 255, 1]] * 4  # SIGINT blocked, SIGTERM kept, 1 thread
+    del loader
+    loader = make(workers=2, epochs=4)
+    loader.start(0, 0)
+    next(loader)
+    mine = set(workers_now()) - before
+    assert len(mine) >= 2
+    for pid in mine:
+        os.kill(pid, signal.SIGINT)
+    time.sleep(0.1)
+    assert same([next(loader) for _ in range(11)], run_through(make(epochs=4))[1:])
+    assert mine & set(workers_now()) == mine
+
+
+def test_no_more_workers_than_cores() -> None:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    assert usable_workers(0) == 0 and usable_workers(1) == 1
+    assert usable_workers(10_000) == cores
+
+
+def test_seeds_of_all_sizes_and_uses_give_streams_of_their_own() -> None:
+    draws = []
+    for key in ((0, 2, 0, 0), (1, 2, 0, 0), (2**32 - 1, 2, 0, 0), (0, 1, 0, 0), (0, 2, 0, 1)):
+        with loader_module._seeded(key):
+            draws.append((random.random(), np.random.rand(), float(torch.rand(()))))
+        with loader_module._seeded(key):
+            assert (random.random(), np.random.rand(), float(torch.rand(()))) == draws[-1]
+    for a, b in pairwise(sorted(draws)):
+        assert all(x != y for x, y in zip(a, b, strict=True))

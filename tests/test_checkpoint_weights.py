@@ -1,0 +1,204 @@
+"""Checkpoints as weights and as the folder of a run: which are taken, which are kept."""
+
+from __future__ import annotations
+
+import os
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import lg
+from lg.checkpoint import (
+    CheckpointError,
+    CheckpointFolder,
+    choose_weights,
+    load_weights,
+    random_state,
+    read_checkpoint,
+    restore_random_state,
+)
+
+ROOT = Path(__file__).parents[1]
+
+
+def small_state(value: float = 1.0) -> dict[str, Any]:
+    return {
+        "epoch": 3,
+        "test_err": 12.5,
+        "ema_err": 100.0,
+        "cfg": "DESC: é\n",
+        "model_state": {"w": torch.full((5, 4), value), "n": torch.tensor(7)},
+        "ema_state": {},
+        "nested": [1, (2.5, None, True), {"a": "b"}],
+    }
+
+
+def same_state(ours: Any, theirs: Any) -> bool:
+    if isinstance(ours, torch.Tensor):
+        return isinstance(theirs, torch.Tensor) and torch.equal(ours, theirs)
+    if isinstance(ours, dict):
+        return list(ours) == list(theirs) and all(same_state(ours[k], theirs[k]) for k in ours)
+    return type(ours) is type(theirs) and ours == theirs
+
+
+def saved(path: Path, state: Any = None) -> Path:
+    torch.save(small_state() if state is None else state, path)
+    return path
+
+
+# --- Which weights -----------------------------------------------------------------------------
+
+MODEL, AVERAGE = {"w": torch.zeros(1)}, {"w": torch.ones(1)}
+
+
+@pytest.mark.parametrize(
+    ("errors", "average"),
+    [
+        ({"test_err": 10.0, "ema_err": 20.0}, False),
+        ({"test_err": 20.0, "ema_err": 10.0}, True),
+        ({"test_err": 10.0, "ema_err": 10.0}, False),
+        ({"test_err": 100.0, "ema_err": 100.0}, False),
+        ({}, False),
+        ({"ema_err": 30.0}, True),
+        ({"test_err": 30.0}, False),
+        ({"test_err": None, "ema_err": 30.0}, True),
+        ({"test_err": 30.0, "ema_err": None}, False),
+        ({"test_err": float("nan"), "ema_err": 30.0}, True),
+        ({"test_err": 30.0, "ema_err": float("nan")}, False),
+        ({"test_err": np.float64(30), "ema_err": np.float32(20)}, True),
+        ({"test_err": torch.tensor(30.0), "ema_err": torch.tensor([20.0])}, True),
+        ({"test_err": "low", "ema_err": torch.zeros(2)}, False),
+    ],
+)
+def test_the_weights_that_tested_better_are_taken(errors: dict[str, Any], average: bool) -> None:
+    state = {"model_state": MODEL, "ema_state": AVERAGE, **errors}
+    assert float(choose_weights(state, "a")["w"]) == float(average)
+    for nothing in ({}, None):
+        assert float(choose_weights({**state, "ema_state": nothing}, "a")["w"]) == 0
+    assert float(choose_weights({"model_state": MODEL, **errors}, "a")["w"]) == 0
+
+
+def test_a_bare_state_dict_is_its_own_weights() -> None:
+    assert choose_weights(MODEL, "a") == MODEL
+    with pytest.raises(CheckpointError, match=r"a\.pyth has no model_state; its keys are state_d"):
+        choose_weights({"state_dict": MODEL, "x": 1}, "a.pyth")
+
+
+@pytest.mark.parametrize("key", ["model_state", "ema_state"])
+@pytest.mark.parametrize("value", [torch.ones(3), [1], "text"])
+def test_weights_that_are_none_are_named(key: str, value: Any) -> None:
+    state = {"model_state": MODEL, "ema_state": AVERAGE, "ema_err": 1.0, key: value}
+    with pytest.raises(CheckpointError, match=rf"a holds a {type(value).__name__} as its {key}"):
+        choose_weights(state, "a")
+
+
+# --- Loading into a model ----------------------------------------------------------------------
+
+
+@pytest.fixture
+def model() -> torch.nn.Module:
+    torch.manual_seed(0)
+    return lg.build_model(lg.load_config(ROOT / "configs" / "digits" / "r-8_digits.yaml"))
+
+
+def test_load_weights_takes_the_better_ones_and_says_what_else_is_there(
+    tmp_path: Path, model: torch.nn.Module
+) -> None:
+    first = {k: v.clone() for k, v in lg.published_state_dict(model).items()}
+    second = {k: v + 1 for k, v in first.items()}
+    state = {"epoch": 4, "test_err": np.float64(9), "ema_err": 8.0, "cfg": "A: 1", "other": 5}
+    path = saved(tmp_path / "a.pyth", {**state, "model_state": first, "ema_state": second})
+    found = load_weights(model, path)
+    assert found == {"epoch": 4, "test_err": 9.0, "ema_err": 8.0, "cfg": "A: 1"}
+    assert type(found["test_err"]) is float
+    assert same_state(lg.published_state_dict(model), second)
+    assert load_weights(model, saved(tmp_path / "bare.pyth", first)) == {}
+    assert same_state(lg.published_state_dict(model), first)
+
+
+def test_weights_of_another_model_change_nothing(tmp_path: Path, model: torch.nn.Module) -> None:
+    before = {k: v.clone() for k, v in lg.published_state_dict(model).items()}
+    other = {k: v + 1 for k, v in before.items()}
+    key = next(reversed(other))
+    broken = [
+        {k: v for k, v in other.items() if k != key},
+        {**other, "teacher.w": torch.ones(1)},
+        {**other, key: torch.ones(3, 3)},
+        {**other, key: "text"},
+    ]
+    for state in broken:
+        path = saved(tmp_path / "a.pyth", {"model_state": state})
+        with pytest.raises(CheckpointError) as caught:
+            load_weights(model, path)
+        assert str(path) in str(caught.value)
+        assert key in str(caught.value) or "teacher.w" in str(caught.value)
+        assert same_state(lg.published_state_dict(model), before)
+
+
+# --- The folder of a run -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("keep", [1, 2, 5])
+def test_the_last_k_stay_and_the_best_beside_them(tmp_path: Path, keep: int) -> None:
+    folder = CheckpointFolder(tmp_path, keep=keep)
+    assert folder.files() == [] and folder.load_last(pytest.fail) is None
+    for epoch in range(1, 5):
+        path = folder.save(small_state(epoch), epoch=epoch, is_best=epoch == 2)
+        assert path == tmp_path / "checkpoints" / f"model_epoch_{epoch:04d}.pyth"
+    kept = [f"model_epoch_{e:04d}.pyth" for e in range(1, 5)][-keep:]
+    assert [p.name for p in folder.files()] == kept
+    assert sorted(os.listdir(tmp_path / "checkpoints")) == kept
+    assert same_state(read_checkpoint(tmp_path / "model.pyth"), small_state(2))
+    last = folder.load_last(pytest.fail)
+    assert last is not None and same_state(last, small_state(4))
+
+
+def test_epochs_are_ordered_as_numbers_and_other_files_ignored(tmp_path: Path) -> None:
+    folder = CheckpointFolder(tmp_path, keep=3)
+    for epoch in (9999, 10000, 998):
+        folder.save(small_state(), epoch=epoch, is_best=False)
+    (folder.folder / "model_epoch_best.pyth").touch()
+    (folder.folder / "notes.txt").touch()
+    assert [int(p.stem[12:]) for p in folder.files()] == [998, 9999, 10000]
+    assert not folder.best.exists()
+
+
+def test_a_damaged_checkpoint_is_passed_over_with_a_warning(tmp_path: Path) -> None:
+    folder = CheckpointFolder(tmp_path, keep=3)
+    for epoch in (1, 2, 3):
+        folder.save(small_state(epoch), epoch=epoch, is_best=False)
+    for path in folder.files()[1:]:
+        path.write_bytes(path.read_bytes()[:900])
+    warnings: list[str] = []
+    state = folder.load_last(warnings.append)
+    assert state is not None and same_state(state, small_state(1))
+    assert len(warnings) == 2
+    assert "model_epoch_0003.pyth" in warnings[0] and "model_epoch_0002.pyth" in warnings[1]
+    assert "Going back to the checkpoint before it." in warnings[0]
+    folder.files()[0].write_bytes(b"")
+    with pytest.raises(CheckpointError, match=r"No checkpoint in .*0003.*0002.*0001.*AUTO_RESUME"):
+        folder.load_last(warnings.append)
+
+
+def test_the_best_is_written_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    written: list[str] = []
+    monkeypatch.setattr(
+        "lg.checkpoint.write_atomically", lambda path, write: written.append(Path(path).name)
+    )
+    CheckpointFolder(tmp_path).save(small_state(), epoch=7, is_best=True)
+    assert written == ["model.pyth", "model_epoch_0007.pyth"]
+
+
+def test_random_states_come_back(tmp_path: Path) -> None:
+    kept = random.getstate()
+    torch.manual_seed(11)
+    path = saved(tmp_path / "a.pyth", {"rng_state": [random_state()]})
+    wanted = torch.rand(3)
+    torch.manual_seed(12)
+    restore_random_state(read_checkpoint(path)["rng_state"][0])
+    assert torch.equal(torch.rand(3), wanted)
+    assert random.getstate() == kept  # Python's own generator is no part of it

@@ -1,0 +1,153 @@
+"""Metrics: hits, running means, and the step at which a loss broke."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from lg.metrics import EvalResult, NonFiniteLossError, TrainMeter, topk_hits
+
+
+def naive_hit(scores: list[float], label: int, k: int) -> bool:
+    """Fewer than k scores are higher."""
+    return sum(s > scores[label] for s in scores) < k
+
+
+@pytest.mark.parametrize("num_classes", [2, 3, 4, 5, 10, 100])
+def test_hits_are_those_of_a_naive_count(num_classes: int) -> None:
+    generator = torch.Generator().manual_seed(num_classes)
+    logits = torch.randn(64, num_classes, generator=generator)
+    labels = torch.randint(num_classes, (64,), generator=generator)
+    hits = topk_hits(logits, labels)
+    assert hits.dtype == torch.bool and hits.shape == (64, 2)
+    wanted = [
+        [naive_hit(row, label, k) for k in (1, 5)]
+        for row, label in zip(logits.tolist(), labels.tolist(), strict=True)
+    ]
+    assert hits.tolist() == wanted
+    assert 0 < hits.sum() < 128
+    if num_classes <= 5:
+        assert hits[:, 1].all()
+    three = topk_hits(logits, labels, ks=(3, 1))
+    assert torch.equal(three[:, 1], hits[:, 0])
+    assert three[:, 0].tolist() == [
+        naive_hit(row, label, 3)
+        for row, label in zip(logits.tolist(), labels.tolist(), strict=True)
+    ]
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_a_row_that_is_not_finite_is_never_a_hit(bad: float) -> None:
+    logits = torch.eye(6)
+    logits[2, 2] = bad
+    logits[4, 0] = bad
+    hits = topk_hits(logits, torch.arange(6))
+    assert hits[:, 0].tolist() == [True, True, False, True, False, True]
+    assert hits[:, 1].tolist() == [True, True, False, True, False, True]
+    assert not topk_hits(torch.full((3, 2), math.nan), torch.tensor([0, 1, 0])).any()
+
+
+def test_eval_result_from_counts() -> None:
+    result = EvalResult.from_counts(torch.tensor([[4, 3, 4], [0, 0, 0], [16, 4, 12]]))
+    assert (result.top1_err, result.top5_err, result.count) == (65.0, 20.0, 20)
+    assert result.class_counts == [4, 0, 16]
+    assert result.class_top1_acc[0] == 75.0 and result.class_top1_acc[2] == 25.0
+    assert math.isnan(result.class_top1_acc[1])
+
+
+def losses(cls: float, inter: float = 0.0, logit: float = 0.0) -> dict[str, torch.Tensor]:
+    values = {"loss": cls + inter + logit, "cls": cls, "inter": inter, "logit": logit}
+    return {k: torch.tensor(v, requires_grad=True) for k, v in values.items()}
+
+
+def hits(count: int, top1: int, top5: int) -> torch.Tensor:
+    columns = [[n < top1, n < top5] for n in range(count)]
+    return torch.tensor(columns)
+
+
+def test_means_are_weighted_by_the_number_of_images() -> None:
+    meter = TrainMeter()
+    meter.add(losses(1.0, 0.5, 0.25), hits(10, 2, 8))
+    meter.add(losses(4.0, 2.0, 1.0), hits(30, 30, 30))
+    meter.collect(epoch=0, step=2)
+    wanted = {
+        "loss": (10 * 1.75 + 30 * 7.0) / 40,
+        "cls": (10 * 1 + 30 * 4) / 40,
+        "inter": (10 * 0.5 + 30 * 2) / 40,
+        "logit": (10 * 0.25 + 30) / 40,
+        "top1_err": 100 * 8 / 40,
+        "top5_err": 100 * 2 / 40,
+    }
+    assert meter.epoch() == pytest.approx(wanted)
+    assert meter.window() == pytest.approx(wanted)
+
+
+def test_the_window_goes_on_over_epochs_and_the_epoch_over_windows() -> None:
+    meter = TrainMeter()
+    for step, value in enumerate((1.0, 2.0, 3.0), start=1):
+        meter.add(losses(value), hits(5, 5, 5))
+        meter.collect(epoch=0, step=step)
+        if step == 2:
+            assert meter.window()["cls"] == pytest.approx(1.5)
+    assert meter.epoch()["cls"] == pytest.approx(2.0)
+    meter.end_epoch()
+    meter.add(losses(8.0), hits(5, 0, 0))
+    meter.collect(epoch=1, step=1)
+    assert meter.epoch()["cls"] == pytest.approx(8.0)
+    assert meter.epoch()["top1_err"] == pytest.approx(100.0)
+    assert meter.window()["cls"] == pytest.approx(5.5)  # 3 of the old epoch, 8 of the new
+
+
+def test_collect_without_new_steps_changes_nothing() -> None:
+    meter = TrainMeter()
+    meter.collect(epoch=0, step=0)
+    meter.add(losses(1.0), hits(2, 1, 2))
+    meter.collect(epoch=0, step=1)
+    before = meter.epoch()
+    meter.collect(epoch=0, step=1)
+    assert meter.epoch() == before
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_a_broken_loss_names_epoch_step_and_term(bad: float) -> None:
+    meter = TrainMeter()
+    for step in range(1, 8):
+        meter.add(losses(1.0), hits(2, 1, 2))
+        if step == 3:
+            meter.collect(epoch=4, step=3)
+    terms = losses(1.0, 0.5)
+    terms["inter"] = terms["loss"] = torch.tensor(bad)
+    meter.add(terms, hits(2, 1, 2))  # step 8
+    meter.add(losses(math.nan), hits(2, 1, 2))  # what follows is broken by it
+    with pytest.raises(NonFiniteLossError) as caught:
+        meter.collect(epoch=4, step=9)
+    text = str(caught.value)
+    assert f"in epoch 5, step 8: loss = {bad}, inter = {bad}. " in text
+    assert "cls = " not in text and "OPTIM.BASE_LR" in text
+
+
+def test_a_state_is_a_copy_that_goes_on_like_the_original() -> None:
+    meter = TrainMeter()
+    for step, value in enumerate((1.0, 2.0), start=1):
+        meter.add(losses(value), hits(step, 1, 1))
+    meter.collect(epoch=0, step=2)
+    state = meter.state()
+    meter.add(losses(7.0), hits(4, 1, 2))
+    meter.collect(epoch=0, step=3)
+    other = TrainMeter()
+    other.load(state)
+    assert other.epoch()["cls"] == pytest.approx(5 / 3)
+    other.add(losses(7.0), hits(4, 1, 2))
+    other.collect(epoch=0, step=3)
+    assert other.epoch() == meter.epoch()
+    assert other.window() == meter.window()
+    assert len(state["window"]) == 2  # neither of the two writes into what was saved
+
+
+def test_a_state_with_steps_still_on_the_device_is_a_mistake() -> None:
+    meter = TrainMeter()
+    meter.add(losses(1.0), hits(2, 1, 2))
+    with pytest.raises(AssertionError):
+        meter.state()

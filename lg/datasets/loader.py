@@ -55,9 +55,7 @@ class _Samples(Dataset[Batch]):
         try:
             return [self[key] for key in keys]
         except DataError as error:
-            # A new one: the old holds on to its frames, and a worker that still has those hangs
-            # for seconds when it is told to end.
-            return DataError(str(error))
+            return error
 
 
 class TrainSamples(_Samples):
@@ -146,6 +144,9 @@ class _Batches(DataLoader[Batch]):
 
 def _sound(batch: Batch | DataError) -> Batch:
     if isinstance(batch, DataError):
+        # Not `batch` itself: it and this frame would hold each other and so, through the frames
+        # below, the loader. One that the garbage collector ends cannot tell its workers to end,
+        # and torch then waits 5 s for each.
         raise DataError(str(batch))
     return batch
 

@@ -167,6 +167,7 @@ def _share_per_process(v: Values) -> int:
 
 
 _OFFLINE = "DISTILLATION.OFFLINE"
+_TIMM_IGNORES = [f"TRANSFORMER.{k}" for k in (*_COUNTS, "MLP_RATIO", "ATTENTION_DROP_RATE")]
 
 # (key to blame, test for a broken combination, what to do): checked in order, after every choice
 # and range holds.
@@ -204,6 +205,14 @@ COMBINATIONS: list[tuple[str, Callable[[Values], bool], str | Callable[[Values],
         "MODEL.BLOCKS",
         lambda v: bool(v["MODEL.BLOCKS"]) and not v["MODEL.TYPE"].startswith("timm/"),
         "only timm/NAME models take block names; the others know their blocks: set it to [].",
+    ),
+    *(
+        (
+            key,
+            lambda v, key=key: v["MODEL.TYPE"].startswith("timm/") and v[key] is not None,
+            "timm/NAME says its sizes by its name: set it to null, or leave it out.",
+        )
+        for key in _TIMM_IGNORES
     ),
     (
         "DISTILLATION.INTER_STUDENT_INDEX",

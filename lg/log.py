@@ -3,6 +3,7 @@ process speaks."""
 
 from __future__ import annotations
 
+import contextlib
 import decimal
 import math
 import sys
@@ -25,9 +26,17 @@ def json_line(kind: str, stats: Mapping[str, Any]) -> str:
 
 
 def read_json_lines(path: str | Path) -> list[dict[str, Any]]:
-    """All stats of a log file, in order, each with its kind under `_type`."""
+    """All stats of a log file, in order, each with its kind under `_type`.
+
+    A line that is cut short, as a killed run may leave one, is passed over.
+    """
+    found = []
     with open(path, encoding="utf-8") as stream:
-        return [simplejson.loads(line.split(TAG, 1)[1]) for line in stream if TAG in line]
+        for line in stream:
+            if line.startswith(TAG):
+                with contextlib.suppress(simplejson.JSONDecodeError):
+                    found.append(simplejson.loads(line.removeprefix(TAG)))
+    return found
 
 
 class RunLog:

@@ -62,6 +62,8 @@ def train(cfg: CfgNode) -> None:
         data = builders.fetch_data(cfg, world)
         log = RunLog(cfg.OUT_DIR, enabled=world.is_main, console=cfg.LOG_DEST == "stdout")
         with contextlib.closing(log):
+            if cfg.DESC:
+                log.say(cfg.DESC)
             run = _build_run(cfg, data, world, log)
             _resume(run, auto=cfg.TRAIN.AUTO_RESUME)
             if world.is_main:
@@ -72,8 +74,11 @@ def train(cfg: CfgNode) -> None:
             if cfg.VERBOSE:
                 log.stats("cfg", yaml.safe_load(run.settings.config_text))
                 log.stats("complexity", complexity(run.guided.student, cfg.MODEL.IMG_SIZE))
-            with stop_signals(run):
-                _train_epochs(run)
+            try:
+                with stop_signals(run):
+                    _train_epochs(run)
+            finally:
+                run.loader.close()
     finally:
         distributed.leave()
 

@@ -89,6 +89,19 @@ INTER = {
 OFFLINE = {**INTER, "DISTILLATION.OFFLINE": True, "DISTILLATION.FEATURE_FILE": "f.pt"}
 STEPS = {"OPTIM.LR_POLICY": "steps"}
 
+TIMM_IGNORES = [
+    f"TRANSFORMER.{key}"
+    for key in (
+        "PATCH_SIZE",
+        "PATCH_STRIDE",
+        "PATCH_PADDING",
+        "HIDDEN_DIM",
+        "DEPTH",
+        "NUM_HEADS",
+        "MLP_RATIO",
+        "ATTENTION_DROP_RATE",
+    )
+]
 # One broken config for each row of COMBINATIONS, in its order, and a word of the advice.
 BROKEN: list[tuple[dict[str, Any], str]] = [
     ({"CNN.DEPTH": 57}, "6n+2"),
@@ -96,6 +109,10 @@ BROKEN: list[tuple[dict[str, Any], str]] = [
     ({"RESNET.NUM_GROUPS": 2}, "set it to 1"),
     ({"RESNET.WIDTH_PER_GROUP": 32}, "set it to 64"),
     ({"MODEL.BLOCKS": ["a"]}, "timm/NAME"),
+    *(
+        ({"MODEL.TYPE": "timm/resnet18", key: 0.5 if key.endswith("RATE") else 2}, "leave it out")
+        for key in TIMM_IGNORES
+    ),
     ({"DISTILLATION.ENABLE_INTER": True}, "at least one block"),
     ({**INTER, "DISTILLATION.INTER_TEACHER_INDEX": [0]}, "which has 2 entries"),
     ({**INTER, "DISTILLATION.INTER_STUDENT_INDEX": [6, 6]}, "repeated"),

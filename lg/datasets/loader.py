@@ -161,7 +161,9 @@ class TrainLoader:
         self, samples: TrainSamples, batches: TrainBatches, *, num_workers: int, pin_memory: bool
     ) -> None:
         self.batches = batches
-        self._loader = _data_loader(samples, num_workers, pin_memory, batch_sampler=batches)
+        self._loader: DataLoader[Batch] | None = _data_loader(
+            samples, num_workers, pin_memory, batch_sampler=batches
+        )
         self._iterator: Iterator[Batch] | None = None
 
     @property
@@ -171,7 +173,12 @@ class TrainLoader:
     def start(self, epoch: int, step: int) -> None:
         """Sets the position of the next batch; `next` goes on from there through all epochs."""
         self.batches.start(epoch, step)
+        assert self._loader is not None, "the loader is closed"
         self._iterator = iter(self._loader)
+
+    def close(self) -> None:
+        """Ends the workers now, rather than whenever the garbage collector comes to it."""
+        self._iterator = self._loader = None
 
     def __next__(self) -> Batch:
         assert self._iterator is not None, "start() comes first"

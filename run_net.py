@@ -1,10 +1,9 @@
 #!/usr/bin/env python3
 """Train, test or time a model that a config describes.
 
-python run_net.py --mode train --cfg configs/digits/vit_digits_ours.yaml
-python run_net.py --mode test  --cfg configs/digits/vit_digits_ours.yaml TEST.WEIGHTS
-work_dirs/vit_digits_ours/model.pyth python run_net.py --mode time  --cfg
-configs/deit/deit-ti_c100_base.yaml PREC_TIME.NUM_ITER 10
+python run_net.py --mode train --cfg configs/digits/vit_digits_base.yaml
+python run_net.py --mode test  --cfg configs/digits/vit_digits_base.yaml TEST.PER_CLASS True
+python run_net.py --mode time  --cfg configs/deit/deit-ti_c100_base.yaml DEVICE cpu
 """
 
 from __future__ import annotations
@@ -34,7 +33,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
         "opts",
         nargs=argparse.REMAINDER,
         metavar="KEY VALUE",
-        help="overrides, such as TRAIN.BATCH_SIZE 64; lg/config.py lists every key",
+        help="overrides, such as TRAIN.BATCH_SIZE 64; lg/config_defaults.py lists every key",
     )
     return parser.parse_args(arguments)
 
@@ -63,17 +62,15 @@ def main() -> None:
 
     try:
         cfg = load_config(args.cfg, args.opts)
-    except ConfigError as error:
-        sys.exit(f"Error: {error}")
-    from lg.distributed import launch
+        from lg.distributed import launch
 
-    launch(
-        run,
-        (args.mode, cfg),
-        num_processes=cfg.NUM_GPUS,
-        host=cfg.HOST,
-        port_range=tuple(cfg.PORT_RANGE),
-    )
+        ports = (cfg.PORT_RANGE[0], cfg.PORT_RANGE[1])
+        args_of_run = (args.mode, cfg)
+        launch(run, args_of_run, num_processes=cfg.NUM_GPUS, host=cfg.HOST, port_range=ports)
+    except (ConfigError, OSError) as error:
+        sys.exit(f"Error: {error}")
+    except KeyboardInterrupt:  # before training took over the signal, or after
+        sys.exit(130)
 
 
 if __name__ == "__main__":

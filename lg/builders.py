@@ -16,7 +16,7 @@ from lg.config import ConfigError, dump_config
 from lg.datasets import build_dataset
 from lg.datasets.base import DataError, ImageDataset, stratified_subset
 from lg.datasets.loader import TestSamples, TrainBatches, TrainLoader, TrainSamples, test_loader
-from lg.device import Precision
+from lg.device import Precision, select_device
 from lg.distributed import World, barrier
 from lg.guidance import FrozenTeacher, GuidanceLoss, GuidedStudent, NoTeacher
 from lg.models.backbone import Backbone
@@ -70,10 +70,8 @@ def _build_by_type(cfg: CfgNode) -> Backbone:
             attention_drop_rate=_scalar(cfg, "ATTENTION_DROP_RATE", 0.0),
             distilled=cfg.DISTILLATION.ENABLE_LOGIT,
         )
-    raise ConfigError(
-        f"MODEL.TYPE is {kind!r}, which this version cannot build; it builds DeiT, ResNet and "
-        f"timm/NAME."
-    )
+    _refuse_unbuildable(cfg)
+    raise AssertionError(kind)
 
 
 def build_guided(cfg: CfgNode) -> tuple[GuidedStudent, FrozenTeacher | NoTeacher, GuidanceLoss]:
@@ -86,11 +84,7 @@ def build_guided(cfg: CfgNode) -> tuple[GuidedStudent, FrozenTeacher | NoTeacher
     student = build_model(cfg)
     if not (options.ENABLE_INTER or options.ENABLE_LOGIT):
         return GuidedStudent(student), NoTeacher(), GuidanceLoss()
-    if options.OFFLINE:
-        raise ConfigError(
-            "DISTILLATION.OFFLINE is True, which this version cannot do; set it False to run the "
-            "guide in training."
-        )
+    _refuse_unbuildable(cfg)
     taps = (
         (options.INTER_STUDENT_INDEX, options.INTER_TEACHER_INDEX)
         if options.ENABLE_INTER
@@ -137,7 +131,14 @@ def build_teacher(cfg: CfgNode) -> Backbone:
         if options.TEACHER_MODEL == "ResNet":
             teacher = _build_resnet(cfg, **sizes)
         else:
-            teacher = timm_model(options.TEACHER_MODEL.removeprefix("timm/"), **sizes)
+            name = options.TEACHER_MODEL.removeprefix("timm/")
+            try:
+                teacher = timm_model(name, **sizes)
+            except ValueError as error:
+                raise ConfigError(
+                    f"DISTILLATION.TEACHER_MODEL is {options.TEACHER_MODEL!r} at TEACHER_IMG_SIZE "
+                    f"{options.TEACHER_IMG_SIZE}, which cannot be built: {error}"
+                ) from error
     if options.TEACHER_WEIGHTS is None:
         warnings.warn(
             "DISTILLATION.TEACHER_WEIGHTS is null: the guide has random weights.", stacklevel=2
@@ -271,9 +272,20 @@ def build_average(cfg: CfgNode, student: Backbone) -> WeightAverage | None:
     )
 
 
+def build_device(cfg: CfgNode, world: World) -> torch.device:
+    """The device of this process."""
+    try:
+        return select_device(cfg.DEVICE, local_rank=world.local_rank)
+    except ValueError as error:  # what it refuses, it refuses for a value of the config
+        raise ConfigError(str(error)) from None
+
+
 def build_precision(cfg: CfgNode, device: torch.device) -> Precision:
     """Full or mixed precision on a device."""
-    return Precision(device, mixed=cfg.TRAIN.MIXED_PRECISION, dtype=cfg.TRAIN.AMP_DTYPE)
+    try:
+        return Precision(device, mixed=cfg.TRAIN.MIXED_PRECISION, dtype=cfg.TRAIN.AMP_DTYPE)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
 
 
 def build_checkpoints(cfg: CfgNode) -> CheckpointFolder:
@@ -296,6 +308,16 @@ def build_settings(cfg: CfgNode) -> Settings:
     )
 
 
+def check_world(cfg: CfgNode, world: World) -> None:
+    """Finds a batch that does not divide over the processes, whose number torchrun may have set."""
+    shares = world.size * cfg.TRAIN.ACCUM_STEPS
+    if cfg.TRAIN.BATCH_SIZE % shares:
+        raise ConfigError(
+            f"TRAIN.BATCH_SIZE is {cfg.TRAIN.BATCH_SIZE}; with {world.size} processes and "
+            f"TRAIN.ACCUM_STEPS {cfg.TRAIN.ACCUM_STEPS} it must be a multiple of {shares}."
+        )
+
+
 def check_training(cfg: CfgNode, *, trained_guide: bool = True) -> None:
     """Finds, before anything is built, what training needs and the config does not give.
 
@@ -307,6 +329,7 @@ def check_training(cfg: CfgNode, *, trained_guide: bool = True) -> None:
         ConfigError: naming the key and the fix.
     """
     options = cfg.DISTILLATION
+    _refuse_unbuildable(cfg)
     if not cfg.TRAIN.DATASET:
         raise ConfigError("TRAIN.DATASET is ''; name the training set, such as digits or cifar100.")
     if cfg.MODEL.IN_CHANNELS != 3:
@@ -330,6 +353,20 @@ def check_training(cfg: CfgNode, *, trained_guide: bool = True) -> None:
                 f"{key} is {path!r}, which does not exist. Check the path, or train the model "
                 f"that writes it first."
             )
+
+
+def _refuse_unbuildable(cfg: CfgNode) -> None:
+    kind = cfg.MODEL.TYPE
+    if kind not in ("DeiT", "ResNet") and not kind.startswith("timm/"):
+        raise ConfigError(
+            f"MODEL.TYPE is {kind!r}, which this version cannot build; it builds DeiT, ResNet and "
+            "timm/NAME."
+        )
+    if cfg.DISTILLATION.OFFLINE:
+        raise ConfigError(
+            "DISTILLATION.OFFLINE is True, which this version cannot do; set it False to run the "
+            "guide in training."
+        )
 
 
 def _build_resnet(cfg: CfgNode, **sizes: int) -> Backbone:

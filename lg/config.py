@@ -315,6 +315,16 @@ def _validate(cfg: CfgNode, settings: Mapping[str, Setting]) -> None:
     for key, broken, advice in COMBINATIONS:
         if broken(values):
             raise fault(key, advice(values) if callable(advice) else advice)
+    switches = ("DISTILLATION.ENABLE_INTER", "DISTILLATION.ENABLE_LOGIT")
+    idle = [
+        key
+        for key in settings
+        if key.startswith("DISTILLATION.") and values[key] != _known(key, "")
+    ]
+    if idle and not any(values[s] or s in settings for s in switches):
+        raise fault(
+            idle[0], "it has no effect: set DISTILLATION.ENABLE_INTER or ENABLE_LOGIT True."
+        )
 
 
 def _plain_copy(tree: Any) -> Any:

@@ -166,6 +166,13 @@ def _share_per_process(v: Values) -> int:
     return int(v["NUM_GPUS"] * v["TRAIN.ACCUM_STEPS"])
 
 
+def _compares_images(v: Values) -> bool:
+    """Whether one image alone cannot be trained on: batch statistics, or similarity of images."""
+    similar = v["DISTILLATION.ENABLE_INTER"] and v["DISTILLATION.INTER_TRANSFORM"] == "similarity"
+    batch_norm = _guided(v) and v["DISTILLATION.TEACHER_BN"] == "batch"
+    return v["MODEL.TYPE"] in ("ResNet", "CvT") or similar or batch_norm
+
+
 _OFFLINE = "DISTILLATION.OFFLINE"
 _TIMM_IGNORES = [f"TRANSFORMER.{k}" for k in (*_COUNTS, "MLP_RATIO", "ATTENTION_DROP_RATE")]
 
@@ -240,6 +247,16 @@ COMBINATIONS: list[tuple[str, Callable[[Values], bool], str | Callable[[Values],
             != len(v["DISTILLATION.INTER_STUDENT_INDEX"])
         ),
         "each student block can be guided once: remove the repeated entry.",
+    ),
+    (
+        "DISTILLATION.INTER_WEIGHT",
+        lambda v: v["DISTILLATION.ENABLE_INTER"] and v["DISTILLATION.INTER_WEIGHT"] == 0,
+        "imitation that counts nothing: raise it, or set DISTILLATION.ENABLE_INTER False.",
+    ),
+    (
+        "DISTILLATION.LOGIT_WEIGHT",
+        lambda v: v["DISTILLATION.ENABLE_LOGIT"] and v["DISTILLATION.LOGIT_WEIGHT"] == 0,
+        "imitation that counts nothing: raise it, or set DISTILLATION.ENABLE_LOGIT False.",
     ),
     (
         "DISTILLATION.LOGIT_TEMP",
@@ -331,6 +348,12 @@ COMBINATIONS: list[tuple[str, Callable[[Values], bool], str | Callable[[Values],
         lambda v: (
             f"it must be a multiple of NUM_GPUS x TRAIN.ACCUM_STEPS = {_share_per_process(v)}."
         ),
+    ),
+    (
+        "TRAIN.BATCH_SIZE",
+        lambda v: _compares_images(v) and v["TRAIN.BATCH_SIZE"] == _share_per_process(v),
+        "each process and micro-batch gets a single image, which batch statistics and similarity "
+        "cannot do with: raise it, or lower TRAIN.ACCUM_STEPS.",
     ),
     (
         "TEST.BATCH_SIZE",

@@ -56,17 +56,19 @@ def launch(
         sys.exit(error.exit_code)
 
 
-def join(*, backend: str) -> World:
+def join(*, backend: str, device: str = "auto") -> World:
     """Joins the process group that the environment describes; a world of one without such an
     environment.
 
     Args:
-        backend: nccl or gloo; gloo is used where there is no GPU.
+        backend: nccl or gloo.
+        device: as in `select_device`; processes that do not use GPUs always take gloo.
     """
     if "RANK" not in os.environ:
         return World()
     if not dist.is_initialized():
-        dist.init_process_group(backend if torch.cuda.is_available() else "gloo")
+        on_gpu = device in ("auto", "cuda") and torch.cuda.is_available()
+        dist.init_process_group(backend if on_gpu else "gloo")
     return World(
         dist.get_rank(), dist.get_world_size(), int(os.environ.get("LOCAL_RANK", dist.get_rank()))
     )
@@ -83,6 +85,13 @@ def sum_over_processes(tensor: torch.Tensor) -> torch.Tensor:
     if dist.is_initialized():
         dist.all_reduce(tensor)
     return tensor
+
+
+def broadcast_buffers(module: torch.nn.Module) -> None:
+    """Gives every process the main process's buffers, such as BatchNorm statistics."""
+    if dist.is_initialized():
+        for buffer in module.buffers():
+            dist.broadcast(buffer, src=0)
 
 
 def gather_objects(value: Any) -> list[Any]:
@@ -135,4 +144,4 @@ def _free_port(host: str, port_range: tuple[int, int]) -> int:
             except OSError:
                 continue
             return port
-    raise ValueError(f"PORT_RANGE is {list(port_range)}; no free port was found in it.")
+    raise OSError(f"PORT_RANGE is {list(port_range)}; no free port was found in it.")

@@ -14,8 +14,14 @@ LOSS_TERMS = ("loss", "cls", "inter", "logit")
 COLUMNS = (*LOSS_TERMS, "top1_wrong", "top5_wrong", "count")
 
 
+NON_FINITE_ADVICE = (
+    "Training stops; the last checkpoint is from before. Lower OPTIM.BASE_LR, lengthen "
+    "OPTIM.WARMUP_EPOCHS, set OPTIM.CLIP_GRAD_NORM, or set TRAIN.MIXED_PRECISION False."
+)
+
+
 class NonFiniteLossError(RuntimeError):
-    """A loss became infinite or NaN: names epoch, step and term."""
+    """A loss or weight became infinite or NaN: names epoch, step and term."""
 
 
 def topk_hits(logits: Tensor, labels: Tensor, ks: Sequence[int] = (1, 5)) -> Tensor:
@@ -97,10 +103,7 @@ class TrainMeter:
             if bad:
                 raise NonFiniteLossError(
                     f"The loss is not finite in epoch {epoch + 1}, step {offset}: "
-                    f"{', '.join(bad)}. Training stops; the last "
-                    "checkpoint is from before. Lower OPTIM.BASE_LR, lengthen "
-                    "OPTIM.WARMUP_EPOCHS, set OPTIM.CLIP_GRAD_NORM, "
-                    "or set TRAIN.MIXED_PRECISION False."
+                    f"{', '.join(bad)}. {NON_FINITE_ADVICE}"
                 )
             weighted = [v * row[-1] for v in row[: len(LOSS_TERMS)]] + row[len(LOSS_TERMS) :]
             self._totals = [a + b for a, b in zip(self._totals, weighted, strict=True)]

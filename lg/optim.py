@@ -165,6 +165,10 @@ class WeightAverage:
                 averages, [self._source[k].detach() for k in self._floats], self.step
             )
 
+    def reset(self) -> None:
+        """Starts again from the weights as they are."""
+        self.load({k: v.detach() for k, v in self._source.items()})
+
     def load(self, state: dict[str, Tensor]) -> None:
         """Copies a saved average in; the keys must be the same."""
         if set(state) != set(self.state):

@@ -38,6 +38,7 @@ class Reporter:
     _steps: int = 0
     _started: float = field(default_factory=time.perf_counter)
     _last: float = 0.0
+    _difference: float = 0.0  # seconds of the last step
     _train_line: str = ""
 
     def start_epoch(self, epoch: int, step: int) -> None:
@@ -48,16 +49,13 @@ class Reporter:
             f"epoch {epoch + 1}/{self.max_epoch}", total=self.steps_per_epoch, done=step
         )
 
-    def step(self) -> float:
-        """Counts a step; returns its seconds."""
+    def count_step(self) -> None:
+        """Counts a step; at log points, after the device has been waited for."""
         now = time.perf_counter()
-        seconds, self._last = now - self._last, now
+        self._difference, self._last = now - self._last, now
         self._steps += 1
-        return seconds
 
-    def iteration(
-        self, means: dict[str, float], *, progress: Progress, lr: float, seconds: float
-    ) -> None:
+    def iteration(self, means: dict[str, float], *, progress: Progress, lr: float) -> None:
         """A log point within an epoch."""
         epoch, step = progress.epoch, progress.step
         total = epoch * self.steps_per_epoch + step
@@ -75,7 +73,7 @@ class Reporter:
                 "iter": f"{step}/{self.steps_per_epoch}",
                 "total_iter": total,
                 "time_avg": average,
-                "time_diff": seconds,
+                "time_diff": self._difference,
                 "images_per_second": self.batch_size / average,
                 "eta": format_time(eta),
                 "top1_err": means["top1_err"],
@@ -173,7 +171,7 @@ class Reporter:
                 f"{prefix}/max_top5_acc": 100 - best["top5_err"],
             },
         )
-        name = "EMA" if average else self.split
+        name = f"{'EMA ' if average else ''}{self.split}"
         accuracy, highest = 100 - result.top1_err, 100 - best["top1_err"]
         self._train_line += f"  {name} top-1 {accuracy:.2f} % (best {highest:.2f})"
 
@@ -185,19 +183,16 @@ class Reporter:
         self, test_err: float, ema_err: float, best: dict[str, tuple[float, int]], *, count: int
     ) -> None:
         """The last line of a run: accuracies and where they were measured."""
-        parts = [
-            f"last {100 - test_err:.2f} %",
-            f"best {100 - best['test'][0]:.2f} % (epoch {best['test'][1]})",
-        ]
+        parts = [f"last {100 - test_err:.2f} %", _best(best["test"])]
         if "ema" in best:
-            parts += [
-                f"EMA last {100 - ema_err:.2f} %",
-                f"EMA best {100 - best['ema'][0]:.2f} % (epoch {best['ema'][1]})",
-            ]
-        self.log.say(
-            f"Finished {self.max_epoch} epochs. Top-1 accuracy on {self.split} ({count:,} "
-            f"images): {', '.join(parts)}."
-        )
+            parts += [f"EMA last {100 - ema_err:.2f} %", f"EMA {_best(best['ema'])}"]
+        told = "; ".join(f"{part} on {self.split}" for part in parts)
+        self.log.say(f"Finished {self.max_epoch} epochs. Top-1 of {count:,} images: {told}.")
+
+
+def _best(error_and_epoch: tuple[float, int]) -> str:
+    error, epoch = error_and_epoch
+    return f"best {100 - error:.2f} % (epoch {epoch})"
 
 
 def result_lines(

@@ -18,7 +18,7 @@ from lg.device import Precision
 from lg.distributed import World, gather_objects
 from lg.guidance import GuidanceLoss, GuidedStudent
 from lg.log import RunLog
-from lg.metrics import TrainMeter
+from lg.metrics import NON_FINITE_ADVICE, NonFiniteLossError, TrainMeter
 from lg.models.published import load_published_state_dict, published_name, published_state_dict
 from lg.optim import LearningRate, WeightAverage
 from lg.progress import Progress
@@ -68,8 +68,15 @@ class Run:
     signals: list[int] = field(default_factory=list)  # asking to stop, in order of arrival
 
     def save(self, *, is_best: bool = False) -> str:
-        """Writes a checkpoint (the main process; the others hand in their random states); returns
-        its path."""
+        """Writes a checkpoint (the main process; the others hand in their random states).
+
+        Returns:
+            Its path; empty on the other processes.
+
+        Raises:
+            NonFiniteLossError: the last step has spoilt the weights; nothing is written.
+        """
+        self._check_weights()
         epoch = self.progress.epoch + (self.progress.step > 0)
         random_states = gather_objects(random_state())
         path = ""
@@ -78,6 +85,18 @@ class Run:
                 self.checkpoints.save(self.state(random_states), epoch=epoch, is_best=is_best)
             )
         return path
+
+    def _check_weights(self) -> None:
+        """Losses are looked at before the update, so the last update has not been judged yet."""
+        state = {k: v for k, v in self.guided.state_dict().items() if v.is_floating_point()}
+        finite = torch.stack([v.isfinite().all() for v in state.values()]).tolist()
+        bad = [name for name, good in zip(state, finite, strict=True) if not good]
+        if bad:
+            epoch = self.progress.epoch + (self.progress.step > 0)
+            raise NonFiniteLossError(
+                f"The last step in epoch {epoch} left weights that are not finite, {bad[0]} among "
+                f"{len(bad)}. {NON_FINITE_ADVICE}"
+            )
 
     def state(self, random_states: list[Any]) -> dict[str, Any]:
         """All that is needed to go on exactly, as tensors and plain values.
@@ -123,7 +142,9 @@ class Run:
             )
         load_published_state_dict(self.guided.student, state["model_state"])
         self.guided.heads.load_state_dict(state["guidance_state"])
-        if self.average is not None and state["ema_state"]:
+        if self.average is not None and not state["ema_state"]:
+            self.average.reset()  # it was off, so it starts here
+        elif self.average is not None:
             self.average.load(
                 {
                     k: state["ema_state"][published_name(self.guided.student, k)]
@@ -141,7 +162,8 @@ class Run:
         self.optimizer.load_state_dict(state["optimizer_state"])
         for group, mine in zip(self.optimizer.param_groups, settings, strict=True):
             group.update(mine)
-        self.precision.scaler.load_state_dict(state["scaler_state"])
+        if state["scaler_state"]:  # empty unless the run was in fp16
+            self.precision.scaler.load_state_dict(state["scaler_state"])
         self.progress = Progress(**state["progress"])
         self.meter.load(state["meter_state"])
         if self.world.rank < len(state["rng_state"]):

@@ -27,22 +27,33 @@ def accumulate_gradients(
     Returns:
         The mean losses (scalars) and the hits [N, 2] of the student, top-1 and top-5.
     """
-    count = run.settings.accum_steps
-    columns = (batch.images, targets, batch.index, batch.view)
     losses, hits = [], []
-    for number, part in enumerate(zip(*(c.chunk(count) for c in columns), strict=True), start=1):
-        images, target, index, view = part
-        with _without_exchange(run.module) if number < count else contextlib.nullcontext():
-            with run.precision.autocast():
-                logits, maps = run.module(images)
-                teacher_maps, teacher_logits = run.guide(images, index, view)
-            terms = run.loss(logits, maps, target, teacher_maps, teacher_logits)
-            run.precision.scaler.scale(terms["loss"] / count).backward()
+    parts = micro_batches(run, batch, targets)
+    for number, (part, target) in enumerate(parts, start=1):
+        exchange = number == len(parts)
+        with contextlib.nullcontext() if exchange else _without_exchange(run.module):
+            terms, logits = forward(run, part, target)
+            run.precision.scaler.scale(terms["loss"] / len(parts)).backward()
         losses.append({name: term.detach() for name, term in terms.items()})
-        class_logits = logits[0] if isinstance(logits, tuple) else logits
-        hits.append(topk_hits(class_logits.detach(), target.argmax(dim=1)))
+        hits.append(topk_hits(logits.detach(), target.argmax(dim=1)))
     means = {name: torch.stack([part[name] for part in losses]).mean() for name in losses[0]}
     return means, torch.cat(hits)
+
+
+def micro_batches(run: Run, batch: Batch, targets: Tensor) -> list[tuple[Batch, Tensor]]:
+    """The batch and its targets in as many equal parts as the run asks for."""
+    count = run.settings.accum_steps
+    columns = zip(*(column.chunk(count) for column in batch), strict=True)
+    return list(zip(map(Batch._make, columns), targets.chunk(count), strict=True))
+
+
+def forward(run: Run, batch: Batch, targets: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+    """Student and guide on the same images; returns the losses and the class logits [N, K]."""
+    with run.precision.autocast():
+        logits, maps = run.module(batch.images)
+        teacher_maps, teacher_logits = run.guide(batch.images, batch.index, batch.view)
+    losses = run.loss(logits, maps, targets, teacher_maps, teacher_logits)
+    return losses, logits[0] if isinstance(logits, tuple) else logits
 
 
 def update_weights(run: Run) -> None:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import statistics
 import time
 from collections.abc import Callable
+from statistics import mean, median
 
 import numpy as np
 import torch
@@ -14,11 +14,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from lg.datasets.loader import MIX, Batch
 from lg.device import synchronize
 from lg.run import Run
-from lg.step import accumulate_gradients, update_weights
+from lg.step import accumulate_gradients, forward, micro_batches, update_weights
 
 
 def measure(run: Run, *, warmup: int, repeats: int) -> dict[str, float]:
-    """Median seconds per batch of each part of training, after warm-up.
+    """Seconds per batch of each part of training, after warm-up; medians but for the loader.
 
     Args:
         run: a run that has not started; its weights change.
@@ -26,13 +26,12 @@ def measure(run: Run, *, warmup: int, repeats: int) -> dict[str, float]:
         repeats: repeats that count.
 
     Returns:
-        `test_fw_time`: the student's forward pass in evaluation; `train_fw_time`: student, guide
-            and loss; `train_bw_time`: backward;
-        `train_fw_bw_time`: the whole step, optimiser included, on one batch in place;
-            `train_loader_time`: the next batch from the
-        workers, which have nothing else to wait for; `train_step_time`: the whole step with a new
-        batch each time;
-        `train_loader_overhead`: what the loader adds to the step, as a fraction of it.
+        `test_fw_time`: the student's forward pass in evaluation. `train_fw_time`: student, guide
+        and loss. `train_bw_time`: backward. `train_fw_bw_time`: the whole step, optimiser
+        included, on one batch in place. `train_loader_time`: mean time to the next batch when the
+        workers have nothing else to wait for, not counting what they had ready. `train_step_time`:
+        the whole step with a new batch each time. `train_loader_overhead`: what the loader adds to
+        the step, as a fraction of it.
     """
     run.loader.start(0, 0)
 
@@ -44,11 +43,10 @@ def measure(run: Run, *, warmup: int, repeats: int) -> dict[str, float]:
             return next(run.loader).to(run.device)
 
     def targets_of(batch: Batch) -> Tensor:
-        return run.mixing(
-            batch.images, batch.labels, np.random.default_rng((run.settings.seed, MIX))
-        )[1]
+        rng = np.random.default_rng((run.settings.seed, MIX))
+        return run.mixing(batch.images, batch.labels, rng)[1]
 
-    def median(work: Callable[[], object]) -> float:
+    def timed(work: Callable[[], object]) -> list[float]:
         seconds = []
         for _ in range(warmup + repeats):
             synchronize(run.device)
@@ -56,26 +54,28 @@ def measure(run: Run, *, warmup: int, repeats: int) -> dict[str, float]:
             work()
             synchronize(run.device)
             seconds.append(time.perf_counter() - started)
-        return statistics.median(seconds[warmup:])
-
-    batch = next_batch()
-    targets = targets_of(batch)
-    run.module.eval()
-    with torch.no_grad(), run.precision.autocast():
-        times = {"test_fw_time": median(lambda: run.guided.student(batch.images))}
-    run.module.train()
-    times["train_fw_time"] = median(lambda: _forward(run, batch, targets))
-    both = median(lambda: run.precision.scaler.scale(_forward(run, batch, targets)).backward())
-    times["train_bw_time"] = both - times["train_fw_time"]
-    run.optimizer.zero_grad(set_to_none=True)
-    times["train_fw_bw_time"] = median(lambda: _step(run, batch, targets))
-    times["train_loader_time"] = median(next_batch)
+        return seconds[warmup:]
 
     def whole() -> None:
         fresh = next_batch()
         _step(run, fresh, targets_of(fresh))
 
-    times["train_step_time"] = median(whole)
+    batch = next_batch()
+    targets = targets_of(batch)
+    run.module.eval()
+    with torch.no_grad(), run.precision.autocast():
+        times = {"test_fw_time": median(timed(lambda: run.guided.student(batch.images)))}
+    run.module.train()
+    parts = micro_batches(run, batch, targets)
+    times["train_fw_time"] = median(timed(lambda: [forward(run, *part)[0] for part in parts]))
+    both = median(timed(lambda: accumulate_gradients(run, batch, targets)))
+    times["train_bw_time"] = both - times["train_fw_time"]
+    run.optimizer.zero_grad(set_to_none=True)
+    times["train_fw_bw_time"] = median(timed(lambda: _step(run, batch, targets)))
+    for _ in range(run.loader.num_prefetched):
+        next_batch()
+    times["train_loader_time"] = mean(timed(next_batch))
+    times["train_step_time"] = median(timed(whole))
     times["train_loader_overhead"] = times["train_step_time"] / times["train_fw_bw_time"] - 1
     return times
 
@@ -91,7 +91,7 @@ def report_times(times: dict[str, float], run: Run) -> None:
         "loader alone": "train_loader_time",
         "step with loader": "train_step_time",
     }
-    log.say(f"Batches of {size} on {run.device} in {run.precision}, median seconds:")
+    log.say(f"Batches of {size} on {run.device} in {run.precision}, median seconds (loader: mean):")
     for title, key in rows.items():
         log.say(f"  {title:<28} {times[key]:9.4f} s  {size / times[key]:10,.0f} images/s")
     log.say(f"  {'loader overhead':<28} {100 * times['train_loader_overhead']:9.1f} %")
@@ -117,13 +117,6 @@ def complexity(model: nn.Module, image_size: int) -> dict[str, int]:
         "params": sum(p.numel() for p in model.parameters()),
         "macs": counter.get_total_flops() // 2,
     }
-
-
-def _forward(run: Run, batch: Batch, targets: Tensor) -> Tensor:
-    with run.precision.autocast():
-        logits, maps = run.module(batch.images)
-        teacher_maps, teacher_logits = run.guide(batch.images, batch.index, batch.view)
-    return run.loss(logits, maps, targets, teacher_maps, teacher_logits)["loss"]
 
 
 def _step(run: Run, batch: Batch, targets: Tensor) -> None:

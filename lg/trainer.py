@@ -24,7 +24,7 @@ from lg import builders, distributed
 from lg.checkpoint import BEST_NAME, CheckpointError, load_weights, write_atomically
 from lg.config import ConfigError, changed_keys
 from lg.datasets.loader import MIX, MODEL, Batch
-from lg.device import Precision, select_device
+from lg.device import Precision
 from lg.distributed import World
 from lg.log import RunLog
 from lg.metrics import EvalResult, topk_hits
@@ -35,20 +35,25 @@ from lg.signals import Interrupted, asked_to_stop, stop_signals
 from lg.step import accumulate_gradients, update_weights
 from lg.timing import complexity, measure, report_times
 
-# Keys whose change between runs is no change of the training.
-_FREE_SECTIONS = (
+# Keys whose change between runs is no change of the training or of what it is measured on.
+_FREE = (
     "OUT_DIR",
-    "DATA_LOADER.",
+    "DATA_LOADER.NUM_WORKERS",
+    "DATA_LOADER.PIN_MEMORY",
+    "DATA_LOADER.DOWNLOAD",
+    "TEST.BATCH_SIZE",
+    "TEST.WEIGHTS",
+    "TEST.PER_CLASS",
+    "TEST.PERIOD",
+    "TRAIN.KEEP_CHECKPOINTS",
     "LOG_",
     "DESC",
     "VERBOSE",
-    "TEST.",
     "LAUNCH.",
     "HOST",
     "PORT_RANGE",
     "PREC_TIME.",
     "DOWNLOAD_CACHE",
-    "TRAIN.KEEP_CHECKPOINTS",
     "CFG_DEST",
 )
 
@@ -57,8 +62,9 @@ def train(cfg: CfgNode) -> None:
     """Trains what the config describes, from its last checkpoint if there is one; the entry of
     every process."""
     builders.check_training(cfg)
-    world = distributed.join(backend=cfg.DIST_BACKEND)
+    world = distributed.join(backend=cfg.DIST_BACKEND, device=cfg.DEVICE)
     try:
+        builders.check_world(cfg, world)
         data = builders.fetch_data(cfg, world)
         log = RunLog(cfg.OUT_DIR, enabled=world.is_main, console=cfg.LOG_DEST == "stdout")
         with contextlib.closing(log):
@@ -105,11 +111,12 @@ def train_epoch(run: Run) -> None:
         # Counts stay on the device until a log point reads them.
         run.meter.add(losses, hits)
         progress.step += 1
-        seconds = report.step()
         if (total_step + 1) % settings.log_period == 0:
             run.meter.collect(epoch=progress.epoch, step=progress.step)
-            report.iteration(run.meter.window(), progress=progress, lr=lr, seconds=seconds)
+            report.count_step()
+            report.iteration(run.meter.window(), progress=progress, lr=lr)
         else:
+            report.count_step()
             run.log.advance()
         # Asked to stop: save here, in the middle of the epoch.
         if progress.step < run.loader.steps_per_epoch and asked_to_stop(run, total_step):
@@ -165,10 +172,10 @@ def test(cfg: CfgNode) -> EvalResult:
         raise ConfigError(
             f"TEST.WEIGHTS is '' and there is no {path}; name the weights to test, or train first."
         )
-    world = distributed.join(backend=cfg.DIST_BACKEND)
+    world = distributed.join(backend=cfg.DIST_BACKEND, device=cfg.DEVICE)
     try:
         dataset = builders.build_test_data(cfg)
-        device = select_device(cfg.DEVICE, local_rank=world.local_rank)
+        device = builders.build_device(cfg, world)
         model = builders.build_model(cfg)
         load_weights(model, path, cache=cfg.DOWNLOAD_CACHE)
         model.to(device)
@@ -197,8 +204,9 @@ test.__test__ = False  # type: ignore[attr-defined]  # not a test case, whatever
 def time_steps(cfg: CfgNode) -> dict[str, float]:
     """Measures forward, backward, loader and full step of the config's training; says the table."""
     builders.check_training(cfg, trained_guide=False)
-    world = distributed.join(backend=cfg.DIST_BACKEND)
+    world = distributed.join(backend=cfg.DIST_BACKEND, device=cfg.DEVICE)
     try:
+        builders.check_world(cfg, world)
         data = builders.fetch_data(cfg, world)
         log = RunLog(cfg.OUT_DIR, enabled=world.is_main)
         with contextlib.closing(log):
@@ -214,14 +222,16 @@ def _train_epochs(run: Run) -> None:
     progress, settings = run.progress, run.settings
     run.loader.start(progress.epoch, progress.step)
     while progress.epoch < settings.max_epoch:
+        progress.test_err = progress.ema_err = UNKNOWN_ERR  # of the weights to come
         train_epoch(run)
-        progress.test_err = progress.ema_err = UNKNOWN_ERR
         due = progress.epoch % settings.test_period == 0 or progress.epoch == settings.max_epoch
         is_best = due and _test_epoch(run)
         run.report.end_epoch()
         path = run.save(is_best=is_best)
         if progress.epoch < settings.max_epoch and asked_to_stop(run, None):
             raise Interrupted(run.signals[0], path)
+    if not progress.best:  # a run that is shorter than it was, and was not tested yet
+        run.save(is_best=_test_epoch(run))
     best = {kind: (b["top1_err"], int(b["epoch"])) for kind, b in progress.best.items()}
     run.report.finished(progress.test_err, progress.ema_err, best, count=progress.test_count)
 
@@ -229,6 +239,7 @@ def _train_epochs(run: Run) -> None:
 def _test_epoch(run: Run) -> bool:
     """Tests the student and its average; True when the better of the two is the best so far."""
     progress = run.progress
+    distributed.broadcast_buffers(run.guided.student)  # test what is saved
     errors = {}
     for kind, weights in (("test", None), ("ema", run.average.state if run.average else None)):
         if kind == "ema" and weights is None:
@@ -267,7 +278,7 @@ def _test_epoch(run: Run) -> bool:
 def _build_run(cfg: CfgNode, data: tuple, world: World, log: RunLog) -> Run:
     """Everything a run consists of, on its device, with the random streams seeded."""
     train_data, test_data = data
-    device = select_device(cfg.DEVICE, local_rank=world.local_rank)
+    device = builders.build_device(cfg, world)
     if device.type == "cpu" and cfg.DEVICE == "auto":
         log.warn("No GPU found, so this runs on the CPU. DEVICE cpu says that this is wanted.")
     torch.backends.cudnn.benchmark = cfg.CUDNN.BENCHMARK
@@ -330,14 +341,14 @@ def _resume(run: Run, *, auto: bool) -> None:
     if state is not None:
         try:
             run.restore(state)
-        except ValueError as error:
+        except (ValueError, RuntimeError, KeyError, TypeError) as error:
             raise CheckpointError(
                 f"Cannot go on from the last checkpoint in {run.checkpoints.folder}: {error}."
             ) from None
         changed = [
             c
             for c in changed_keys(state["cfg"], run.settings.config_text)
-            if not c.startswith(_FREE_SECTIONS)
+            if not c.startswith(_FREE)
         ]
         if changed:
             run.log.warn(f"Going on with other settings than before: {'; '.join(changed)}.")

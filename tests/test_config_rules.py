@@ -116,6 +116,11 @@ BROKEN: list[tuple[dict[str, Any], str]] = [
     ({"DISTILLATION.ENABLE_INTER": True}, "at least one block"),
     ({**INTER, "DISTILLATION.INTER_TEACHER_INDEX": [0]}, "which has 2 entries"),
     ({**INTER, "DISTILLATION.INTER_STUDENT_INDEX": [6, 6]}, "repeated"),
+    ({**INTER, "DISTILLATION.INTER_WEIGHT": 0.0}, "counts nothing"),
+    (
+        {"DISTILLATION.ENABLE_LOGIT": True, "DISTILLATION.LOGIT_WEIGHT": 0.0},
+        "ENABLE_LOGIT False",
+    ),
     (
         {
             "DISTILLATION.ENABLE_LOGIT": True,
@@ -139,6 +144,7 @@ BROKEN: list[tuple[dict[str, Any], str]] = [
     ({"OPTIM.EMA_UPDATE_PERIOD": 1, "OPTIM.EMA_ALPHA": 0.0}, "never moves"),
     ({"TRAIN.AMP_DTYPE": "bf16"}, "TRAIN.MIXED_PRECISION"),
     ({"NUM_GPUS": 2, "TRAIN.ACCUM_STEPS": 3}, "multiple of NUM_GPUS x TRAIN.ACCUM_STEPS = 6"),
+    ({"TRAIN.BATCH_SIZE": 4, "TRAIN.ACCUM_STEPS": 4}, "a single image"),
     ({"NUM_GPUS": 4, "TEST.BATCH_SIZE": 3}, "at least NUM_GPUS 4"),
     ({"NUM_GPUS": 16}, "MAX_GPUS_PER_NODE 8"),
     ({"PORT_RANGE": [5, 4]}, "[first, last]"),
@@ -179,3 +185,12 @@ def test_a_resnet_may_have_these_depths(write: Write) -> None:
         assert depth == lg.load_config(write(), opts).CNN.DEPTH
     for depth in (2, 7, 9, 19, 51, 154):
         assert "6n+2" in fault(write(), "CNN.DEPTH", str(depth))
+
+
+def test_guidance_that_nobody_switched_on_is_an_error(write: Write) -> None:
+    path = write("DISTILLATION: {INTER_WEIGHT: 9.0}\n")
+    message = fault(path)
+    assert message.startswith("DISTILLATION.INTER_WEIGHT is 9.0") and "ENABLE_INTER" in message
+    # Switched off in so many words, as for a run without guidance of a guided config, is fine.
+    cfg = lg.load_config(path, ["DISTILLATION.ENABLE_INTER", "False"])
+    assert leaf(cfg, "DISTILLATION.INTER_WEIGHT") == 9.0

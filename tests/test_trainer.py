@@ -12,8 +12,10 @@ import torch
 
 import lg
 from lg import trainer
+from lg.builders import check_world
 from lg.checkpoint import CheckpointError, read_checkpoint
 from lg.config import ConfigError
+from lg.distributed import World
 from lg.log import read_json_lines
 from lg.metrics import NonFiniteLossError
 from lg.signals import Interrupted
@@ -26,8 +28,6 @@ TINY = {
     "TRANSFORMER.DEPTH": 2,
     "TRANSFORMER.NUM_HEADS": 2,
     "TRANSFORMER.DROP_RATE": 0.1,
-    "DISTILLATION.INTER_STUDENT_INDEX": [0, 1],
-    "DISTILLATION.INTER_TEACHER_INDEX": [0, 2],
     "OPTIM.MAX_EPOCH": 3,
     "OPTIM.WARMUP_EPOCHS": 1,
     "OPTIM.EMA_UPDATE_PERIOD": 1,
@@ -66,6 +66,8 @@ def config(out_dir: Path, guide_file: Path | None, **changes: Any) -> Any:
     name = "vit_digits_ours" if guide_file else "vit_digits_base"
     if guide_file:
         values["DISTILLATION.TEACHER_WEIGHTS"] = str(guide_file)
+        values.setdefault("DISTILLATION.INTER_STUDENT_INDEX", [0, 1])
+        values.setdefault("DISTILLATION.INTER_TEACHER_INDEX", [0, 2])
     opts = [text for key, value in values.items() for text in (key, str(value))]
     return lg.load_config(CONFIGS / f"digits/{name}.yaml", opts)
 
@@ -223,6 +225,59 @@ def test_a_truncated_checkpoint_is_passed_over(
     assert "model_epoch_0003.pyth" in captured.err and "before it" in captured.err
     assert "Going on after 2 epochs of 3" in captured.out
     assert_same(final_state(tmp_path), final_state(straight))
+
+
+def test_weights_spoilt_by_the_last_step_are_not_saved(tmp_path: Path) -> None:
+    # One step an epoch: the loss of the second shows what the first step did, too late to save.
+    changes = {"TRAIN__BATCH_SIZE": 120, "OPTIM__OPTIMIZER": "sgd", "OPTIM__WARMUP_EPOCHS": 0}
+    changes |= {"OPTIM__BASE_LR": 1e38, "OPTIM__CLIP_GRAD_NORM": 0.0, "OPTIM__WEIGHT_DECAY": 1e5}
+    with pytest.raises(NonFiniteLossError, match=r"epoch 1 left weights that are not finite"):
+        trainer.train(config(tmp_path, None, **changes))
+    assert not (tmp_path / "checkpoints").exists()
+
+
+def test_an_average_switched_on_later_starts_from_the_weights(tmp_path: Path) -> None:
+    trainer.train(config(tmp_path, None, OPTIM__EMA_UPDATE_PERIOD=0, OPTIM__MAX_EPOCH=1))
+    before = final_state(tmp_path, epoch=1)["model_state"]
+    changes = {"OPTIM__MAX_EPOCH": 2, "OPTIM__WARMUP_EPOCHS": 0, "OPTIM__EMA_ALPHA": 1e-12}
+    trainer.train(config(tmp_path, None, **changes))
+    state = final_state(tmp_path, epoch=2)
+    for key, value in state["ema_state"].items():
+        torch.testing.assert_close(value, before[key], rtol=1e-5, atol=1e-7)
+    key = "layers.0.mlp.fc1.weight"
+    assert not torch.allclose(state["model_state"][key], before[key], atol=1e-5)
+
+
+def test_a_run_cut_short_before_its_first_test_is_tested(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with monkeypatch.context() as patch:
+        stop_after(patch, STEPS)
+        with pytest.raises(Interrupted):
+            trainer.train(config(tmp_path, None, TEST__PERIOD=3))
+    assert not (tmp_path / "model.pyth").exists()
+    trainer.train(config(tmp_path, None, TEST__PERIOD=3, OPTIM__MAX_EPOCH=1))
+    assert "Finished 1 epochs" in capsys.readouterr().out
+    assert read_checkpoint(tmp_path / "model.pyth")["test_err"] < 100
+
+
+def test_other_data_under_the_same_name_is_announced(
+    straight: Path, guide_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trainer.train(config(straight, guide_file, DATA_LOADER__ROOT=str(tmp_path)))
+    assert f"DATA_LOADER.ROOT: data -> {tmp_path}" in capsys.readouterr().err
+
+
+def test_another_transform_is_refused_in_one_line(straight: Path, guide_file: Path) -> None:
+    with pytest.raises(CheckpointError, match="Cannot go on"):
+        trainer.train(config(straight, guide_file, DISTILLATION__INTER_TRANSFORM="attention"))
+
+
+def test_a_batch_that_torchruns_processes_cannot_share_is_refused(tmp_path: Path) -> None:
+    cfg = config(tmp_path, None, TRAIN__ACCUM_STEPS=2)
+    check_world(cfg, World(size=3))
+    with pytest.raises(ConfigError, match=r"BATCH_SIZE is 30; with 4 processes .* multiple of 8"):
+        check_world(cfg, World(size=4))
 
 
 def test_another_models_checkpoint_is_refused(straight: Path, guide_file: Path) -> None:

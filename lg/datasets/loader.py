@@ -165,6 +165,8 @@ class TrainLoader:
             samples, num_workers, pin_memory, batch_sampler=batches
         )
         self._iterator: Iterator[Batch] | None = None
+        # Batches that workers make ready ahead of time; torch's default is two a worker.
+        self.num_prefetched = 2 * usable_workers(num_workers)
 
     @property
     def steps_per_epoch(self) -> int:

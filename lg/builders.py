@@ -11,7 +11,7 @@ from yacs.config import CfgNode
 
 from lg.augment.mixing import Mixing
 from lg.augment.recipe import TestTransform, TrainTransform
-from lg.checkpoint import CheckpointFolder, load_weights
+from lg.checkpoint import load_weights
 from lg.config import ConfigError, dump_config
 from lg.datasets import build_dataset
 from lg.datasets.base import DataError, ImageDataset, stratified_subset
@@ -40,7 +40,8 @@ def build_model(cfg: CfgNode) -> Backbone:
 
 
 def _build_by_type(cfg: CfgNode) -> Backbone:
-    kind = cfg.MODEL.TYPE
+    _refuse_unbuildable(cfg)
+    kind, shape = cfg.MODEL.TYPE, cfg.TRANSFORMER
     sizes = dict(
         img_size=cfg.MODEL.IMG_SIZE,
         in_channels=cfg.MODEL.IN_CHANNELS,
@@ -52,26 +53,23 @@ def _build_by_type(cfg: CfgNode) -> Backbone:
         return timm_model(
             kind.removeprefix("timm/"),
             **sizes,
-            drop_rate=cfg.TRANSFORMER.DROP_RATE or 0.0,
-            drop_path_rate=cfg.TRANSFORMER.DROP_PATH_RATE,
+            drop_rate=_scalar(cfg, "DROP_RATE", 0.0),
+            drop_path_rate=shape.DROP_PATH_RATE and _scalar(cfg, "DROP_PATH_RATE"),
             block_names=tuple(cfg.MODEL.BLOCKS),
         )
-    if kind == "DeiT":
-        return deit(
-            **sizes,
-            patch_size=_scalar(cfg, "PATCH_SIZE"),
-            hidden_dim=_scalar(cfg, "HIDDEN_DIM"),
-            depth=_scalar(cfg, "DEPTH"),
-            num_heads=_scalar(cfg, "NUM_HEADS"),
-            mlp_ratio=_scalar(cfg, "MLP_RATIO"),
-            ln_eps=cfg.TRANSFORMER.LN_EPS,
-            drop_rate=_scalar(cfg, "DROP_RATE", 0.0),
-            drop_path_rate=_scalar(cfg, "DROP_PATH_RATE", 0.0),
-            attention_drop_rate=_scalar(cfg, "ATTENTION_DROP_RATE", 0.0),
-            distilled=cfg.DISTILLATION.ENABLE_LOGIT,
-        )
-    _refuse_unbuildable(cfg)
-    raise AssertionError(kind)
+    return deit(
+        **sizes,
+        patch_size=_scalar(cfg, "PATCH_SIZE"),
+        hidden_dim=_scalar(cfg, "HIDDEN_DIM"),
+        depth=_scalar(cfg, "DEPTH"),
+        num_heads=_scalar(cfg, "NUM_HEADS"),
+        mlp_ratio=_scalar(cfg, "MLP_RATIO"),
+        ln_eps=shape.LN_EPS,
+        drop_rate=_scalar(cfg, "DROP_RATE", 0.0),
+        drop_path_rate=_scalar(cfg, "DROP_PATH_RATE", 0.0),
+        attention_drop_rate=_scalar(cfg, "ATTENTION_DROP_RATE", 0.0),
+        distilled=cfg.DISTILLATION.ENABLE_LOGIT,
+    )
 
 
 def build_guided(cfg: CfgNode) -> tuple[GuidedStudent, FrozenTeacher | NoTeacher, GuidanceLoss]:
@@ -84,24 +82,15 @@ def build_guided(cfg: CfgNode) -> tuple[GuidedStudent, FrozenTeacher | NoTeacher
     student = build_model(cfg)
     if not (options.ENABLE_INTER or options.ENABLE_LOGIT):
         return GuidedStudent(student), NoTeacher(), GuidanceLoss()
-    _refuse_unbuildable(cfg)
-    taps = (
-        (options.INTER_STUDENT_INDEX, options.INTER_TEACHER_INDEX)
-        if options.ENABLE_INTER
-        else ([], [])
-    )
-    for key, model, indices in zip(
-        ("STUDENT", "TEACHER"), (student, teacher := build_teacher(cfg)), taps, strict=True
-    ):
-        if any(i >= len(model.blocks) for i in indices):
-            raise ConfigError(
-                f"DISTILLATION.INTER_{key}_INDEX is {indices}; the {key.lower()} has "
-                f"{len(model.blocks)} blocks, "
-                f"numbered 0 to {len(model.blocks) - 1}."
-            )
+    _refuse_offline(cfg)
+    teacher = build_teacher(cfg)
+    student_taps = options.INTER_STUDENT_INDEX if options.ENABLE_INTER else []
+    teacher_taps = options.INTER_TEACHER_INDEX if options.ENABLE_INTER else []
+    _check_taps("STUDENT", student, student_taps)
+    _check_taps("TEACHER", teacher, teacher_taps)
     guide = FrozenTeacher(
         teacher,
-        indices=taps[1],
+        indices=teacher_taps,
         image_size=options.TEACHER_IMG_SIZE,
         batch_norm=options.TEACHER_BN,
         with_logits=options.ENABLE_LOGIT,
@@ -114,7 +103,7 @@ def build_guided(cfg: CfgNode) -> tuple[GuidedStudent, FrozenTeacher | NoTeacher
         temperature=options.LOGIT_TEMP,
         logit_weight=options.LOGIT_WEIGHT if options.ENABLE_LOGIT else 0.0,
     )
-    return GuidedStudent(student, indices=taps[0], teacher_dims=projected), guide, loss
+    return GuidedStudent(student, indices=student_taps, teacher_dims=projected), guide, loss
 
 
 def build_teacher(cfg: CfgNode) -> Backbone:
@@ -288,11 +277,6 @@ def build_precision(cfg: CfgNode, device: torch.device) -> Precision:
         raise ConfigError(str(error)) from None
 
 
-def build_checkpoints(cfg: CfgNode) -> CheckpointFolder:
-    """The checkpoints in OUT_DIR."""
-    return CheckpointFolder(cfg.OUT_DIR, keep=cfg.TRAIN.KEEP_CHECKPOINTS)
-
-
 def build_settings(cfg: CfgNode) -> Settings:
     """The numbers of the training loop."""
     return Settings(
@@ -330,6 +314,7 @@ def check_training(cfg: CfgNode, *, trained_guide: bool = True) -> None:
     """
     options = cfg.DISTILLATION
     _refuse_unbuildable(cfg)
+    _refuse_offline(cfg)
     if not cfg.TRAIN.DATASET:
         raise ConfigError("TRAIN.DATASET is ''; name the training set, such as digits or cifar100.")
     if cfg.MODEL.IN_CHANNELS != 3:
@@ -355,6 +340,15 @@ def check_training(cfg: CfgNode, *, trained_guide: bool = True) -> None:
             )
 
 
+def _check_taps(which: str, model: Backbone, indices: list[int]) -> None:
+    count = len(model.blocks)
+    if any(i >= count for i in indices):
+        raise ConfigError(
+            f"DISTILLATION.INTER_{which}_INDEX is {indices}; the {which.lower()} has {count} "
+            f"blocks, numbered 0 to {count - 1}."
+        )
+
+
 def _refuse_unbuildable(cfg: CfgNode) -> None:
     kind = cfg.MODEL.TYPE
     if kind not in ("DeiT", "ResNet") and not kind.startswith("timm/"):
@@ -362,6 +356,9 @@ def _refuse_unbuildable(cfg: CfgNode) -> None:
             f"MODEL.TYPE is {kind!r}, which this version cannot build; it builds DeiT, ResNet and "
             "timm/NAME."
         )
+
+
+def _refuse_offline(cfg: CfgNode) -> None:
     if cfg.DISTILLATION.OFFLINE:
         raise ConfigError(
             "DISTILLATION.OFFLINE is True, which this version cannot do; set it False to run the "

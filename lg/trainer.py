@@ -21,7 +21,13 @@ from torch.utils.data import DataLoader
 from yacs.config import CfgNode
 
 from lg import builders, distributed
-from lg.checkpoint import BEST_NAME, CheckpointError, load_weights, write_atomically
+from lg.checkpoint import (
+    BEST_NAME,
+    CheckpointError,
+    CheckpointFolder,
+    load_weights,
+    write_atomically,
+)
 from lg.config import ConfigError, changed_keys
 from lg.datasets.loader import MIX, MODEL, Batch
 from lg.device import Precision
@@ -323,7 +329,7 @@ def _build_run(cfg: CfgNode, data: tuple, world: World, log: RunLog) -> Run:
         world=world,
         log=log,
         report=report,
-        checkpoints=builders.build_checkpoints(cfg),
+        checkpoints=CheckpointFolder(cfg.OUT_DIR, keep=cfg.TRAIN.KEEP_CHECKPOINTS),
         settings=builders.build_settings(cfg),
     )
 

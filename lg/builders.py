@@ -42,11 +42,7 @@ def build_model(cfg: CfgNode) -> Backbone:
 def _build_by_type(cfg: CfgNode) -> Backbone:
     _refuse_unbuildable(cfg)
     kind, shape = cfg.MODEL.TYPE, cfg.TRANSFORMER
-    sizes = dict(
-        img_size=cfg.MODEL.IMG_SIZE,
-        in_channels=cfg.MODEL.IN_CHANNELS,
-        num_classes=cfg.MODEL.NUM_CLASSES,
-    )
+    sizes = _sizes(cfg, cfg.MODEL.IMG_SIZE)
     if kind == "ResNet":
         return _build_resnet(cfg, **sizes)
     if kind.startswith("timm/"):
@@ -109,11 +105,7 @@ def build_guided(cfg: CfgNode) -> tuple[GuidedStudent, FrozenTeacher | NoTeacher
 def build_teacher(cfg: CfgNode) -> Backbone:
     """The guide's CNN with its trained weights."""
     options = cfg.DISTILLATION
-    sizes = dict(
-        img_size=options.TEACHER_IMG_SIZE,
-        in_channels=cfg.MODEL.IN_CHANNELS,
-        num_classes=cfg.MODEL.NUM_CLASSES,
-    )
+    sizes = _sizes(cfg, options.TEACHER_IMG_SIZE)
     with torch.random.fork_rng(
         devices=[]
     ):  # a guided student starts from the same weights as a plain one
@@ -380,6 +372,11 @@ def _build_resnet(cfg: CfgNode, **sizes: int) -> Backbone:
         bn_momentum=cfg.CNN.BN_MOMENTUM,
         zero_init_final_bn_gamma=cfg.CNN.ZERO_INIT_FINAL_BN_GAMMA,
     )
+
+
+def _sizes(cfg: CfgNode, img_size: int) -> dict[str, Any]:
+    model = cfg.MODEL
+    return dict(img_size=img_size, in_channels=model.IN_CHANNELS, num_classes=model.NUM_CLASSES)
 
 
 def _scalar(cfg: CfgNode, name: str, default: float | None = None) -> Any:

@@ -49,7 +49,7 @@ class CIFAR100(ImageDataset):
         if download:
             fetch(_download, FOLDER, folder, ("train", "test", "meta"), name)
         remedy = (
-            f"set download=True, or unpack {ADDRESS} in {root}, "
+            f"set download=True (DATA_LOADER.DOWNLOAD True), or unpack {ADDRESS} in {root}, "
             f"which then holds {FOLDER}/train, {FOLDER}/test and {FOLDER}/meta"
         )
         require([folder / split, folder / "meta"], name, remedy)

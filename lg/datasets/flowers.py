@@ -70,7 +70,8 @@ class Flowers(FileDataset):
         if download:
             fetch(_download, TORCHVISION_FOLDER, folder, ENTRIES, name)
         remedy = (
-            f"set download=True, or fetch 102flowers.tgz, imagelabels.mat and setid.mat from "
+            "set download=True (DATA_LOADER.DOWNLOAD True), or fetch 102flowers.tgz, "
+            f"imagelabels.mat and setid.mat from "
             f"{ADDRESS} into {folder} and unpack the first there, which gives {folder / 'jpg'}"
         )
         require([folder / entry for entry in ENTRIES], name, remedy)

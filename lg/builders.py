@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from lg.augment.mixing import Mixing
 from lg.augment.recipe import TestTransform, TrainTransform
 from lg.checkpoint import load_weights
 from lg.config import ConfigError, dump_config
+from lg.config_rules import FAMILIES, Family
 from lg.datasets import build_dataset
 from lg.datasets.base import DataError, ImageDataset, stratified_subset
 from lg.datasets.loader import TestSamples, TrainBatches, TrainLoader, TrainSamples, test_loader
@@ -20,8 +22,15 @@ from lg.device import Precision, select_device
 from lg.distributed import World, barrier
 from lg.guidance import FrozenTeacher, GuidanceLoss, GuidedStudent, NoTeacher
 from lg.models.backbone import Backbone
+from lg.models.convit import convit
+from lg.models.cvt import cvt
+from lg.models.deit import deit
+from lg.models.pit import pit
+from lg.models.pvt import pvt
+from lg.models.pvtv2 import pvtv2
 from lg.models.resnet import resnet
-from lg.models.timm_models import deit, timm_model
+from lg.models.t2t import t2t
+from lg.models.timm_models import timm_model
 from lg.optim import LearningRate, WeightAverage, make_optimizer, parameter_groups
 from lg.paths import is_url
 from lg.run import Settings
@@ -40,8 +49,7 @@ def build_model(cfg: CfgNode) -> Backbone:
 
 
 def _build_by_type(cfg: CfgNode) -> Backbone:
-    _refuse_unbuildable(cfg)
-    kind, shape = cfg.MODEL.TYPE, cfg.TRANSFORMER
+    kind = cfg.MODEL.TYPE
     sizes = _sizes(cfg, cfg.MODEL.IMG_SIZE)
     if kind == "ResNet":
         return _build_resnet(cfg, **sizes)
@@ -49,23 +57,14 @@ def _build_by_type(cfg: CfgNode) -> Backbone:
         return timm_model(
             kind.removeprefix("timm/"),
             **sizes,
-            drop_rate=_scalar(cfg, "DROP_RATE", 0.0),
-            drop_path_rate=shape.DROP_PATH_RATE and _scalar(cfg, "DROP_PATH_RATE"),
+            drop_rate=_single(cfg, "DROP_RATE", 0.0),
+            drop_path_rate=cfg.TRANSFORMER.DROP_PATH_RATE and _single(cfg, "DROP_PATH_RATE"),
             block_names=tuple(cfg.MODEL.BLOCKS),
         )
-    return deit(
-        **sizes,
-        patch_size=_scalar(cfg, "PATCH_SIZE"),
-        hidden_dim=_scalar(cfg, "HIDDEN_DIM"),
-        depth=_scalar(cfg, "DEPTH"),
-        num_heads=_scalar(cfg, "NUM_HEADS"),
-        mlp_ratio=_scalar(cfg, "MLP_RATIO"),
-        ln_eps=shape.LN_EPS,
-        drop_rate=_scalar(cfg, "DROP_RATE", 0.0),
-        drop_path_rate=_scalar(cfg, "DROP_PATH_RATE", 0.0),
-        attention_drop_rate=_scalar(cfg, "ATTENTION_DROP_RATE", 0.0),
-        distilled=cfg.DISTILLATION.ENABLE_LOGIT,
-    )
+    settings = _family_settings(cfg, FAMILIES[kind])
+    if kind == "DeiT":
+        settings["distilled"] = cfg.DISTILLATION.ENABLE_LOGIT
+    return _BUILDERS[kind](**sizes, **settings)
 
 
 def build_guided(cfg: CfgNode) -> tuple[GuidedStudent, FrozenTeacher | NoTeacher, GuidanceLoss]:
@@ -305,7 +304,6 @@ def check_training(cfg: CfgNode, *, trained_guide: bool = True) -> None:
         ConfigError: naming the key and the fix.
     """
     options = cfg.DISTILLATION
-    _refuse_unbuildable(cfg)
     _refuse_offline(cfg)
     if not cfg.TRAIN.DATASET:
         raise ConfigError("TRAIN.DATASET is ''; name the training set, such as digits or cifar100.")
@@ -341,15 +339,6 @@ def _check_taps(which: str, model: Backbone, indices: list[int]) -> None:
         )
 
 
-def _refuse_unbuildable(cfg: CfgNode) -> None:
-    kind = cfg.MODEL.TYPE
-    if kind not in ("DeiT", "ResNet") and not kind.startswith("timm/"):
-        raise ConfigError(
-            f"MODEL.TYPE is {kind!r}, which this version cannot build; it builds DeiT, ResNet and "
-            "timm/NAME."
-        )
-
-
 def _refuse_offline(cfg: CfgNode) -> None:
     if cfg.DISTILLATION.OFFLINE:
         raise ConfigError(
@@ -379,16 +368,77 @@ def _sizes(cfg: CfgNode, img_size: int) -> dict[str, Any]:
     return dict(img_size=img_size, in_channels=model.IN_CHANNELS, num_classes=model.NUM_CLASSES)
 
 
-def _scalar(cfg: CfgNode, name: str, default: float | None = None) -> Any:
-    """TRANSFORMER.<name> of a model that has one stage."""
+_BUILDERS: dict[str, Callable[..., Backbone]] = {
+    "DeiT": deit,
+    "T2TViT": t2t,
+    "PiT": pit,
+    "PVT": pvt,
+    "PVTv2": pvtv2,
+    "ConViT": convit,
+    "CvT": cvt,
+}
+
+
+def _family_settings(cfg: CfgNode, family: Family) -> dict[str, Any]:
+    """A family's keys as arguments, which are named as the keys are, in lower case."""
+    settings = {"ln_eps": cfg.TRANSFORMER.LN_EPS}
+    for name in family.one:
+        settings[name.lower()] = _single(cfg, name, _UNSET.get(name))
+    num_stages = len(_stage_list(cfg, "HIDDEN_DIM")) if family.stages else 0
+    for name in family.stages:
+        settings[name.lower()] = _per_stage(cfg, name, num_stages)
+    for name, value in cfg[family.section].items() if family.section else ():
+        if isinstance(value, list) and family.stages and len(value) != num_stages:
+            raise ValueError(
+                f"{family.section}.{name} is {value}, but TRANSFORMER.HIDDEN_DIM has {num_stages} "
+                "stages: give one entry a stage"
+            )
+        settings[name.lower()] = value
+    return settings
+
+
+# What an unset rate means. T2T.STRIDE says how large a token's patch is, PATCH_SIZE need not.
+_UNSET = {"DROP_RATE": 0.0, "DROP_PATH_RATE": 0.0, "ATTENTION_DROP_RATE": 0.0}
+
+
+def _single(cfg: CfgNode, name: str, default: float | None = None) -> Any:
+    """TRANSFORMER.<name> where a model takes one number."""
     value = cfg.TRANSFORMER[name]
     if value is None:
         value = default
-    if value is None or isinstance(value, list):
-        raise ConfigError(
+    optional = cfg.MODEL.TYPE == "T2TViT" and name == "PATCH_SIZE"
+    if isinstance(value, list) or (value is None and not optional):
+        raise ValueError(
             f"TRANSFORMER.{name} is {value!r}; MODEL.TYPE {cfg.MODEL.TYPE} takes one number."
         )
     return value
+
+
+def _stage_list(cfg: CfgNode, name: str) -> list[Any]:
+    """TRANSFORMER.<name> where a model takes one number a stage."""
+    value = cfg.TRANSFORMER[name]
+    if not isinstance(value, list) or not value:
+        raise ValueError(
+            f"TRANSFORMER.{name} is {value!r}; MODEL.TYPE {cfg.MODEL.TYPE} takes a list, one entry "
+            "a stage."
+        )
+    return value
+
+
+def _per_stage(cfg: CfgNode, name: str, num_stages: int) -> list[Any]:
+    """TRANSFORMER.<name> for each stage; one number stands for all of them."""
+    value = cfg.TRANSFORMER[name]
+    if value is None:
+        value = _UNSET.get(name)
+    if isinstance(value, (int, float)):
+        return [value] * num_stages
+    values = _stage_list(cfg, name)
+    if len(values) != num_stages:
+        raise ValueError(
+            f"TRANSFORMER.{name} is {values}, but TRANSFORMER.HIDDEN_DIM has {num_stages} stages: "
+            "give one entry a stage"
+        )
+    return values
 
 
 def _checked_dataset(cfg: CfgNode, section: str, name: str) -> ImageDataset:

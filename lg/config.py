@@ -299,10 +299,12 @@ def _validate(cfg: CfgNode, settings: Mapping[str, Setting]) -> None:
         return ConfigError(f"{key} is {_shown(values[key])}{where}; {text}")
 
     for key, choices in CHOICES.items():
-        if values[key] not in choices and not (
-            "timm/NAME" in choices and str(values[key]).startswith("timm/") and len(values[key]) > 5
-        ):
-            near = difflib.get_close_matches(str(values[key]), choices, 1, 0.5)
+        given = values[key] if isinstance(values[key], list) else [values[key]]
+        for one in given:
+            named = "timm/NAME" in choices and str(one).startswith("timm/") and len(one) > 5
+            if one in choices or named:
+                continue
+            near = difflib.get_close_matches(str(one), choices, 1, 0.5)
             hint = f" Did you mean {near[0]}?" if near else ""
             raise fault(
                 key, f"allowed: {', '.join(repr(c) if c == '' else c for c in choices)}.{hint}"

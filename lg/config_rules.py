@@ -8,13 +8,49 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
+
+from lg.config_defaults import DEFAULTS
 
 Values = Mapping[str, Any]
 Range = tuple[Callable[[Any], bool], str]  # a test, and what passes it
 
 MODEL_TYPES = ("DeiT", "T2TViT", "PiT", "PVT", "PVTv2", "ConViT", "CvT", "ResNet", "timm/NAME")
 DATASET_NAMES = ("digits", "cifar100", "flowers", "tiny_imagenet", "chaoyang", "image_folder")
+
+
+class Family(NamedTuple):
+    """What a family of models takes from the config.
+
+    Attributes:
+        one: Keys of TRANSFORMER that hold one value.
+        stages: Keys of TRANSFORMER that hold one value a stage; one for all stages is fine too,
+            except for HIDDEN_DIM, which says how many stages there are.
+        section: The family's own section, if it has one.
+    """
+
+    one: tuple[str, ...] = ()
+    stages: tuple[str, ...] = ()
+    section: str | None = None
+
+
+_RATES = ("DROP_RATE", "DROP_PATH_RATE", "ATTENTION_DROP_RATE")
+_SHAPE = ("HIDDEN_DIM", "DEPTH", "NUM_HEADS")
+_PLAIN = ("PATCH_SIZE", *_SHAPE, "MLP_RATIO", *_RATES)
+FAMILIES: dict[str, Family] = {
+    "DeiT": Family(one=_PLAIN),
+    "T2TViT": Family(one=_PLAIN, section="T2T"),
+    "PiT": Family(one=("PATCH_SIZE", "MLP_RATIO", *_RATES), stages=_SHAPE, section="PIT"),
+    "PVT": Family(one=_RATES, stages=("PATCH_SIZE", *_SHAPE, "MLP_RATIO"), section="PVT"),
+    "PVTv2": Family(
+        one=_RATES, stages=("PATCH_SIZE", "PATCH_STRIDE", *_SHAPE, "MLP_RATIO"), section="PVT"
+    ),
+    "ConViT": Family(one=_PLAIN, section="CONVIT"),
+    "CvT": Family(
+        stages=("PATCH_SIZE", "PATCH_STRIDE", "PATCH_PADDING", *_SHAPE, "MLP_RATIO", *_RATES),
+        section="CVT",
+    ),
+}
 
 _COUNTS = ("PATCH_SIZE", "PATCH_STRIDE", "PATCH_PADDING", "HIDDEN_DIM", "DEPTH", "NUM_HEADS")
 _RATIOS = ("MLP_RATIO", "DROP_RATE", "DROP_PATH_RATE", "ATTENTION_DROP_RATE")
@@ -52,6 +88,7 @@ TYPED_LISTS: dict[str, type] = {
 CHOICES: dict[str, tuple[str, ...]] = {
     "MODEL.TYPE": MODEL_TYPES,
     "MODEL.LOSS_FUN": ("cross_entropy",),
+    "CVT.QKV_PROJ_METHOD": ("dw_bn", "avg", "linear"),
     "RESNET.TRANS_FUN": ("basic_transform", "bottleneck_transform"),
     "DISTILLATION.INTER_TRANSFORM": ("linear", "attention", "similarity"),
     "DISTILLATION.INTER_LOSS": ("l2",),
@@ -175,6 +212,28 @@ def _compares_images(v: Values) -> bool:
 
 _OFFLINE = "DISTILLATION.OFFLINE"
 _TIMM_IGNORES = [f"TRANSFORMER.{k}" for k in (*_COUNTS, "MLP_RATIO", "ATTENTION_DROP_RATE")]
+# key of a family's own section -> the families that read it
+_OWN_KEYS = {
+    f"{section}.{key}": [name for name, family in FAMILIES.items() if family.section == section]
+    for section in ("T2T", "PIT", "PVT", "CONVIT", "CVT")
+    for key in DEFAULTS[section]
+}
+
+
+def _ignored_by_family(v: Values, key: str) -> bool:
+    """Whether a key of TRANSFORMER is set that the model's family does not read."""
+    family = FAMILIES.get(v["MODEL.TYPE"])
+    return family is not None and v[key] is not None and not _reads(family, key)
+
+
+def _reads(family: Family, key: str) -> bool:
+    return key.removeprefix("TRANSFORMER.") in (*family.one, *family.stages)
+
+
+def _default(key: str) -> Any:
+    section, _, name = key.partition(".")
+    return DEFAULTS[section][name]
+
 
 # (key to blame, test for a broken combination, what to do): checked in order, after every choice
 # and range holds.
@@ -220,6 +279,30 @@ COMBINATIONS: list[tuple[str, Callable[[Values], bool], str | Callable[[Values],
             "timm/NAME says its sizes by its name: set it to null, or leave it out.",
         )
         for key in _TIMM_IGNORES
+    ),
+    *(
+        (
+            key,
+            lambda v, key=key: _ignored_by_family(v, key),
+            lambda v, key=key: (
+                f"MODEL.TYPE {v['MODEL.TYPE']} does not read it: set it to null. It serves "
+                f"{', '.join(n for n, family in FAMILIES.items() if _reads(family, key))}."
+            ),
+        )
+        for key in ("TRANSFORMER.PATCH_STRIDE", "TRANSFORMER.PATCH_PADDING")
+    ),
+    *(
+        (
+            key,
+            lambda v, key=key, users=users: (
+                v["MODEL.TYPE"] not in users and v[key] != _default(key)
+            ),
+            lambda v, key=key, users=users: (
+                f"only MODEL.TYPE {' and '.join(users)} has such a setting: leave it at "
+                f"{_default(key)}."
+            ),
+        )
+        for key, users in _OWN_KEYS.items()
     ),
     (
         "DISTILLATION.INTER_STUDENT_INDEX",

@@ -64,6 +64,10 @@ def test_every_number_has_a_range() -> None:
         ("MODEL: {TYPE: Deit}", "Did you mean DeiT?"),
         ("MODEL: {TYPE: timm/}", "timm/NAME"),
         ("OPTIM: {OPTIMIZER: SGD}", "allowed: sgd, adam, adamw."),
+        (
+            "CVT: {QKV_PROJ_METHOD: [dw_bn, dw, avg]}",
+            "allowed: dw_bn, avg, linear. Did you mean dw_bn",
+        ),
         ("TRAIN: {DATASET: cifar10}", "Did you mean cifar100?"),
         ("DISTILLATION: {INTER_LOSS: l1}", "allowed: l2."),
         ("LAUNCH: {MODE: slurm}", "allowed: local."),
@@ -102,6 +106,24 @@ TIMM_IGNORES = [
         "ATTENTION_DROP_RATE",
     )
 ]
+# A value of each key that belongs to one family, and the advice to any other.
+OTHER_FAMILY: dict[str, tuple[Any, str]] = {
+    "T2T.TOKEN_DIM": (32, "only MODEL.TYPE T2TViT has such a setting: leave it at 64"),
+    "T2T.KERNEL_SIZE": ([5, 3], "T2TViT"),
+    "T2T.STRIDE": ([2, 2], "T2TViT"),
+    "T2T.PADDING": ([1, 1], "T2TViT"),
+    "PIT.STRIDE": (4, "only MODEL.TYPE PiT"),
+    "PVT.SR_RATIO": ([2, 1], "only MODEL.TYPE PVT and PVTv2"),
+    "CONVIT.LOCAL_LAYERS": (3, "only MODEL.TYPE ConViT"),
+    "CONVIT.LOCALITY_STRENGTH": (2.0, "only MODEL.TYPE ConViT"),
+    "CVT.WITH_CLS_TOKEN": ([True], "only MODEL.TYPE CvT"),
+    "CVT.QKV_PROJ_METHOD": (["avg"], "CvT"),
+    "CVT.KERNEL_QKV": ([5], "CvT"),
+    "CVT.STRIDE_KV": ([1], "CvT"),
+    "CVT.STRIDE_Q": ([2], "CvT"),
+    "CVT.PADDING_KV": ([2], "CvT"),
+    "CVT.PADDING_Q": ([2], "CvT"),
+}
 # One broken config for each row of COMBINATIONS, in its order, and a word of the advice.
 BROKEN: list[tuple[dict[str, Any], str]] = [
     ({"CNN.DEPTH": 57}, "6n+2"),
@@ -113,6 +135,9 @@ BROKEN: list[tuple[dict[str, Any], str]] = [
         ({"MODEL.TYPE": "timm/resnet18", key: 0.5 if key.endswith("RATE") else 2}, "leave it out")
         for key in TIMM_IGNORES
     ),
+    ({"MODEL.TYPE": "DeiT", "TRANSFORMER.PATCH_STRIDE": 4}, "It serves PVTv2, CvT."),
+    ({"MODEL.TYPE": "PVTv2", "TRANSFORMER.PATCH_PADDING": [1]}, "It serves CvT."),
+    *(({"MODEL.TYPE": "DeiT", key: value}, said) for key, (value, said) in OTHER_FAMILY.items()),
     ({"DISTILLATION.ENABLE_INTER": True}, "at least one block"),
     ({**INTER, "DISTILLATION.INTER_TEACHER_INDEX": [0]}, "which has 2 entries"),
     ({**INTER, "DISTILLATION.INTER_STUDENT_INDEX": [6, 6]}, "repeated"),

@@ -80,6 +80,53 @@ TABLES: dict[str, KeyTable] = {
             ("head_dist", "distill_head"),
         ),
     ),
+    "T2TViT": KeyTable(
+        renames=(
+            ("layers.{}.attn.qkv", "layers.{}.attn.qkv_transform"),
+            ("layers.{}.attn.proj", "layers.{}.attn.projection"),
+        ),
+    ),
+    "PiT": KeyTable(
+        renames=(
+            ("transformers.{}.blocks.{}.attn.qkv", "transformers.{}.blocks.{}.attn.qkv_transform"),
+            ("transformers.{}.blocks.{}.attn.proj", "transformers.{}.blocks.{}.attn.projection"),
+            ("transformers.{}.pool", "pools.{-1}"),
+        ),
+        order=(
+            ("pos_embed", "cls_token"),
+            ("patch_embed",),
+            ("transformers",),
+            ("pools",),
+            ("norm",),
+            ("head",),
+        ),
+    ),
+    "PVT": KeyTable(
+        renames=(
+            ("stages.{}.pos_embed", "pos_embed{+1}"),
+            ("stages.{}.cls_token", "cls_token"),
+            ("stages.{}.patch_embed", "patch_embed{+1}"),
+            ("stages.{}.blocks", "block{+1}"),
+        ),
+        order=(
+            ("pos_embed{}",),
+            ("cls_token",),
+            ("patch_embed{}", "block{}"),
+            ("norm",),
+            ("head",),
+        ),
+    ),
+    "PVTv2": KeyTable(
+        renames=(
+            ("patch_embed", "patch_embed1"),
+            ("stages.{}.downsample", "patch_embed{+1}"),
+            ("stages.{}.blocks.{}.mlp.dwconv", "block{+1}.{}.mlp.dwconv.dwconv"),
+            ("stages.{}.blocks", "block{+1}"),
+            ("stages.{}.norm", "norm{+1}"),
+        ),
+    ),
+    "ConViT": KeyTable(),
+    "CvT": KeyTable(renames=(("stages.{}", "stage{}"),)),
     "ResNet": KeyTable(
         renames=(
             ("conv1", "stem.conv"),

@@ -1,6 +1,6 @@
-"""Backbones that timm provides: DeiT in the published form, and any model by its name.
+"""Any model that timm provides, by its name.
 
-For a model by its name nobody has written down which modules are its blocks, nor how they return
+For such a model nobody has written down which modules are its blocks, nor how they return
 their maps. Both are read from the model itself: candidates by the names of their classes, and then
 one image is run through to see what they return.
 """
@@ -11,16 +11,13 @@ import difflib
 import re
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
-from functools import partial
 from typing import Any
 
 import timm
 import torch
-from timm.models.deit import VisionTransformerDistilled
-from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
-from lg.models.backbone import Backbone, MapLayout, probe_layouts
+from lg.models.backbone import Backbone, probe_layouts
 
 # Classes that are one residual block, by their names; and those that only sound like it: stages and
 # attention of the class token alone.
@@ -34,89 +31,6 @@ _NO_BLOCK_PLACE = re.compile("stem|patch_embed|downsample|head|final|global_bloc
 # Blocks whose tokens are grouped by mask unit: reshaped to a map, neighbours would be far apart.
 _SHUFFLED_CLASS = "HieraBlock"
 _MAX_LISTED = 30  # module names in an error message
-
-
-def deit(
-    *,
-    img_size: int,
-    in_channels: int = 3,
-    num_classes: int,
-    patch_size: int,
-    hidden_dim: int,
-    depth: int,
-    num_heads: int,
-    mlp_ratio: float,
-    ln_eps: float = 1e-6,
-    drop_rate: float = 0.0,
-    drop_path_rate: float = 0.0,
-    attention_drop_rate: float = 0.0,
-    distilled: bool = False,
-) -> Backbone:
-    """Return a DeiT with zero-initialised head(s).
-
-    Source: Touvron et al., "Training data-efficient image transformers", arXiv 2012.12877.
-
-    Args:
-        img_size: Height and width of the images in pixels, a multiple of `patch_size`.
-        in_channels: Channels of the images.
-        num_classes: K.
-        patch_size: Height and width of a patch in pixels.
-        hidden_dim: C, a multiple of `num_heads`.
-        depth: Number of blocks, 1 or more.
-        num_heads: Attention heads of each block.
-        mlp_ratio: Width of the MLP over C.
-        ln_eps: Added to the variance in LayerNorm.
-        drop_rate: Dropout on the tokens after positions are added, after the projection of the
-            attention and in the MLP. (timm's argument of this name is dropout before the head.)
-        drop_path_rate: Stochastic depth of the last block; rises linearly from 0 at the first.
-        attention_drop_rate: Dropout on the attention weights.
-        distilled: Add a distillation token and head. In training the model then returns
-            (class logits, distillation logits), in evaluation their mean.
-
-    Raises:
-        ValueError: Sizes do not divide.
-    """
-    if img_size < patch_size or img_size % patch_size:
-        below = max(img_size // patch_size, 1) * patch_size
-        raise ValueError(
-            f"MODEL.IMG_SIZE {img_size} is not a multiple of TRANSFORMER.PATCH_SIZE {patch_size}: "
-            f"use an image size such as {below} or {below + patch_size}"
-        )
-    if hidden_dim % num_heads:
-        raise ValueError(
-            f"TRANSFORMER.HIDDEN_DIM {hidden_dim} is not divisible by TRANSFORMER.NUM_HEADS "
-            f"{num_heads}: every head has the same width"
-        )
-    if depth < 1:
-        raise ValueError(f"TRANSFORMER.DEPTH is {depth}: use 1 block or more")
-    net = (VisionTransformerDistilled if distilled else VisionTransformer)(
-        img_size=img_size,
-        patch_size=patch_size,
-        in_chans=in_channels,
-        num_classes=num_classes,
-        embed_dim=hidden_dim,
-        depth=depth,
-        num_heads=num_heads,
-        mlp_ratio=mlp_ratio,
-        pos_drop_rate=drop_rate,
-        proj_drop_rate=drop_rate,
-        attn_drop_rate=attention_drop_rate,
-        drop_path_rate=drop_path_rate,
-        norm_layer=partial(nn.LayerNorm, eps=ln_eps),
-    )
-    for name, parameter in net.named_parameters():
-        if name.startswith("head"):  # head, and head_dist of a distilled model
-            nn.init.zeros_(parameter)
-    if isinstance(net, VisionTransformerDistilled):
-        net.set_distilled_training(True)
-    side = img_size // patch_size
-    layout = MapLayout("tokens", hidden_dim, 2 if distilled else 1, (side, side))
-    return Backbone(
-        net,
-        family="DeiT",
-        block_names=[f"blocks.{index}" for index in range(depth)],
-        layouts=[layout] * depth,
-    )
 
 
 def timm_model(

@@ -1,0 +1,301 @@
+"""T2T-ViT: tokens that gather their neighbourhood step by step, then a deep and narrow transformer.
+
+Source: Yuan et al., "Tokens-to-Token ViT", arXiv 2101.11986, section 3.1 (tokens to token) and 3.2
+(backbone); Performer attention: Choromanski et al., arXiv 2009.14794.
+Departure, as in the published code: since the first attention of a step changes the width of the
+tokens, its residual is the value, not the input.
+
+Shapes: B batch, N tokens, C channels, R random features, H and W the map.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from timm.layers import Mlp, trunc_normal_
+from timm.models.vision_transformer import Block
+from torch import nn
+
+from lg.models.backbone import Backbone, MapLayout
+from lg.models.layers import (
+    INIT_STD,
+    check_depth,
+    check_widths,
+    conv_size,
+    drop_path_ramp,
+    init_linear,
+)
+
+KERNEL_RATIO = 0.5  # random features of the Performer over its width
+_DIVISION_EPS = 1e-8
+
+
+class PerformerAttention(nn.Module):
+    """Attention of one head at linear cost: exp(key . query) estimated by random features.
+
+    Args:
+        dim_in: Channels of the incoming tokens.
+        dim: Channels of query, key and value, and of the result.
+    """
+
+    def __init__(self, dim_in: int, dim: int) -> None:
+        super().__init__()
+        num_features = int(dim * KERNEL_RATIO)
+        directions = nn.init.orthogonal_(torch.empty(num_features, dim))
+        self.w = nn.Parameter(directions * math.sqrt(num_features), requires_grad=False)
+        self.qkv_transform = nn.Linear(dim_in, 3 * dim)
+        self.projection = nn.Linear(dim, dim)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Tokens [B, N, dim_in] to [B, N, dim]; the residual, the value, is in it."""
+        # The published order of the fused projection.
+        key, query, value = self.qkv_transform(tokens).chunk(3, dim=-1)
+        # Exponentials of squares do not fit half precision.
+        with torch.autocast(tokens.device.type, enabled=False):
+            exact = torch.promote_types(value.dtype, torch.float32)
+            keys, queries = self._features(key.to(exact)), self._features(query.to(exact))
+            # Sum over the tokens first: no N x N matrix ever exists.
+            summary = keys.transpose(1, 2) @ value.to(exact)  # [B, R, C]
+            weight = queries @ keys.sum(dim=1).unsqueeze(-1)  # [B, N, 1]
+            attended = (queries @ summary) / (weight + _DIVISION_EPS)
+        return value + self.projection(attended.to(value.dtype))
+
+    def _features(self, vectors: torch.Tensor) -> torch.Tensor:
+        """Positive random features [B, N, R] whose inner products estimate exp(x . y)."""
+        half_square = vectors.square().sum(dim=-1, keepdim=True) / 2
+        scores = vectors @ self.w.to(vectors.dtype).T - half_square
+        return scores.exp() / math.sqrt(len(self.w))
+
+
+class TokenTransformer(nn.Module):
+    """One Performer layer between two soft splits."""
+
+    def __init__(self, dim_in: int, dim: int, *, ln_eps: float, drop_rate: float) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim_in, eps=ln_eps)
+        self.attn = PerformerAttention(dim_in, dim)
+        self.norm2 = nn.LayerNorm(dim, eps=ln_eps)
+        self.mlp = Mlp(dim, hidden_features=dim, drop=drop_rate)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Tokens [B, N, dim_in] to [B, N, dim]."""
+        tokens = self.attn(self.norm1(tokens))
+        return tokens + self.mlp(self.norm2(tokens))
+
+
+class TokensToToken(nn.Module):
+    """Soft splits (overlapping windows, unfolded) with a token transformer between each two.
+
+    Attributes:
+        sides: Side of the map after each split, at the image size it was built for.
+    """
+
+    def __init__(
+        self,
+        *,
+        img_size: int,
+        in_channels: int,
+        hidden_dim: int,
+        token_dim: int,
+        splits: Sequence[tuple[int, int, int]],
+        ln_eps: float,
+        drop_rate: float,
+    ) -> None:
+        super().__init__()
+        self.splits = list(splits)  # kernel, stride, padding
+        self.sides: list[int] = []
+        widths = []
+        side, channels = img_size, in_channels
+        for kernel, stride, padding in self.splits:
+            side = conv_size(side, kernel=kernel, stride=stride, padding=padding)
+            self.sides.append(side)
+            widths.append(channels * kernel**2)
+            channels = token_dim
+        layer = partial(TokenTransformer, dim=token_dim, ln_eps=ln_eps, drop_rate=drop_rate)
+        self.attention = nn.ModuleList(layer(width) for width in widths[:-1])
+        self.projection = nn.Linear(widths[-1], hidden_dim)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """Images [B, C, H, W] to tokens [B, N, hidden_dim]."""
+        features = images
+        for transformer, split, side in zip(self.attention, self.splits, self.sides, strict=False):
+            tokens = transformer(_soft_split(features, *split))
+            features = tokens.transpose(1, 2).unflatten(2, (side, -1))
+        return self.projection(_soft_split(features, *self.splits[-1]))
+
+
+def _soft_split(features: torch.Tensor, kernel: int, stride: int, padding: int) -> torch.Tensor:
+    """Return the windows of a map [B, C, H, W] as tokens [B, N, C kernel^2]."""
+    return F.unfold(features, kernel, stride=stride, padding=padding).transpose(1, 2)
+
+
+class T2TViT(nn.Module):
+    """Tokens-to-token module, class token, fixed positions, plain blocks, class token head."""
+
+    def __init__(
+        self,
+        t2t_module: TokensToToken,
+        blocks: Sequence[nn.Module],
+        *,
+        hidden_dim: int,
+        num_classes: int,
+        ln_eps: float,
+        drop_rate: float,
+    ) -> None:
+        super().__init__()
+        num_tokens = t2t_module.sides[-1] ** 2 + 1
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, hidden_dim))
+        self.pos_embed = nn.Parameter(sinusoid(num_tokens, hidden_dim), requires_grad=False)
+        self.t2t_module = t2t_module
+        self.pos_drop = nn.Dropout(drop_rate)
+        self.layers = nn.Sequential(*blocks)
+        self.norm = nn.LayerNorm(hidden_dim, eps=ln_eps)
+        self.head = nn.Linear(hidden_dim, num_classes)
+        trunc_normal_(self.cls_token, std=INIT_STD)
+        self.apply(init_linear)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """Images [B, C, H, W] to logits [B, K]."""
+        tokens = self.t2t_module(images)
+        tokens = torch.cat([self.cls_token.expand(len(tokens), -1, -1), tokens], dim=1)
+        tokens = self.layers(self.pos_drop(tokens + self.pos_embed))
+        return self.head(self.norm(tokens)[:, 0])
+
+    def get_classifier(self) -> nn.Module:
+        """The classifier, by the name timm's models give it."""
+        return self.head
+
+
+def sinusoid(num_tokens: int, channels: int) -> torch.Tensor:
+    """Return fixed positions [1, N, C]: sines in even channels, cosines in odd ones.
+
+    Source: Vaswani et al., arXiv 1706.03762, section 3.5.
+    """
+    even = torch.arange(channels, dtype=torch.float64) // 2 * 2
+    angles = torch.arange(num_tokens, dtype=torch.float64)[:, None] / 10000 ** (even / channels)
+    odd = torch.arange(channels) % 2 == 1
+    return torch.where(odd, angles.cos(), angles.sin()).float().unsqueeze(0)
+
+
+def t2t(
+    *,
+    img_size: int,
+    in_channels: int = 3,
+    num_classes: int,
+    hidden_dim: int,
+    depth: int,
+    num_heads: int,
+    mlp_ratio: float,
+    patch_size: int | None = None,
+    token_dim: int = 64,
+    kernel_size: Sequence[int] = (7, 3, 3),
+    stride: Sequence[int] = (4, 2, 2),
+    padding: Sequence[int] = (2, 1, 1),
+    ln_eps: float = 1e-6,
+    drop_rate: float = 0.0,
+    drop_path_rate: float = 0.0,
+    attention_drop_rate: float = 0.0,
+) -> Backbone:
+    """Return a T2T-ViT with Performer token transformers.
+
+    Args:
+        img_size: Height and width of the images in pixels.
+        in_channels: Channels of the images.
+        num_classes: K.
+        hidden_dim: Channels of the blocks, a multiple of `num_heads`.
+        depth: Number of blocks, 1 or more.
+        num_heads: Attention heads of each block.
+        mlp_ratio: Width of the MLP over `hidden_dim`.
+        patch_size: Pixels a token steps; the product of the strides, checked if given.
+        token_dim: Channels inside the tokens-to-token module, 2 or more.
+        kernel_size: Windows of the soft splits, in pixels of their input; one entry a split.
+        stride: Steps of the soft splits.
+        padding: Zeros around the soft splits.
+        ln_eps: Added to the variance in LayerNorm.
+        drop_rate: Dropout on the tokens after positions are added, after the projection of the
+            attention and in every MLP.
+        drop_path_rate: Stochastic depth of the last block; rises linearly from 0 at the first.
+        attention_drop_rate: Dropout on the attention weights of the blocks.
+
+    Raises:
+        ValueError: Sizes that do not fit together.
+    """
+    _check_splits(patch_size, kernel_size, stride, padding)
+    check_widths([hidden_dim], [num_heads])
+    check_depth([depth])
+    if token_dim < 2:
+        raise ValueError(f"T2T.TOKEN_DIM is {token_dim}: use 2 or more")
+    t2t_module = TokensToToken(
+        img_size=img_size,
+        in_channels=in_channels,
+        hidden_dim=hidden_dim,
+        token_dim=token_dim,
+        splits=list(zip(kernel_size, stride, padding, strict=True)),
+        ln_eps=ln_eps,
+        drop_rate=drop_rate,
+    )
+    if min(t2t_module.sides) < 1:
+        raise ValueError(
+            f"MODEL.IMG_SIZE {img_size} is too small for the windows T2T.KERNEL_SIZE "
+            f"{list(kernel_size)} with T2T.STRIDE {list(stride)}: use "
+            f"{_smallest(kernel_size, stride, padding)} or more"
+        )
+    blocks = [
+        Block(
+            hidden_dim,
+            num_heads,
+            mlp_ratio=mlp_ratio,
+            qkv_bias=False,
+            proj_drop=drop_rate,
+            attn_drop=attention_drop_rate,
+            drop_path=rate,
+            norm_layer=partial(nn.LayerNorm, eps=ln_eps),  # type: ignore[arg-type]
+        )
+        for rate in drop_path_ramp(drop_path_rate, depth)
+    ]
+    net = T2TViT(
+        t2t_module,
+        blocks,
+        hidden_dim=hidden_dim,
+        num_classes=num_classes,
+        ln_eps=ln_eps,
+        drop_rate=drop_rate,
+    )
+    side = t2t_module.sides[-1]
+    return Backbone(
+        net,
+        family="T2TViT",
+        block_names=[f"layers.{index}" for index in range(depth)],
+        layouts=[MapLayout("tokens", hidden_dim, 1, (side, side))] * depth,
+    )
+
+
+def _check_splits(
+    patch_size: int | None,
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+) -> None:
+    """Refuse soft splits that contradict each other or the patch size."""
+    if not len(kernel_size) == len(stride) == len(padding) > 0:
+        raise ValueError(
+            f"T2T.KERNEL_SIZE {list(kernel_size)}, T2T.STRIDE {list(stride)} and T2T.PADDING "
+            f"{list(padding)} differ in length: give one entry of each for every soft split"
+        )
+    if patch_size is not None and patch_size != math.prod(stride):
+        raise ValueError(
+            f"TRANSFORMER.PATCH_SIZE is {patch_size}, but T2T.STRIDE {list(stride)} steps "
+            f"{math.prod(stride)} pixels in all: make them agree, or set PATCH_SIZE to null"
+        )
+
+
+def _smallest(kernel_size: Sequence[int], stride: Sequence[int], padding: Sequence[int]) -> int:
+    """Return the smallest image for which every split gives a token."""
+    side = 1
+    for kernel, step, border in reversed([*zip(kernel_size, stride, padding, strict=True)]):
+        side = max((side - 1) * step + kernel - 2 * border, 1)
+    return side

@@ -16,6 +16,7 @@ _HOMES = {
     "build_model": "lg.builders",
     "build_guided": "lg.builders",
     "feature_maps": "lg.models.taps",
+    "attention_maps": "lg.models.attention",
     "load_weights": "lg.checkpoint",
     "published_state_dict": "lg.models.published",
     "load_published_state_dict": "lg.models.published",

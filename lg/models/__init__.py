@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from lg.models.attention import attention_maps
 from lg.models.backbone import Backbone, MapLayout, unwrap
 from lg.models.convit import convit
 from lg.models.cvt import cvt
@@ -23,6 +24,7 @@ __all__ = [
     "Backbone",
     "FeatureTaps",
     "MapLayout",
+    "attention_maps",
     "convit",
     "cvt",
     "deit",

@@ -1,0 +1,163 @@
+#!/usr/bin/env python3
+"""What does fused attention save? Times training steps against a naive-attention copy.
+
+    python benchmarks/attention.py                     # every family, some minutes on two cores
+    python benchmarks/attention.py --models pvt-ti --batch-size 16 --repeats 20
+
+The copy has the same weights and forms every attention matrix: softmax(q k) v, and for ConViT the
+mixture of its two attentions. Steps (forward, cross-entropy, backward, AdamW) of the two alternate
+in one process. Prints a table and writes attention.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import copy
+import json
+import math
+import platform
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from statistics import median, quantiles
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.nn.functional as F
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+import lg  # noqa: E402
+from lg.device import select_device, synchronize  # noqa: E402
+from lg.models.convit import GatedAttention  # noqa: E402
+from lg.models.layers import split_heads  # noqa: E402
+
+MODELS = {
+    "deit-ti": "deit",
+    "t2t-7": "t2t",
+    "pit-ti": "pit",
+    "pvt-ti": "pvt",
+    "pvtv2-b0": "pvtv2",
+    "convit-ti": "convit",
+    "cvt-13": "cvt",
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=[*MODELS])
+    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--repeats", type=int, default=9, help="timed steps of each (default 9)")
+    parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    parser.add_argument("--out", type=Path, default=Path("work_dirs/attention.json"))
+    args = parser.parse_args()
+    device = select_device(args.device)
+    print(
+        f"Seconds per training step, batches of {args.batch_size} at 224 pixels on {device}, "
+        f"median of {args.repeats} (quartiles)\n"
+        f"{'model':<12}{'ours':>8}{'':<18}{'naive':>8}{'':<18}{'ours/naive':>10}"
+    )
+    rows = []
+    for name in args.models:
+        row = compare(name, device=device, batch_size=args.batch_size, repeats=args.repeats)
+        rows.append(row)
+        print(
+            f"{name:<12}{row['ours']:>8.3f}{spread(row['ours_all']):<18}{row['naive']:>8.3f}"
+            f"{spread(row['naive_all']):<18}{row['ratio']:>10.3f}",
+            flush=True,
+        )
+    about = {
+        "hardware": torch.cuda.get_device_name() if device.type == "cuda" else platform.processor(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "batch_size": args.batch_size,
+    }
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    args.out.write_text(json.dumps({**about, "rows": rows}, indent=2))
+
+
+def spread(seconds: list[float]) -> str:
+    """The quartiles, for a table."""
+    low, _, high = quantiles(seconds, n=4)
+    return f" ({low:.3f}-{high:.3f})"
+
+
+def compare(name: str, *, device: torch.device, batch_size: int, repeats: int) -> dict[str, Any]:
+    """Times steps of a model and of its naive copy, one after the other."""
+    torch.manual_seed(0)
+    cfg = lg.load_config(ROOT / "configs" / MODELS[name] / f"{name}_c100_base.yaml")
+    ours = lg.build_model(cfg).to(device).train()
+    step, naive_step = (make_step(model, batch_size) for model in (ours, copy.deepcopy(ours)))
+    times: dict[str, list[float]] = {"ours": [], "naive": []}
+    for repeat in range(2 + repeats):  # the first two warm up
+        for kind, work in (("ours", step), ("naive", naive_step)):
+            with naive_attention() if kind == "naive" else contextlib.nullcontext():
+                synchronize(device)
+                started = time.perf_counter()
+                work()
+                synchronize(device)
+            if repeat >= 2:
+                times[kind].append(time.perf_counter() - started)
+    ours_s, naive_s = median(times["ours"]), median(times["naive"])
+    return {
+        "model": name,
+        "ours": ours_s,
+        "naive": naive_s,
+        "ratio": ours_s / naive_s,
+        "ours_all": times["ours"],
+        "naive_all": times["naive"],
+    }
+
+
+def make_step(model: torch.nn.Module, batch_size: int) -> Callable[[], None]:
+    """A training step on one batch in place."""
+    device = next(model.parameters()).device
+    images = torch.randn(batch_size, 3, 224, 224, device=device)
+    labels = torch.arange(batch_size, device=device)
+    optimizer = torch.optim.AdamW(p for p in model.parameters() if p.requires_grad)
+
+    def step() -> None:
+        loss = F.cross_entropy(model(images), labels)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+
+    return step
+
+
+@contextlib.contextmanager
+def naive_attention() -> Iterator[None]:
+    """Attention as matrices: what every model does inside this block."""
+
+    def attend(
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attn_mask: torch.Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+    ) -> torch.Tensor:
+        assert attn_mask is None and not is_causal and dropout_p == 0
+        factor = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
+        return (factor * query @ key.transpose(-2, -1)).softmax(dim=-1) @ value
+
+    def gated(self: GatedAttention, tokens: torch.Tensor) -> torch.Tensor:
+        heads = self.attention(tokens) @ split_heads(self.v(tokens), self.num_heads)
+        return self.proj(heads.transpose(1, 2).flatten(2))
+
+    with (
+        mock.patch.object(F, "scaled_dot_product_attention", attend),
+        mock.patch.object(GatedAttention, "forward", gated),
+    ):
+        yield
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,300 @@
+#!/usr/bin/env python3
+"""Does lg compute what the published code computes? Prints a table of the largest differences.
+
+    python benchmarks/parity.py                  # every architecture, about a minute on two cores
+    python benchmarks/parity.py pvt-ti t2t-7     # some of them
+
+Both sides hold the same weights, drawn from the names of the tensors, and see the same images. The
+published code's numbers are in tests/reference. Writes parity.json; a difference beyond its limit
+(LIMITS below) ends it with status 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import warnings
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+import lg  # noqa: E402
+from lg import builders  # noqa: E402
+from lg.guidance import FrozenTeacher, imitation_loss  # noqa: E402
+from lg.models.published import published_name  # noqa: E402
+from tests.reference_fill import fill, reference_input  # noqa: E402
+
+REFERENCE = ROOT / "tests" / "reference"
+LABELS = torch.tensor([3, 42])
+NUM_STEPS = 3  # of the recorded five: rounding grows with every step
+# The teacher's random weights need no warning, stochastic depth would need the same draws.
+EXACT = ["DISTILLATION.TEACHER_WEIGHTS", "null", "TRANSFORMER.DROP_PATH_RATE"]
+# name -> folder of its configs and the config that guides it (or itself: the CNNs)
+MODELS = {
+    "deit-ti": "deit/deit-ti_c100_ours",
+    "t2t-7": "t2t/t2t-7_c100_ours",
+    "t2t-14": "t2t/t2t-14_c100_ours",
+    "pit-ti": "pit/pit-ti_c100_ours",
+    "pvt-ti": "pvt/pvt-ti_c100_ours",
+    "pvtv2-b0": "pvtv2/pvtv2-b0_c100_ours",
+    "convit-ti": "convit/convit-ti_c100_ours",
+    "cvt-13": "cvt/cvt-13_c100_ours",
+    "deit-ti_logit": "deit/deit-ti_c100_ours",
+    "r-18": "resnet/r-18_c100",
+    "r-56": "resnet/r-56_c100",
+}
+LIMITS = {"logits": 1e-4, "features": 1e-4, "losses": 1e-4, "steps": 1e-3}
+
+
+@dataclass
+class Parity:
+    """The largest differences of one architecture; None where nothing is recorded.
+
+    Attributes:
+        model: A key of MODELS.
+        parameters: How many the model has.
+        keys: State dict keys, their shapes and their order are equal.
+        groups: The parameter groups of the optimiser are equal.
+        logits: Absolute.
+        features: Absolute, over all blocks.
+        losses: Relative, of the imitation loss by transform.
+        steps: Relative, of losses and gradient norm in the first steps, by config.
+    """
+
+    model: str
+    parameters: int
+    keys: bool
+    groups: bool | None
+    logits: float
+    features: float
+    losses: dict[str, float] = field(default_factory=dict)
+    steps: dict[str, float] = field(default_factory=dict)
+
+    def holds(self) -> bool:
+        """Whether everything is within its limit."""
+        worst = {"losses": [*self.losses.values()], "steps": [*self.steps.values()]}
+        worst |= {"logits": [self.logits], "features": [self.features]}
+        within = all(max(errors, default=0) <= LIMITS[kind] for kind, errors in worst.items())
+        return within and self.keys and self.groups is not False
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("models", nargs="*", help=f"some of {', '.join(MODELS)} (default: all)")
+    parser.add_argument("--out", type=Path, default=Path("work_dirs/parity.json"))
+    args = parser.parse_args()
+    unknown = [name for name in args.models if name not in MODELS]
+    if unknown:
+        parser.error(f"unknown: {', '.join(unknown)}; choose from {', '.join(MODELS)}")
+    print(
+        f"{'model':<14}{'parameters':>11}  {'keys':<6}{'groups':<8}{'logits':>9}{'features':>10}"
+        f"{'linear':>10}{'attention':>11}{'similarity':>12}{'steps':>9}{'guided':>9}"
+    )
+    rows = []
+    for name in args.models or MODELS:
+        rows.append(measure(name))
+        print(line(rows[-1]), flush=True)
+    print("\nlogits, features: absolute; losses by transform, first three steps: relative.")
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    versions = {"torch": torch.__version__, "numpy": np.__version__, "limits": LIMITS}
+    args.out.write_text(json.dumps({**versions, "rows": [asdict(r) for r in rows]}, indent=2))
+    missed = [row.model for row in rows if not row.holds()]
+    sys.exit(f"beyond the limits: {', '.join(missed)}" if missed else 0)
+
+
+def measure(name: str) -> Parity:
+    """Measures one architecture."""
+    _, guided, _, _ = build(name)
+    logits, features = forward_errors(name)
+    return Parity(
+        model=name,
+        parameters=sum(p.numel() for p in guided.student.parameters()),
+        keys=keys_equal(name),
+        groups=groups_equal(name) if has_groups(name) else None,
+        logits=logits,
+        features=features,
+        losses={t: loss_error(name, t) for t in transforms(name)},
+        steps={kind: step_error(name, kind) for kind in step_kinds(name)},
+    )
+
+
+def line(row: Parity) -> str:
+    """One row of the table."""
+
+    def shown(value: float | None, width: int) -> str:
+        return f"{'-' if value is None else f'{value:.1e}':>{width}}"
+
+    words = {True: "equal", False: "DIFFER", None: "-"}
+    return (
+        f"{row.model:<14}{row.parameters:>11,}  {words[row.keys]:<6}{words[row.groups]:<8}"
+        f"{shown(row.logits, 9)}{shown(row.features, 10)}{shown(row.losses.get('linear'), 10)}"
+        f"{shown(row.losses.get('attention'), 11)}{shown(row.losses.get('similarity'), 12)}"
+        f"{shown(row.steps.get('base'), 9)}{shown(row.steps.get('ours'), 9)}"
+    )
+
+
+def stem(name: str, kind: str = "ours") -> str:
+    """The name of a model's file of numbers, without its ending."""
+    if name.startswith("r-"):
+        return f"{name}_c100"
+    return f"{name.removesuffix('_logit')}_c100_{kind}" + "_logit" * name.endswith("_logit")
+
+
+def numbers(name: str, kind: str = "ours", ending: str = ".npz") -> Any:
+    """A file of recorded numbers."""
+    return np.load(REFERENCE / f"{stem(name, kind)}{ending}")
+
+
+def build(name: str, kind: str = "ours", *options: str) -> tuple:
+    """Config, student, guide and loss of a model, filled with the reference's weights."""
+    config = ROOT / "configs" / f"{MODELS[name].removesuffix('ours')}{kind}.yaml"
+    if name.startswith("r-"):
+        config = ROOT / "configs" / f"{MODELS[name]}.yaml"
+    rates = "[0.0,0.0,0.0]" if name == "cvt-13" else "0.0"
+    opts = [*EXACT, rates, *options]
+    if name.endswith("_logit"):
+        opts += ["DISTILLATION.ENABLE_LOGIT", "True"]
+    cfg = lg.load_config(config, opts)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the guide is filled below
+        guided, guide, loss = lg.build_guided(cfg)
+    models = [(guided.student, "")]
+    if isinstance(guide, FrozenTeacher):
+        models.append((guide.model, "teacher."))
+    for model, prefix in models:
+        shapes = {k: v.shape for k, v in lg.published_state_dict(model).items()}
+        lg.load_published_state_dict(model, fill(shapes, prefix=prefix))
+    for i, head in enumerate(guided.heads):
+        own = f"feature_transforms.{i}."
+        drawn = fill({own + k: v.shape for k, v in head.state_dict().items()})
+        head.load_state_dict({k.removeprefix(own): v for k, v in drawn.items()})
+    return cfg, guided, guide, loss
+
+
+def keys_equal(name: str) -> bool:
+    """Whether the published state dict has the recorded keys and shapes, in order."""
+    _, guided, _, _ = build(name)
+    file = stem(name, "ours" if name.endswith("_logit") else "base")
+    recorded = json.loads((REFERENCE / f"{file}.keys.json").read_text())
+    state = lg.published_state_dict(guided.student)
+    return [(k, list(v.shape)) for k, v in state.items()] == [*recorded.items()]
+
+
+def has_groups(name: str) -> bool:
+    """Whether the parameter groups of a model are recorded."""
+    return stem(name, "base") in json.loads((REFERENCE / "param_groups.json").read_text())
+
+
+def groups_equal(name: str) -> bool:
+    """Whether the optimiser's groups hold the recorded parameters."""
+    cfg, guided, _, _ = build(name, "base")
+    groups = {
+        group["name"]: sorted(
+            published_name(guided.student, own.removeprefix("student."))
+            for own in group["parameter_names"]
+        )
+        for group in builders.build_optimizer(cfg, guided).param_groups
+    }
+    return groups == json.loads((REFERENCE / "param_groups.json").read_text())[stem(name, "base")]
+
+
+@torch.no_grad()
+def forward_errors(name: str) -> tuple[float, float]:
+    """The largest difference of a logit, and of any block's map (its part, mean and spread).
+
+    Raises:
+        ValueError: The maps differ in number or shape.
+    """
+    cfg, guided, _, _ = build(name)
+    model, recorded = guided.student.eval(), numbers(name)
+    images = reference_input(cfg.MODEL.IMG_SIZE)
+    logits, maps = lg.feature_maps(model, images, range(len(model.blocks)))
+    shapes = [recorded[k].tolist() for k in recorded.files if k.endswith("_shape")]
+    if [list(m.shape) for m in maps] != shapes:
+        raise ValueError(f"{name} has maps {[list(m.shape) for m in maps]}, recorded: {shapes}")
+    worst = 0.0
+    for index, feature in enumerate(maps):
+        key = f"feature_{index:02d}"
+        spread = np.array([feature.mean().item(), feature.std(correction=0).item()])
+        part = feature[:, :4, :3, :3].numpy()
+        worst = max(worst, float(np.abs(spread - recorded[f"{key}_mean_std"]).max()))
+        worst = max(worst, float(np.abs(part - recorded[f"{key}_slice"]).max()))
+    return float(np.abs(logits.numpy() - recorded["logits"]).max()), worst
+
+
+def _loss_key(transform: str) -> str:
+    return f"guidance_loss_{'eval' if transform == 'linear' else transform}"
+
+
+def transforms(name: str) -> list[str]:
+    """The imitation losses that are recorded; the published code has no similarity for PiT."""
+    return [t for t in ("linear", "attention", "similarity") if _loss_key(t) in numbers(name).files]
+
+
+@torch.no_grad()
+def loss_error(name: str, transform: str) -> float:
+    """The relative difference of the summed imitation loss."""
+    cfg, guided, guide, _ = build(name, "ours", "DISTILLATION.INTER_TRANSFORM", transform)
+    images = reference_input(cfg.MODEL.IMG_SIZE)
+    taps = cfg.DISTILLATION.INTER_STUDENT_INDEX
+    _, maps = lg.feature_maps(guided.student.eval(), images, taps)
+    if transform == "linear":
+        maps = [head(m) for head, m in zip(guided.heads, maps, strict=True)]
+    pairs = zip(maps, guide(images, None, None)[0], strict=True)
+    total = sum(imitation_loss(mine, theirs, transform).item() for mine, theirs in pairs)
+    expected = float(numbers(name)[_loss_key(transform)])
+    return abs(total - expected) / abs(expected)
+
+
+def step_kinds(name: str) -> list[str]:
+    """The configs whose first steps are recorded."""
+    kinds = ("base", "ours")
+    found = [k for k in kinds if (REFERENCE / f"{stem(name, k)}.trajectory.npz").exists()]
+    return found[:1] if name.startswith("r-") else found
+
+
+def step_error(name: str, kind: str) -> float:
+    """The largest relative difference of losses and gradient norm in the first steps.
+
+    The CNNs are run in float64: with batches of two, 55 batch norms and rectifiers magnify rounding
+    to percents after one step, on any two machines. In float64 the recorded numbers come out.
+    """
+    dtype = torch.float64 if name.startswith("r-") else torch.float32
+    rows = first_steps(name, kind, dtype=dtype)
+    expected = numbers(name, kind, ".trajectory.npz")["values"][:NUM_STEPS]
+    return float(np.nanmax(np.abs(rows - expected) / np.maximum(np.abs(expected), 1e-12)))
+
+
+def first_steps(name: str, kind: str, *, dtype: torch.dtype) -> np.ndarray:
+    """[NUM_STEPS, 4]: classification loss, imitation loss, loss and gradient norm."""
+    cfg, guided, guide, loss = build(name, kind)
+    guided.to(dtype).train()
+    optimizer = builders.build_optimizer(cfg, guided)
+    images = reference_input(cfg.MODEL.IMG_SIZE).to(dtype)
+    targets = F.one_hot(LABELS, cfg.MODEL.NUM_CLASSES).to(dtype)
+    rows = []
+    for _ in range(NUM_STEPS):
+        logits, maps = guided(images)
+        terms = loss(logits, maps, targets, *guide(images, None, None))
+        optimizer.zero_grad()
+        terms["loss"].backward()
+        norm = torch.nn.utils.get_total_norm(
+            [p.grad for p in guided.parameters() if p.grad is not None]
+        )
+        optimizer.step()
+        rows.append([v.item() for v in (terms["cls"], terms["inter"], terms["loss"], norm)])
+    return np.array(rows)
+
+
+if __name__ == "__main__":
+    main()

@@ -9,6 +9,7 @@ from statistics import mean, median
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.utils.flop_counter import FlopCounterMode
 
 from lg.datasets.loader import MIX, Batch
@@ -106,13 +107,18 @@ def report_times(times: dict[str, float], run: Run) -> None:
     )
 
 
-def complexity(model: nn.Module, image_size: int) -> dict[str, int]:
-    """Parameters, and multiply-adds of one RGB image's forward pass."""
-    device = next(model.parameters()).device
-    training = model.training
+def complexity(model: nn.Module, image_size: int, in_channels: int = 3) -> dict[str, int]:
+    """Parameters, and multiply-adds of one image's forward pass."""
+    # Detached: the counter follows gradients through what requires them, even where none are kept.
+    state = {k: v.detach() for k, v in (*model.named_parameters(), *model.named_buffers())}
+    image = torch.zeros(
+        1, in_channels, image_size, image_size, device=next(iter(state.values())).device
+    )
+    modes = {module: module.training for module in model.modules()}
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        model.eval()(torch.zeros(1, 3, image_size, image_size, device=device))
-    model.train(training)
+        functional_call(model.eval(), state, (image,))
+    for module, training in modes.items():
+        module.training = training
     return {
         "params": sum(p.numel() for p in model.parameters()),
         "macs": counter.get_total_flops() // 2,

@@ -78,10 +78,10 @@ def pit(
         mlp_ratio=mlp_ratio,
         num_classes=num_classes,
         in_chans=in_channels,
-        pos_drop_rate=drop_rate,
         proj_drop_rate=drop_rate,
         attn_drop_rate=attention_drop_rate,
     )
+    net.pos_drop.p = drop_rate  # older timm misspells the argument for it
     names = [f"transformers.{i}.blocks.{j}" for i, n in enumerate(depth) for j in range(n)]
     for index, name in enumerate(names):
         rate = drop_path_rate * index / len(names)

@@ -1,0 +1,114 @@
+"""The losses by hand-made numbers, and how they add up."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from lg.guidance.losses import GuidanceLoss, imitation_loss, logit_loss
+
+LOGITS = torch.tensor([[2.0, 0.0, -1.0], [0.5, 0.5, 3.0]])
+TEACHER = torch.tensor([[1.0, 1.0, 0.0], [4.0, 0.0, 0.0]])
+TARGETS = torch.tensor([[1.0, 0.0, 0.0], [0.0, 0.5, 0.5]])
+
+
+def softmax(scores: list[float], temperature: float = 1.0) -> list[float]:
+    powers = [math.exp(s / temperature) for s in scores]
+    return [p / sum(powers) for p in powers]
+
+
+def cross_entropy(scores: torch.Tensor, targets: torch.Tensor) -> float:
+    rows = zip(scores.tolist(), targets.tolist(), strict=True)
+    return sum(
+        -t * math.log(p) for s, ts in rows for p, t in zip(softmax(s), ts, strict=True)
+    ) / len(scores)
+
+
+def test_soft_logit_loss_is_the_divergence_times_the_squared_temperature() -> None:
+    rows = zip(LOGITS.tolist(), TEACHER.tolist(), strict=True)
+    expected = sum(
+        t * (math.log(t) - math.log(s))
+        for student, teacher in rows
+        for s, t in zip(softmax(student, 3.0), softmax(teacher, 3.0), strict=True)
+    )
+    value = logit_loss(LOGITS, TEACHER, kind="soft", temperature=3.0)
+    assert value.item() == pytest.approx(9 * expected / 2, rel=1e-5)
+
+
+def test_hard_logit_loss_takes_the_teachers_choice() -> None:
+    choice = torch.tensor([[1.0, 0.0, 0.0], [1.0, 0.0, 0.0]])
+    value = logit_loss(LOGITS, TEACHER, kind="hard")
+    assert value.item() == pytest.approx(cross_entropy(LOGITS, choice), rel=1e-5)
+
+
+def test_linear_compares_at_the_larger_height_and_the_larger_width() -> None:
+    student = torch.arange(8.0).reshape(1, 1, 4, 2)
+    teacher = torch.tensor([[[[1.0, 2.0, 3.0, 4.0]]]])  # one row of four
+    # Bilinear, corners not aligned: the student's rows widen to a, 3a/4 + b/4, a/4 + 3b/4, b.
+    rows = [
+        [a, 0.75 * a + 0.25 * b, 0.25 * a + 0.75 * b, b]
+        for a, b in ((0, 1), (2, 3), (4, 5), (6, 7))
+    ]
+    expected = (
+        sum((v - t) ** 2 for row in rows for v, t in zip(row, (1, 2, 3, 4), strict=True)) / 16
+    )
+    assert imitation_loss(student, teacher).item() == pytest.approx(expected, rel=1e-6)
+
+
+def test_attention_compares_shapes_of_energy_not_sizes() -> None:
+    student, teacher = torch.rand(2, 5, 3, 3), torch.rand(2, 7, 3, 3)
+    value = imitation_loss(student, teacher, "attention")
+    assert value > 0
+    torch.testing.assert_close(imitation_loss(9 * student, teacher, "attention"), value)
+
+
+def test_similarity_of_a_batch_with_itself_in_other_units_is_nothing() -> None:
+    maps = torch.rand(3, 4, 2, 2)
+    assert imitation_loss(maps, 5 * maps, "similarity").item() == pytest.approx(0, abs=1e-10)
+
+
+@pytest.mark.parametrize(
+    ("student", "teacher", "transform", "message"),
+    [
+        ((2, 3, 4, 4), (2, 5, 4, 4), "linear", "student map has 3 channels, the teacher's 5"),
+        ((2, 3, 4, 4), (3, 3, 4, 4), "linear", "of 2 images, the teacher's of 3"),
+        ((2, 3, 4, 4), (2, 3, 4, 4), "l2", "transform is 'l2'; allowed: linear, att"),
+    ],
+)
+def test_maps_that_cannot_be_compared(
+    student: tuple, teacher: tuple, transform: str, message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        imitation_loss(torch.zeros(student), torch.zeros(teacher), transform)
+
+
+def test_the_terms_add_up() -> None:
+    student = [torch.rand(2, 3, 4, 4), torch.rand(2, 3, 2, 2)]
+    teacher = [torch.rand(2, 3, 4, 4), torch.rand(2, 3, 4, 4)]
+    loss = GuidanceLoss(inter_weight=2.5, logit_weight=0.3, temperature=2.0)
+    terms = loss((LOGITS, LOGITS + TEACHER), student, TARGETS, teacher, TEACHER)
+    cls = cross_entropy(LOGITS, TARGETS)
+    inter = sum(imitation_loss(s, t).item() for s, t in zip(student, teacher, strict=True))
+    # The second head imitates, the first learns the labels.
+    logit = logit_loss(LOGITS + TEACHER, TEACHER, temperature=2.0).item()
+    assert terms["cls"].item() == pytest.approx(cls, rel=1e-5)
+    assert terms["inter"].item() == pytest.approx(inter, rel=1e-5)
+    assert terms["logit"].item() == pytest.approx(logit, rel=1e-5)
+    assert terms["loss"].item() == pytest.approx(0.7 * cls + 0.3 * logit + 2.5 * inter, rel=1e-5)
+
+
+def test_without_guidance_it_is_cross_entropy() -> None:
+    terms = GuidanceLoss()(LOGITS, [], TARGETS)
+    assert terms["loss"].item() == pytest.approx(cross_entropy(LOGITS, TARGETS), rel=1e-5)
+    assert terms["inter"] == terms["logit"] == 0
+
+
+def test_half_precision_maps_are_compared_in_float32() -> None:
+    student, teacher = torch.rand(2, 3, 4, 4).half(), torch.rand(2, 3, 4, 4).half()
+    value = imitation_loss(100 * student, 100 * teacher)
+    assert value.dtype == torch.float32
+    torch.testing.assert_close(
+        value, imitation_loss((100 * student).float(), (100 * teacher).float())
+    )

@@ -1,9 +1,10 @@
 #!/usr/bin/env python3
-"""Train, test or time a model that a config describes.
+"""Train, test, time or look at a model that a config describes.
 
 python run_net.py --mode train --cfg configs/digits/vit_digits_base.yaml
 python run_net.py --mode test  --cfg configs/digits/vit_digits_base.yaml TEST.PER_CLASS True
 python run_net.py --mode time  --cfg configs/deit/deit-ti_c100_base.yaml DEVICE cpu
+python run_net.py --mode info  --cfg configs/pvt/pvt-ti_c100_ours.yaml
 """
 
 from __future__ import annotations
@@ -24,9 +25,9 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--mode",
         required=True,
-        choices=("train", "test", "time"),
+        choices=("train", "test", "time", "info"),
         help="train: from the last checkpoint if there is one; test: TEST.WEIGHTS; time: parts of "
-        "a step",
+        "a step; info: size, cost, and which blocks imitate what; no data or weights needed",
     )
     parser.add_argument("--cfg", required=True, metavar="FILE", help="a YAML config, see configs/")
     parser.add_argument(
@@ -47,7 +48,12 @@ def run(mode: str, cfg: CfgNode) -> None:
     from lg.metrics import NonFiniteLossError
     from lg.signals import Interrupted
 
-    modes = {"train": trainer.train, "test": trainer.test, "time": trainer.time_steps}
+    modes = {
+        "train": trainer.train,
+        "test": trainer.test,
+        "time": trainer.time_steps,
+        "info": trainer.info,
+    }
     try:
         modes[mode](cfg)
     except Interrupted as stop:
@@ -66,7 +72,8 @@ def main() -> None:
 
         ports = (cfg.PORT_RANGE[0], cfg.PORT_RANGE[1])
         args_of_run = (args.mode, cfg)
-        launch(run, args_of_run, num_processes=cfg.NUM_GPUS, host=cfg.HOST, port_range=ports)
+        count = 1 if args.mode == "info" else cfg.NUM_GPUS
+        launch(run, args_of_run, num_processes=count, host=cfg.HOST, port_range=ports)
     except (ConfigError, OSError) as error:
         sys.exit(f"Error: {error}")
     except KeyboardInterrupt:  # before training took over the signal, or after

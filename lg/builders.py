@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,43 +11,45 @@ from yacs.config import CfgNode
 
 from lg.augment.mixing import Mixing
 from lg.augment.recipe import TestTransform, TrainTransform
-from lg.checkpoint import load_weights
+from lg.checkpoint import CheckpointError, foreign_weights, load_weights, read_checkpoint
 from lg.config import ConfigError, dump_config
-from lg.config_rules import FAMILIES, Family
+from lg.config_rules import FAMILIES
 from lg.datasets import build_dataset
 from lg.datasets.base import DataError, ImageDataset, stratified_subset
 from lg.datasets.loader import TestSamples, TrainBatches, TrainLoader, TrainSamples, test_loader
 from lg.device import Precision, select_device
 from lg.distributed import World, barrier
 from lg.guidance import FrozenTeacher, GuidanceLoss, GuidedStudent, NoTeacher
+from lg.info import describe, measure_model
 from lg.models.backbone import Backbone
-from lg.models.convit import convit
-from lg.models.cvt import cvt
-from lg.models.deit import deit
-from lg.models.pit import pit
-from lg.models.pvt import pvt
-from lg.models.pvtv2 import pvtv2
+from lg.models.families import build_family, single
 from lg.models.resnet import resnet
-from lg.models.t2t import t2t
 from lg.models.timm_models import timm_model
 from lg.optim import LearningRate, WeightAverage, make_optimizer, parameter_groups
 from lg.paths import is_url
 from lg.run import Settings
 
 
-def build_model(cfg: CfgNode) -> Backbone:
+def build_model(cfg: CfgNode, *, pretrained: bool = True) -> Backbone:
     """The student, or the CNN, alone: `model(images) -> logits`.
 
+    Args:
+        cfg: the config.
+        pretrained: whether MODEL.PRETRAINED counts; not where other weights follow anyway.
+
     Raises:
+        CheckpointError: MODEL.PRETRAINED cannot be read.
         ConfigError: sizes that do not fit together, or an unknown timm model.
     """
     try:
-        return _build_by_type(cfg)
+        return _build_by_type(cfg, pretrained=pretrained)
+    except CheckpointError:
+        raise
     except ValueError as error:  # what the models refuse, they refuse for a value of the config
         raise ConfigError(str(error)) from error
 
 
-def _build_by_type(cfg: CfgNode) -> Backbone:
+def _build_by_type(cfg: CfgNode, *, pretrained: bool) -> Backbone:
     kind = cfg.MODEL.TYPE
     sizes = _sizes(cfg, cfg.MODEL.IMG_SIZE)
     if kind == "ResNet":
@@ -57,14 +58,16 @@ def _build_by_type(cfg: CfgNode) -> Backbone:
         return timm_model(
             kind.removeprefix("timm/"),
             **sizes,
-            drop_rate=_single(cfg, "DROP_RATE", 0.0),
-            drop_path_rate=cfg.TRANSFORMER.DROP_PATH_RATE and _single(cfg, "DROP_PATH_RATE"),
+            drop_rate=single(kind, cfg.TRANSFORMER, "DROP_RATE"),
+            drop_path_rate=cfg.TRANSFORMER.DROP_PATH_RATE
+            and single(kind, cfg.TRANSFORMER, "DROP_PATH_RATE"),
             block_names=tuple(cfg.MODEL.BLOCKS),
+            pretrained=_foreign_weights(cfg, cfg.MODEL.PRETRAINED) if pretrained else None,
         )
-    settings = _family_settings(cfg, FAMILIES[kind])
+    section = FAMILIES[kind].section
     if kind == "DeiT":
-        settings["distilled"] = cfg.DISTILLATION.ENABLE_LOGIT
-    return _BUILDERS[kind](**sizes, **settings)
+        sizes["distilled"] = cfg.DISTILLATION.ENABLE_LOGIT
+    return build_family(kind, cfg.TRANSFORMER, cfg[section] if section else {}, **sizes)
 
 
 def build_guided(cfg: CfgNode) -> tuple[GuidedStudent, FrozenTeacher | NoTeacher, GuidanceLoss]:
@@ -79,10 +82,7 @@ def build_guided(cfg: CfgNode) -> tuple[GuidedStudent, FrozenTeacher | NoTeacher
         return GuidedStudent(student), NoTeacher(), GuidanceLoss()
     _refuse_offline(cfg)
     teacher = build_teacher(cfg)
-    student_taps = options.INTER_STUDENT_INDEX if options.ENABLE_INTER else []
-    teacher_taps = options.INTER_TEACHER_INDEX if options.ENABLE_INTER else []
-    _check_taps("STUDENT", student, student_taps)
-    _check_taps("TEACHER", teacher, teacher_taps)
+    student_taps, teacher_taps = _taps(cfg, student, teacher)
     guide = FrozenTeacher(
         teacher,
         indices=teacher_taps,
@@ -101,10 +101,16 @@ def build_guided(cfg: CfgNode) -> tuple[GuidedStudent, FrozenTeacher | NoTeacher
     return GuidedStudent(student, indices=student_taps, teacher_dims=projected), guide, loss
 
 
-def build_teacher(cfg: CfgNode) -> Backbone:
-    """The guide's CNN with its trained weights."""
+def build_teacher(cfg: CfgNode, *, trained: bool = True) -> Backbone:
+    """The guide's model, with its trained weights or, where only its shape matters, without."""
     options = cfg.DISTILLATION
     sizes = _sizes(cfg, options.TEACHER_IMG_SIZE)
+    path = options.TEACHER_WEIGHTS if trained else None
+    foreign = None
+    if path and options.TEACHER_MODEL != "ResNet" and not options.ENABLE_LOGIT:
+        # Weights that timm publishes serve as well: maps are imitated, the classes do not matter.
+        state = read_checkpoint(path, cache=cfg.DOWNLOAD_CACHE)
+        foreign = None if "model_state" in state else foreign_weights(state, path)
     with torch.random.fork_rng(
         devices=[]
     ):  # a guided student starts from the same weights as a plain one
@@ -113,19 +119,26 @@ def build_teacher(cfg: CfgNode) -> Backbone:
         else:
             name = options.TEACHER_MODEL.removeprefix("timm/")
             try:
-                teacher = timm_model(name, **sizes)
+                teacher = timm_model(name, **sizes, pretrained=foreign)
             except ValueError as error:
                 raise ConfigError(
                     f"DISTILLATION.TEACHER_MODEL is {options.TEACHER_MODEL!r} at TEACHER_IMG_SIZE "
                     f"{options.TEACHER_IMG_SIZE}, which cannot be built: {error}"
                 ) from error
-    if options.TEACHER_WEIGHTS is None:
+    if path and foreign is None:
+        load_weights(teacher, path, cache=cfg.DOWNLOAD_CACHE)
+    elif trained and not path:
         warnings.warn(
             "DISTILLATION.TEACHER_WEIGHTS is null: the guide has random weights.", stacklevel=2
         )
-    else:
-        load_weights(teacher, options.TEACHER_WEIGHTS, cache=cfg.DOWNLOAD_CACHE)
     return teacher
+
+
+def _foreign_weights(cfg: CfgNode, path: str) -> dict[str, torch.Tensor] | None:
+    """The weights in a file that timm or a model's makers published."""
+    if not path:
+        return None
+    return foreign_weights(read_checkpoint(path, cache=cfg.DOWNLOAD_CACHE), path)
 
 
 def build_train_data(cfg: CfgNode) -> ImageDataset:
@@ -319,7 +332,7 @@ def check_training(cfg: CfgNode, *, trained_guide: bool = True) -> None:
             "guide first and name its "
             "model.pyth."
         )
-    keys = [("TRAIN.WEIGHTS", cfg.TRAIN.WEIGHTS)]
+    keys = [("TRAIN.WEIGHTS", cfg.TRAIN.WEIGHTS), ("MODEL.PRETRAINED", cfg.MODEL.PRETRAINED)]
     if guided and not options.OFFLINE:
         keys.append(("DISTILLATION.TEACHER_WEIGHTS", options.TEACHER_WEIGHTS))
     for key, path in keys:
@@ -328,6 +341,38 @@ def check_training(cfg: CfgNode, *, trained_guide: bool = True) -> None:
                 f"{key} is {path!r}, which does not exist. Check the path, or train the model "
                 f"that writes it first."
             )
+
+
+def build_info(cfg: CfgNode) -> list[str]:
+    """The lines of `--mode info`; needs no data and no weights."""
+    model, options = cfg.MODEL, cfg.DISTILLATION
+    channels = model.IN_CHANNELS
+    student = build_model(cfg, pretrained=False)
+    facts = measure_model(student, image_size=model.IMG_SIZE, in_channels=channels)
+    if not (options.ENABLE_INTER or options.ENABLE_LOGIT):
+        return describe(model.TYPE, facts, num_classes=model.NUM_CLASSES)
+    teacher = build_teacher(cfg, trained=False)
+    return describe(
+        model.TYPE,
+        facts,
+        num_classes=model.NUM_CLASSES,
+        guide_name=f"{options.TEACHER_MODEL}-{cfg.CNN.DEPTH}"
+        if options.TEACHER_MODEL == "ResNet"
+        else options.TEACHER_MODEL,
+        guide=measure_model(teacher, image_size=options.TEACHER_IMG_SIZE, in_channels=channels),
+        taps=[*zip(*_taps(cfg, student, teacher), strict=True)],
+        with_heads=options.ENABLE_INTER and options.INTER_TRANSFORM == "linear",
+    )
+
+
+def _taps(cfg: CfgNode, student: Backbone, teacher: Backbone) -> tuple[list[int], list[int]]:
+    """The blocks of student and guide that are compared, in pairs."""
+    options = cfg.DISTILLATION
+    if not options.ENABLE_INTER:
+        return [], []
+    _check_taps("STUDENT", student, options.INTER_STUDENT_INDEX)
+    _check_taps("TEACHER", teacher, options.INTER_TEACHER_INDEX)
+    return options.INTER_STUDENT_INDEX, options.INTER_TEACHER_INDEX
 
 
 def _check_taps(which: str, model: Backbone, indices: list[int]) -> None:
@@ -366,79 +411,6 @@ def _build_resnet(cfg: CfgNode, **sizes: int) -> Backbone:
 def _sizes(cfg: CfgNode, img_size: int) -> dict[str, Any]:
     model = cfg.MODEL
     return dict(img_size=img_size, in_channels=model.IN_CHANNELS, num_classes=model.NUM_CLASSES)
-
-
-_BUILDERS: dict[str, Callable[..., Backbone]] = {
-    "DeiT": deit,
-    "T2TViT": t2t,
-    "PiT": pit,
-    "PVT": pvt,
-    "PVTv2": pvtv2,
-    "ConViT": convit,
-    "CvT": cvt,
-}
-
-
-def _family_settings(cfg: CfgNode, family: Family) -> dict[str, Any]:
-    """A family's keys as arguments, which are named as the keys are, in lower case."""
-    settings = {"ln_eps": cfg.TRANSFORMER.LN_EPS}
-    for name in family.one:
-        settings[name.lower()] = _single(cfg, name, _UNSET.get(name))
-    num_stages = len(_stage_list(cfg, "HIDDEN_DIM")) if family.stages else 0
-    for name in family.stages:
-        settings[name.lower()] = _per_stage(cfg, name, num_stages)
-    for name, value in cfg[family.section].items() if family.section else ():
-        if isinstance(value, list) and family.stages and len(value) != num_stages:
-            raise ValueError(
-                f"{family.section}.{name} is {value}, but TRANSFORMER.HIDDEN_DIM has {num_stages} "
-                "stages: give one entry a stage"
-            )
-        settings[name.lower()] = value
-    return settings
-
-
-# What an unset rate means. T2T.STRIDE says how large a token's patch is, PATCH_SIZE need not.
-_UNSET = {"DROP_RATE": 0.0, "DROP_PATH_RATE": 0.0, "ATTENTION_DROP_RATE": 0.0}
-
-
-def _single(cfg: CfgNode, name: str, default: float | None = None) -> Any:
-    """TRANSFORMER.<name> where a model takes one number."""
-    value = cfg.TRANSFORMER[name]
-    if value is None:
-        value = default
-    optional = cfg.MODEL.TYPE == "T2TViT" and name == "PATCH_SIZE"
-    if isinstance(value, list) or (value is None and not optional):
-        raise ValueError(
-            f"TRANSFORMER.{name} is {value!r}; MODEL.TYPE {cfg.MODEL.TYPE} takes one number."
-        )
-    return value
-
-
-def _stage_list(cfg: CfgNode, name: str) -> list[Any]:
-    """TRANSFORMER.<name> where a model takes one number a stage."""
-    value = cfg.TRANSFORMER[name]
-    if not isinstance(value, list) or not value:
-        raise ValueError(
-            f"TRANSFORMER.{name} is {value!r}; MODEL.TYPE {cfg.MODEL.TYPE} takes a list, one entry "
-            "a stage."
-        )
-    return value
-
-
-def _per_stage(cfg: CfgNode, name: str, num_stages: int) -> list[Any]:
-    """TRANSFORMER.<name> for each stage; one number stands for all of them."""
-    value = cfg.TRANSFORMER[name]
-    if value is None:
-        value = _UNSET.get(name)
-    if isinstance(value, (int, float)):
-        return [value] * num_stages
-    values = _stage_list(cfg, name)
-    if len(values) != num_stages:
-        raise ValueError(
-            f"TRANSFORMER.{name} is {values}, but TRANSFORMER.HIDDEN_DIM has {num_stages} stages: "
-            "give one entry a stage"
-        )
-    return values
 
 
 def _checked_dataset(cfg: CfgNode, section: str, name: str) -> ImageDataset:

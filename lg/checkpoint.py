@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import safetensors.torch
 import torch
 from torch import Tensor, nn
 
@@ -28,6 +29,8 @@ DEFAULT_CACHE = "/tmp/pycls-download-cache"
 BEST_NAME = "model.pyth"
 _NAME = re.compile(r"model_epoch_(\d+)\.pyth")
 _TEMPORARY = ".partial-"
+# Where other projects' files keep their weights, the average first.
+_WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model")
 
 # What a NumPy number in a file is made of, such as an error rate in a published one: none of these
 # does more than hold bytes. NumPy 1 and 2 name the first one differently.
@@ -88,8 +91,11 @@ def read_checkpoint(path: str | os.PathLike[str], *, cache: str = DEFAULT_CACHE)
                     f"{name} is damaged: its part {damaged} is not what was written. Use another "
                     "copy."
                 )
-        with torch.serialization.safe_globals(_NUMPY_NUMBERS):
-            state = torch.load(file, map_location="cpu", weights_only=True)
+        if name.endswith(".safetensors"):
+            state: Any = safetensors.torch.load_file(file)
+        else:
+            with torch.serialization.safe_globals(_NUMPY_NUMBERS):
+                state = torch.load(file, map_location="cpu", weights_only=True)
     except CheckpointError:
         raise
     except FileNotFoundError:
@@ -137,6 +143,23 @@ def choose_weights(state: Mapping[str, Any], name: str) -> dict[str, Tensor]:
             )
     use_average = parts["ema_state"] and _error(state, "test_err") > _error(state, "ema_err")
     return dict(parts["ema_state" if use_average else "model_state"])
+
+
+def foreign_weights(state: Mapping[str, Any], name: str) -> dict[str, Tensor]:
+    """The tensors of a file that another project wrote: bare, or under one of the usual names, with
+    or without the `module.` of a wrapped model. An average of the weights is preferred.
+
+    Raises:
+        CheckpointError: there are none.
+    """
+    inner = next((state[key] for key in _WRAPPERS if isinstance(state.get(key), Mapping)), state)
+    weights = {str(k).removeprefix("module."): v for k, v in inner.items()}
+    if not weights or not all(isinstance(v, Tensor) for v in weights.values()):
+        raise CheckpointError(
+            f"{name} holds no weights: its keys are {', '.join(map(str, list(state)[:6]))}. Use a "
+            f"file of tensors by name, alone or under {', '.join(_WRAPPERS)}."
+        )
+    return weights
 
 
 def load_weights(

@@ -18,6 +18,9 @@ DEFAULTS: dict[str, Any] = {
         # (+) timm/NAME only: module names (or shell patterns) of the blocks, when they cannot be
         # found
         "BLOCKS": [],
+        # (+) timm/NAME only: path or URL of weights that timm or the model's makers published, to
+        # start from; a classifier of another class count starts fresh
+        "PRETRAINED": "",
     },
     "CNN": {  # the CNN guide, or the model itself when MODEL.TYPE is ResNet
         "DEPTH": 56,  # 6n+2: the CIFAR form; 18, 34, 50, 101, 152: the ImageNet form

@@ -272,6 +272,17 @@ COMBINATIONS: list[tuple[str, Callable[[Values], bool], str | Callable[[Values],
         lambda v: bool(v["MODEL.BLOCKS"]) and not v["MODEL.TYPE"].startswith("timm/"),
         "only timm/NAME models take block names; the others know their blocks: set it to [].",
     ),
+    (
+        "MODEL.PRETRAINED",
+        lambda v: bool(v["MODEL.PRETRAINED"]) and not v["MODEL.TYPE"].startswith("timm/"),
+        "only timm/NAME models have pretrained weights: set it to '', or give weights of this "
+        "project's own as TRAIN.WEIGHTS.",
+    ),
+    (
+        "MODEL.PRETRAINED",
+        lambda v: bool(v["MODEL.PRETRAINED"] and v["TRAIN.WEIGHTS"]),
+        "TRAIN.WEIGHTS would replace these weights: set one of the two to ''.",
+    ),
     *(
         (
             key,

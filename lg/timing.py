@@ -14,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from lg.datasets.loader import MIX, Batch
 from lg.device import synchronize
+from lg.models.backbone import evaluating
 from lg.run import Run
 from lg.step import accumulate_gradients, forward, micro_batches, update_weights
 
@@ -114,11 +115,8 @@ def complexity(model: nn.Module, image_size: int, in_channels: int = 3) -> dict[
     image = torch.zeros(
         1, in_channels, image_size, image_size, device=next(iter(state.values())).device
     )
-    modes = {module: module.training for module in model.modules()}
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        functional_call(model.eval(), state, (image,))
-    for module, training in modes.items():
-        module.training = training
+    with FlopCounterMode(display=False) as counter, evaluating(model):
+        functional_call(model, state, (image,))
     return {
         "params": sum(p.numel() for p in model.parameters()),
         "macs": counter.get_total_flops() // 2,

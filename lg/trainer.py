@@ -182,7 +182,7 @@ def test(cfg: CfgNode) -> EvalResult:
     try:
         dataset = builders.build_test_data(cfg)
         device = builders.build_device(cfg, world)
-        model = builders.build_model(cfg)
+        model = builders.build_model(cfg, pretrained=False)
         load_weights(model, path, cache=cfg.DOWNLOAD_CACHE)
         model.to(device)
         loader = builders.build_test_loader(cfg, dataset, world)
@@ -205,6 +205,11 @@ def test(cfg: CfgNode) -> EvalResult:
 
 
 test.__test__ = False  # type: ignore[attr-defined]  # not a test case, whatever its name
+
+
+def info(cfg: CfgNode) -> None:
+    """Says what the config builds: parameters, multiply-adds, and the table of blocks and taps."""
+    print("\n".join(builders.build_info(cfg)))
 
 
 def time_steps(cfg: CfgNode) -> dict[str, float]:

@@ -131,6 +131,11 @@ BROKEN: list[tuple[dict[str, Any], str]] = [
     ({"RESNET.NUM_GROUPS": 2}, "set it to 1"),
     ({"RESNET.WIDTH_PER_GROUP": 32}, "set it to 64"),
     ({"MODEL.BLOCKS": ["a"]}, "timm/NAME"),
+    ({"MODEL.PRETRAINED": "a.pth"}, "own as TRAIN.WEIGHTS"),
+    (
+        {"MODEL.TYPE": "timm/resnet18", "MODEL.PRETRAINED": "a", "TRAIN.WEIGHTS": "b"},
+        "set one of the two",
+    ),
     *(
         ({"MODEL.TYPE": "timm/resnet18", key: 0.5 if key.endswith("RATE") else 2}, "leave it out")
         for key in TIMM_IGNORES

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from lg.models.backbone import Backbone, unwrap
+from lg.models.backbone import Backbone, evaluating, unwrap
 from lg.models.convit import GatedAttention
 
 
@@ -63,7 +63,6 @@ def _weights(
 
 
 @torch.compiler.disable
-@torch.no_grad()
 def attention_maps(model: nn.Module, images: torch.Tensor, index: int) -> torch.Tensor:
     """Return the attention weights of one block, in evaluation mode; the model stays as it was.
 
@@ -121,14 +120,10 @@ def _record(backbone: Backbone, images: torch.Tensor, index: int) -> list[torch.
     handles += [
         m.register_forward_pre_hook(mix) for m in block.modules() if hasattr(m, "attention")
     ]
-    modes = {module: module.training for module in backbone.modules()}
     try:
-        backbone.eval()
-        with torch.compiler.set_stance("force_eager"):
+        with evaluating(backbone), torch.compiler.set_stance("force_eager"):
             backbone(images)
     finally:
         for handle in handles:
             handle.remove()
-        for module, training in modes.items():
-            module.training = training
     return mixed or recorder.found

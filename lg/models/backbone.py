@@ -7,7 +7,8 @@ H and W the map's height and width in patches or pixels of the map, K classes.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -116,6 +117,19 @@ class Backbone(nn.Module):
         return self.net(images)
 
 
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Put a model in evaluation mode without gradients; restore each module's own mode after."""
+    modes = {module: module.training for module in model.modules()}
+    try:
+        with torch.no_grad():
+            model.eval()
+            yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
+
+
 def unwrap(model: nn.Module) -> Backbone:
     """Return the `Backbone` inside DistributedDataParallel and `torch.compile` wrappers.
 
@@ -163,19 +177,15 @@ def probe_layouts(
 
         return net.get_submodule(name).register_forward_hook(remember)
 
-    modes = {module: module.training for module in net.modules()}
     handles = [watch(name) for name in names]
     # Not a constant image: some normalisations turn one into NaN.
     image = torch.randn((1, *image_shape), generator=torch.Generator().manual_seed(0))
     try:
-        with torch.random.fork_rng(devices=[]), torch.no_grad():
-            net.eval()
+        with torch.random.fork_rng(devices=[]), evaluating(net):
             net(image.to(next(net.parameters()).device))
     finally:
         for handle in handles:
             handle.remove()
-        for module, training in modes.items():
-            module.training = training
     prefix = getattr(net, "num_prefix_tokens", 0)
     # A tap would see what a later module wrote over such an output, not the output.
     shapes = {

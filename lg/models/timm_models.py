@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -42,8 +42,9 @@ def timm_model(
     drop_rate: float = 0.0,
     drop_path_rate: float | None = None,
     block_names: Sequence[str] = (),
+    pretrained: Mapping[str, torch.Tensor] | None = None,
 ) -> Backbone:
-    """Return the timm model `name` with fresh weights; its blocks are found by running it once.
+    """Return the timm model `name`; its blocks are found by running it once.
 
     Args:
         name: A name of `timm.list_models()`, with or without a tag; nothing is downloaded.
@@ -54,22 +55,28 @@ def timm_model(
         drop_path_rate: Stochastic depth of the last block; None keeps the model's default.
         block_names: Names of the blocks' modules, or patterns (`stages.*.blocks.*`, where `*` does
             not cross a dot), if they cannot be found or others are wanted.
+        pretrained: A state dict of this model as timm or its makers publish it; None for fresh
+            weights. Positions are resized and the input convolution is adapted as timm does; a
+            classifier for another number of classes stays fresh, everything else must fit.
 
     Raises:
-        ValueError: Unknown name, image size or rate the model cannot take, blocks not found.
+        ValueError: Unknown name, image size or rate the model cannot take, blocks not found,
+            weights of another model.
     """
     if not timm.is_model(name):
         near = difflib.get_close_matches(name, timm.list_models(), n=5, cutoff=0.5)
         hint = f"did you mean {', '.join(near)}?" if near else "timm.list_models() lists them all"
         raise ValueError(f"MODEL.TYPE timm/{name}: timm {timm.__version__} has no {name!r}; {hint}")
-    net = _create(
-        name,
-        img_size=img_size,
-        in_chans=in_channels,
-        num_classes=num_classes,
-        drop_rate=drop_rate,
-        drop_path_rate=drop_path_rate,
-    )
+    settings = {
+        "img_size": img_size,
+        "in_chans": in_channels,
+        "drop_rate": drop_rate,
+        "drop_path_rate": drop_path_rate,
+    }
+    if pretrained is None:
+        net = _create(name, **settings, num_classes=num_classes)
+    else:
+        net = _create_pretrained(name, pretrained, num_classes, settings)
     candidates = _named_blocks(net, name, block_names) if block_names else _find_blocks(net)
     try:
         layouts = probe_layouts(net, candidates, image_shape=(in_channels, img_size, img_size))
@@ -95,6 +102,43 @@ def timm_model(
     return Backbone(net, family="timm", block_names=list(blocks), layouts=list(blocks.values()))
 
 
+def _create_pretrained(
+    name: str, weights: Mapping[str, torch.Tensor], num_classes: int, settings: dict[str, Any]
+) -> nn.Module:
+    """Build the model with all of the weights, then change its classifier if it must be.
+
+    With as many classes as the weights have, timm loads strictly; with others it would pass over
+    whatever else is missing.
+    """
+    config = timm.get_pretrained_cfg(name)
+    classifier = (config and config.classifier) or ()
+    heads = [classifier] if isinstance(classifier, str) else list(classifier)
+    known = [len(weights[f"{head}.weight"]) for head in heads if f"{head}.weight" in weights]
+    # Makers' own files may name the head otherwise, or have none.
+    counts = dict.fromkeys([*known[:1], config.num_classes if config else 1000, 0])
+    reasons = []
+    for count in counts:
+        overlay = {"state_dict": dict(weights), "num_classes": count}
+        try:
+            net = _create(
+                name, **settings, num_classes=count, pretrained=True, pretrained_cfg_overlay=overlay
+            )
+        except _WeightsError as error:
+            reasons.append(str(error))
+            continue
+        if count != num_classes:
+            net.reset_classifier(num_classes)  # type: ignore[operator]
+        return net
+    raise ValueError(
+        f"the pretrained weights do not fit timm/{name}: {reasons[0]}. Use the file that timm or "
+        "the model's makers publish under this name"
+    )
+
+
+class _WeightsError(Exception):
+    """Weights that the model cannot load, with the reason."""
+
+
 def _create(name: str, **settings: Any) -> nn.Module:
     """Build the model, leaving out the settings it does not know where that changes nothing."""
     img_size = settings["img_size"]
@@ -104,7 +148,7 @@ def _create(name: str, **settings: Any) -> nn.Module:
     random_state = torch.get_rng_state()
     while True:
         try:
-            return timm.create_model(name, pretrained=False, **settings)
+            return timm.create_model(name, **settings)
         except TypeError as error:
             unknown = next((key for key in harmless if f"'{key}'" in str(error)), None)
             if unknown is None or unknown not in settings:
@@ -116,7 +160,12 @@ def _create(name: str, **settings: Any) -> nn.Module:
                 ) from error
             del settings[unknown]
             torch.set_rng_state(random_state)
-        except (RuntimeError, AssertionError, ValueError, ZeroDivisionError) as error:
+        except (RuntimeError, KeyError, AttributeError) as error:
+            if settings.get("pretrained"):
+                reason = " ".join(str(error).split())[:300]
+                raise _WeightsError(reason or type(error).__name__) from error
+            raise _size_error(name, img_size, error) from error
+        except (AssertionError, ValueError, ZeroDivisionError) as error:
             raise _size_error(name, img_size, error) from error
 
 

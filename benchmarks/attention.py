@@ -4,9 +4,10 @@
     python benchmarks/attention.py                     # every family, some minutes on two cores
     python benchmarks/attention.py --models pvt-ti --batch-size 16 --repeats 20
 
-The copy has the same weights and forms every attention matrix: softmax(q k) v, and for ConViT the
-mixture of its two attentions. Steps (forward, cross-entropy, backward, AdamW) of the two alternate
-in one process. Prints a table and writes attention.json.
+The copy has the same weights and forms every attention matrix, softmax(q k) v; for ConViT it is
+timm's model, which also forms the positional attention of every image. Steps (forward,
+cross-entropy, backward, AdamW) of the two alternate in one process.
+Prints a table and writes attention.json.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from statistics import median, quantiles
 from typing import Any
 from unittest import mock
 
+import timm
 import torch
 import torch.nn.functional as F
 
@@ -33,8 +35,6 @@ sys.path.insert(0, str(ROOT))
 
 import lg  # noqa: E402
 from lg.device import select_device, synchronize  # noqa: E402
-from lg.models.convit import GatedAttention  # noqa: E402
-from lg.models.layers import split_heads  # noqa: E402
 
 MODELS = {
     "deit-ti": "deit",
@@ -93,7 +93,8 @@ def compare(name: str, *, device: torch.device, batch_size: int, repeats: int) -
     torch.manual_seed(0)
     cfg = lg.load_config(ROOT / "configs" / MODELS[name] / f"{name}_c100_base.yaml")
     ours = lg.build_model(cfg).to(device).train()
-    step, naive_step = (make_step(model, batch_size) for model in (ours, copy.deepcopy(ours)))
+    naive = timms_convit(ours) if name == "convit-ti" else copy.deepcopy(ours)
+    step, naive_step = (make_step(model, batch_size) for model in (ours, naive))
     times: dict[str, list[float]] = {"ours": [], "naive": []}
     for repeat in range(2 + repeats):  # the first two warm up
         for kind, work in (("ours", step), ("naive", naive_step)):
@@ -148,15 +149,15 @@ def naive_attention() -> Iterator[None]:
         factor = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
         return (factor * query @ key.transpose(-2, -1)).softmax(dim=-1) @ value
 
-    def gated(self: GatedAttention, tokens: torch.Tensor) -> torch.Tensor:
-        heads = self.attention(tokens) @ split_heads(self.v(tokens), self.num_heads)
-        return self.proj(heads.transpose(1, 2).flatten(2))
-
-    with (
-        mock.patch.object(F, "scaled_dot_product_attention", attend),
-        mock.patch.object(GatedAttention, "forward", gated),
-    ):
+    with mock.patch.object(F, "scaled_dot_product_attention", attend):
         yield
+
+
+def timms_convit(ours: torch.nn.Module) -> torch.nn.Module:
+    """timm's ConViT-Tiny with our weights."""
+    model = timm.create_model("convit_tiny", num_classes=100, drop_path_rate=0.1)
+    model.load_state_dict(lg.published_state_dict(ours))
+    return model.to(next(ours.parameters()).device).train()
 
 
 if __name__ == "__main__":

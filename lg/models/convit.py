@@ -23,10 +23,10 @@ from lg.models.layers import check_depth, check_patches, check_widths, split_hea
 class GatedAttention(nn.Module):
     """Gated positional self-attention: each head mixes what it sees with where it looks.
 
-    The same layers, weights and numbers as timm's GPSA. There the two attentions are mixed and then
-    applied to the values; here each is applied and the results are mixed, which is the same sum:
-    the content part needs no N x N matrix in memory, and the positional part, which is the same for
-    all images, is computed once a batch.
+    The same layers, weights and numbers as timm's GPSA, which works out the positional attention,
+    the same for all images, for every one of them; here it is done once a batch. On CUDA the two
+    attentions act on the values apart and the results are mixed, which is the same sum: so the
+    content part can be fused and needs no N x N matrix in memory. On CPUs mixing first is faster.
 
     Args:
         source: The layer whose parts are taken over.
@@ -48,20 +48,29 @@ class GatedAttention(nn.Module):
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
         """Tokens [B, N, C] to [B, N, C]."""
         value = split_heads(self.v(tokens), self.num_heads)
-        if self.training and self.attn_drop.p > 0:  # drops weights of the mixture, so it must exist
-            heads = self.attn_drop(self.attention(tokens)) @ value
+        dropped = self.training and self.attn_drop.p > 0  # of the mixture, which must then exist
+        if tokens.is_cuda and not dropped:
+            heads = self.mix_results(tokens, value)
         else:
-            query, key = self._query_and_key(tokens)
-            content = F.scaled_dot_product_attention(query, key, value, scale=self.scale)
-            position = torch.einsum("mqk,bmkc->bmqc", self._positional().to(value.dtype), value)
-            heads = torch.lerp(content, position, self._gate().to(content.dtype))
+            heads = self.attn_drop(self.attention(tokens)) @ value
         return self.proj_drop(self.proj(heads.transpose(1, 2).flatten(2)))
+
+    def mix_results(self, tokens: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        """Return what the heads gather, [B, M, N, C / M], without the mixed attention."""
+        query, key = self._query_and_key(tokens)
+        content = F.scaled_dot_product_attention(query, key, value, scale=self.scale)
+        # One product a head, with the images side by side: [M, N, N] x [M, N, B C / M].
+        beside = value.permute(1, 2, 0, 3).flatten(2)
+        position = self._positional().to(value.dtype) @ beside
+        position = position.unflatten(2, (len(tokens), -1)).permute(2, 0, 1, 3)
+        return torch.lerp(content, position, self._gate().to(content.dtype))
 
     def attention(self, tokens: torch.Tensor) -> torch.Tensor:
         """Return the attention weights [B, M, N, N] for tokens [B, N, C]; no dropout."""
         query, key = self._query_and_key(tokens)
         content = (self.scale * query @ key.transpose(2, 3)).softmax(dim=-1)
-        return torch.lerp(content, self._positional().to(content.dtype), self._gate())
+        gate = self._gate()
+        return (1 - gate) * content + gate * self._positional()
 
     def _query_and_key(self, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         query, key = self.qk(tokens).chunk(2, dim=-1)

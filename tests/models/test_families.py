@@ -236,6 +236,16 @@ def test_gated_attention_is_timms_with_gradients() -> None:
         torch.testing.assert_close(parameter.grad, grads[name].grad, rtol=1e-4, atol=1e-5)
 
 
+def test_mixing_results_is_mixing_attentions() -> None:
+    torch.manual_seed(0)
+    layer = build("convit").net.blocks[0].attn
+    nn.init.normal_(layer.gating_param)
+    tokens = torch.randn(3, 16, 32)
+    value = torch.randn(3, 2, 16, 16)
+    mixed = layer.attention(tokens) @ value
+    torch.testing.assert_close(layer.mix_results(tokens, value), mixed, rtol=0, atol=1e-6)
+
+
 def test_gated_attention_drops_weights_of_the_mixture() -> None:
     torch.manual_seed(0)
     layer = build("convit", attention_drop_rate=0.5).net.blocks[0].attn

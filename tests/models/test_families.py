@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import timm
 import torch
 from torch import nn
 
+import lg
+from lg.checkpoint import CheckpointError
 from lg.models import Backbone, convit, cvt, feature_maps, pit, pvt, pvtv2, t2t
 from lg.models.convit import GatedAttention
 from lg.models.t2t import PerformerAttention, sinusoid
@@ -158,6 +162,33 @@ def test_a_pyramid_widens_its_mlps_by_stage() -> None:
     for name in ("pvt", "pvtv2", "cvt"):
         stages = build(name).net.stages
         assert [s.blocks[0].mlp.fc1.out_features for s in stages] == [48, 64]
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_a_published_file_loads_bit_for_bit(name: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    states = [lg.published_state_dict(build(name)) for _ in range(2)]
+    file = {
+        "epoch": 3,
+        "test_err": np.float64(40.0),  # the average tested better
+        "ema_err": np.float64(30.0),
+        "model_state": states[0],
+        "ema_state": states[1],
+        "optimizer_state": {"state": {}, "param_groups": []},
+        "cfg": "MODEL: {}",
+    }
+    torch.save(file, tmp_path / "model.pyth")
+    model = build(name)
+    lg.load_weights(model, tmp_path / "model.pyth")
+    loaded = lg.published_state_dict(model)
+    assert list(loaded) == list(states[1])
+    assert all(torch.equal(loaded[key], value) for key, value in states[1].items())
+    lg.load_published_state_dict(model, states[0])
+    assert all(torch.equal(states[0][k], v) for k, v in lg.published_state_dict(model).items())
+    del file["ema_state"][next(iter(loaded))]
+    torch.save(file, tmp_path / "model.pyth")
+    with pytest.raises(CheckpointError, match=f"1 missing: {next(iter(loaded))}"):
+        lg.load_weights(model, tmp_path / "model.pyth")
 
 
 # --- T2T ---------------------------------------------------------------------------------------

@@ -45,9 +45,11 @@ def run(mode: str, cfg: CfgNode) -> None:
     from lg.checkpoint import CheckpointError
     from lg.config import ConfigError
     from lg.datasets.base import DataError
+    from lg.guidance import BankError
     from lg.metrics import NonFiniteLossError
     from lg.signals import Interrupted
 
+    faults = (BankError, CheckpointError, ConfigError, DataError, NonFiniteLossError, OSError)
     modes = {
         "train": trainer.train,
         "test": trainer.test,
@@ -58,7 +60,7 @@ def run(mode: str, cfg: CfgNode) -> None:
         modes[mode](cfg)
     except Interrupted as stop:
         sys.exit(stop.code)
-    except (ConfigError, CheckpointError, DataError, NonFiniteLossError, OSError) as error:
+    except faults as error:
         sys.exit(f"Error: {error}")
 
 

@@ -3,6 +3,7 @@
 
     python benchmarks/digits_demo.py              # one seed, under 3 minutes on two cores
     python benchmarks/digits_demo.py --seeds 3    # mean and spread over three
+    python benchmarks/digits_demo.py --offline    # also guided by stored features
 
 Each training is a plain `run_net.py` command, shown before it runs. Runs that are already finished
 are read, not repeated. Writes curves.png and results.json beside the runs.
@@ -27,6 +28,7 @@ MODELS = {
     "vit_digits_base": "transformer, plain",
     "vit_digits_ours": "transformer, guided",
 }
+OFFLINE = {"vit_digits_ours_offline": "the same, offline"}
 
 
 def main() -> None:
@@ -34,8 +36,11 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--seeds", type=int, default=1, help="how many seeds, from 1 (default 1)")
+    parser.add_argument("--offline", action="store_true", help="also guide by stored features")
     parser.add_argument("--out", type=Path, default=Path("work_dirs/digits_demo"))
     args = parser.parse_args()
+    if args.offline:
+        MODELS.update(OFFLINE)
     started = time.perf_counter()
     runs = {
         seed: {name: train(name, seed=seed, out=args.out) for name in MODELS}
@@ -56,40 +61,35 @@ def train(name: str, *, seed: int, out: Path) -> dict[str, Any]:
     """Trains one config and returns what its log says."""
     from lg.log import read_json_lines
 
-    out_dir = out / f"seed{seed}" / name
-    command = [
-        "run_net.py",
-        "--mode",
-        "train",
-        "--cfg",
-        f"configs/digits/{name}.yaml",
-        "OUT_DIR",
-        str(out_dir.resolve()),
-        "RNG_SEED",
-        str(seed),
-        "DEVICE",
-        "cpu",
-    ]
-    if name == "vit_digits_ours":
-        guide = out / f"seed{seed}" / "r-8_digits" / "model.pyth"
-        command += ["DISTILLATION.TEACHER_WEIGHTS", str(guide.resolve())]
-    print(
-        f"$ python {' '.join(os.path.relpath(c) if c.startswith('/') else c for c in command)}",
-        flush=True,
-    )
-    process = subprocess.run(
-        [sys.executable, *command], cwd=ROOT, text=True, stdout=subprocess.PIPE
-    )
-    if process.returncode:
-        sys.exit(process.returncode)
-    print(process.stdout.strip().splitlines()[-1], flush=True)
-    lines = read_json_lines(out_dir / "log.txt")
+    folder = (out / f"seed{seed}").resolve()
+    guide = str(folder / "r-8_digits" / "model.pyth")
+    settings = ["OUT_DIR", str(folder / name), "RNG_SEED", str(seed), "DEVICE", "cpu"]
+    config = ["--cfg", f"configs/digits/{name}.yaml"]
+    if name.startswith("vit_digits_ours"):
+        settings += ["DISTILLATION.TEACHER_WEIGHTS", guide]
+    if name in OFFLINE:
+        settings += ["DISTILLATION.FEATURE_FILE", str(folder / "r-8_digits.npz")]
+        run(["precompute_feature.py", *config, *settings])
+    print(run(["run_net.py", "--mode", "train", *config, *settings]), flush=True)
+    lines = read_json_lines(folder / name / "log.txt")
     tests = [line for line in lines if line["_type"] == "test_epoch"]
     return {
         "params": next(line["params"] for line in lines if line["_type"] == "complexity"),
         "epochs": [int(line["epoch"].split("/")[0]) for line in tests],
         "accuracy": [100 - line["top1_err"] for line in tests],
     }
+
+
+def run(command: list[str]) -> str:
+    """Runs a command of this project, shown before it starts; returns the last line it says."""
+    shown = " ".join(os.path.relpath(c) if c.startswith("/") else c for c in command)
+    print(f"$ python {shown}", flush=True)
+    process = subprocess.run(
+        [sys.executable, *command], cwd=ROOT, text=True, stdout=subprocess.PIPE
+    )
+    if process.returncode:
+        sys.exit(process.returncode)
+    return process.stdout.strip().splitlines()[-1]
 
 
 def table(runs: dict[int, dict[str, Any]]) -> str:
@@ -120,7 +120,7 @@ def plot(runs: dict[int, dict[str, Any]], path: Path) -> None:
     from matplotlib import pyplot as plt
 
     figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
-    colors = dict(zip(MODELS, ("tab:gray", "tab:orange", "tab:blue"), strict=True))
+    colors = dict(zip(MODELS, ("tab:gray", "tab:orange", "tab:blue", "tab:green"), strict=False))
     for run in runs.values():
         for name, title in MODELS.items():
             axes.plot(run[name]["epochs"], run[name]["accuracy"], color=colors[name], label=title)

@@ -15,19 +15,29 @@ from lg.checkpoint import CheckpointError, foreign_weights, load_weights, read_c
 from lg.config import ConfigError, dump_config
 from lg.config_rules import FAMILIES
 from lg.datasets import build_dataset
-from lg.datasets.base import DataError, ImageDataset, stratified_subset
+from lg.datasets.base import (
+    DataError,
+    DatasetSubset,
+    ImageDataset,
+    fingerprint,
+    stratified_subset,
+)
 from lg.datasets.loader import TestSamples, TrainBatches, TrainLoader, TrainSamples, test_loader
 from lg.device import Precision, select_device
 from lg.distributed import World, barrier
-from lg.guidance import FrozenTeacher, GuidanceLoss, GuidedStudent, NoTeacher
+from lg.guidance import FeatureBank, FrozenTeacher, GuidanceLoss, GuidedStudent, NoTeacher
 from lg.info import describe, measure_model
 from lg.models.backbone import Backbone
 from lg.models.families import build_family, single
+from lg.models.published import weights_hash
 from lg.models.resnet import resnet
+from lg.models.taps import map_shapes
 from lg.models.timm_models import timm_model
 from lg.optim import LearningRate, WeightAverage, make_optimizer, parameter_groups
 from lg.paths import is_url
 from lg.run import Settings
+
+Guide = FrozenTeacher | FeatureBank | NoTeacher
 
 
 def build_model(cfg: CfgNode, *, pretrained: bool = True) -> Backbone:
@@ -70,8 +80,8 @@ def _build_by_type(cfg: CfgNode, *, pretrained: bool) -> Backbone:
     return build_family(kind, cfg.TRANSFORMER, cfg[section] if section else {}, **sizes)
 
 
-def build_guided(cfg: CfgNode) -> tuple[GuidedStudent, FrozenTeacher | NoTeacher, GuidanceLoss]:
-    """The student with its projection heads, the guide, and the loss between them.
+def build_guided(cfg: CfgNode) -> tuple[GuidedStudent, Guide, GuidanceLoss]:
+    """The student with its projection heads, the guide or its stored maps, and the loss.
 
     Without guidance in the config: no heads, a guide that gives nothing, and plain cross-entropy. A
     guide whose TEACHER_WEIGHTS is null keeps its random weights, with a warning.
@@ -80,16 +90,19 @@ def build_guided(cfg: CfgNode) -> tuple[GuidedStudent, FrozenTeacher | NoTeacher
     student = build_model(cfg)
     if not (options.ENABLE_INTER or options.ENABLE_LOGIT):
         return GuidedStudent(student), NoTeacher(), GuidanceLoss()
-    _refuse_offline(cfg)
-    teacher = build_teacher(cfg)
+    teacher = build_teacher(cfg, trained=not options.OFFLINE)
     student_taps, teacher_taps = _taps(cfg, student, teacher)
-    guide = FrozenTeacher(
-        teacher,
-        indices=teacher_taps,
-        image_size=options.TEACHER_IMG_SIZE,
-        batch_norm=options.TEACHER_BN,
-        with_logits=options.ENABLE_LOGIT,
-    )
+    guide: Guide
+    if options.OFFLINE:
+        guide = _open_bank(cfg, teacher)
+    else:
+        guide = FrozenTeacher(
+            teacher,
+            indices=teacher_taps,
+            image_size=options.TEACHER_IMG_SIZE,
+            batch_norm=options.TEACHER_BN,
+            with_logits=options.ENABLE_LOGIT,
+        )
     projected = guide.feature_dims if options.INTER_TRANSFORM == "linear" else []
     loss = GuidanceLoss(
         transform=options.INTER_TRANSFORM,
@@ -132,6 +145,55 @@ def build_teacher(cfg: CfgNode, *, trained: bool = True) -> Backbone:
             "DISTILLATION.TEACHER_WEIGHTS is null: the guide has random weights.", stacklevel=2
         )
     return teacher
+
+
+def _open_bank(cfg: CfgNode, teacher: Backbone) -> FeatureBank:
+    """The stored maps, held against the guide that they should come from."""
+    options = cfg.DISTILLATION
+    bank = FeatureBank(os.path.expanduser(options.FEATURE_FILE), options.INTER_TEACHER_INDEX)
+    shapes = map_shapes(
+        teacher,
+        options.INTER_TEACHER_INDEX,
+        image_size=options.TEACHER_IMG_SIZE,
+        in_channels=cfg.MODEL.IN_CHANNELS,
+    )
+    weights = None
+    if options.TEACHER_WEIGHTS and _is_at_hand(options.TEACHER_WEIGHTS):
+        weights = weights_hash(build_teacher(cfg))
+    bank.check(
+        indices=bank.indices,
+        shapes=shapes,
+        guide=guide_name(cfg, options.TEACHER_MODEL),
+        weights=weights,
+        image_size=cfg.MODEL.IMG_SIZE,
+        guide_image_size=options.TEACHER_IMG_SIZE,
+    )
+    return bank
+
+
+def prepare_bank(cfg: CfgNode, guide: Guide, dataset: ImageDataset, device: torch.device) -> None:
+    """Holds stored maps, if the guide is that, against the training set; puts them in place."""
+    if not isinstance(guide, FeatureBank):
+        return
+    guide.check(indices=dataset.indices, shapes=guide.shapes, **dataset_facts(dataset))
+    if cfg.DISTILLATION.FEATURE_PLACE == "device":
+        guide.make_resident(device)
+
+
+def dataset_facts(dataset: ImageDataset) -> dict[str, Any]:
+    """What a bank's provenance says of the data set."""
+    count = len(dataset.full if isinstance(dataset, DatasetSubset) else dataset)
+    facts = {"dataset": dataset.name, "split": dataset.split, "count": count}
+    return facts | {"fingerprint": fingerprint(dataset)}
+
+
+def guide_name(cfg: CfgNode, kind: str) -> str:
+    """A guide's type, of a ResNet with its depth."""
+    return f"ResNet-{cfg.CNN.DEPTH}" if kind == "ResNet" else kind
+
+
+def _is_at_hand(path: str) -> bool:
+    return not is_url(path) and os.path.isfile(os.path.expanduser(path))
 
 
 def _foreign_weights(cfg: CfgNode, path: str) -> dict[str, torch.Tensor] | None:
@@ -317,7 +379,6 @@ def check_training(cfg: CfgNode, *, trained_guide: bool = True) -> None:
         ConfigError: naming the key and the fix.
     """
     options = cfg.DISTILLATION
-    _refuse_offline(cfg)
     if not cfg.TRAIN.DATASET:
         raise ConfigError("TRAIN.DATASET is ''; name the training set, such as digits or cifar100.")
     if cfg.MODEL.IN_CHANNELS != 3:
@@ -333,13 +394,19 @@ def check_training(cfg: CfgNode, *, trained_guide: bool = True) -> None:
             "model.pyth."
         )
     keys = [("TRAIN.WEIGHTS", cfg.TRAIN.WEIGHTS), ("MODEL.PRETRAINED", cfg.MODEL.PRETRAINED)]
-    if guided and not options.OFFLINE:
+    if guided and options.OFFLINE:
+        keys.append(("DISTILLATION.FEATURE_FILE", options.FEATURE_FILE))
+    elif guided:
         keys.append(("DISTILLATION.TEACHER_WEIGHTS", options.TEACHER_WEIGHTS))
     for key, path in keys:
-        if path and not is_url(path) and not os.path.isfile(os.path.expanduser(path)):
+        if path and not is_url(path) and not _is_at_hand(path):
+            first = (
+                "compute the features with precompute_feature.py"
+                if key == "DISTILLATION.FEATURE_FILE"
+                else "train the model that writes it"
+            )
             raise ConfigError(
-                f"{key} is {path!r}, which does not exist. Check the path, or train the model "
-                f"that writes it first."
+                f"{key} is {path!r}, which does not exist. Check the path, or {first} first."
             )
 
 
@@ -356,9 +423,7 @@ def build_info(cfg: CfgNode) -> list[str]:
         model.TYPE,
         facts,
         num_classes=model.NUM_CLASSES,
-        guide_name=f"{options.TEACHER_MODEL}-{cfg.CNN.DEPTH}"
-        if options.TEACHER_MODEL == "ResNet"
-        else options.TEACHER_MODEL,
+        guide_name=guide_name(cfg, options.TEACHER_MODEL),
         guide=measure_model(teacher, image_size=options.TEACHER_IMG_SIZE, in_channels=channels),
         taps=[*zip(*_taps(cfg, student, teacher), strict=True)],
         with_heads=options.ENABLE_INTER and options.INTER_TRANSFORM == "linear",
@@ -381,14 +446,6 @@ def _check_taps(which: str, model: Backbone, indices: list[int]) -> None:
         raise ConfigError(
             f"DISTILLATION.INTER_{which}_INDEX is {indices}; the {which.lower()} has {count} "
             f"blocks, numbered 0 to {count - 1}."
-        )
-
-
-def _refuse_offline(cfg: CfgNode) -> None:
-    if cfg.DISTILLATION.OFFLINE:
-        raise ConfigError(
-            "DISTILLATION.OFFLINE is True, which this version cannot do; set it False to run the "
-            "guide in training."
         )
 
 

@@ -70,6 +70,13 @@ def write_atomically(path: str | os.PathLike[str], write: Callable[[Any], object
         raise
 
 
+def remove_leftovers(path: str | os.PathLike[str]) -> None:
+    """Removes what a process that was killed in `write_atomically` left beside `path`."""
+    path = Path(path)
+    for leftover in path.parent.glob(f"{_TEMPORARY}{path.name}-*"):
+        leftover.unlink(missing_ok=True)
+
+
 def read_checkpoint(path: str | os.PathLike[str], *, cache: str = DEFAULT_CACHE) -> dict[str, Any]:
     """Reads a checkpoint without running any code in it.
 

@@ -90,7 +90,10 @@ DEFAULTS: dict[str, Any] = {
         # (+) eval: frozen statistics; batch: statistics of the batch, as in the published runs
         "TEACHER_BN": "eval",
         "OFFLINE": False,  # replay stored guide features instead of running the guide
-        "FEATURE_FILE": None,  # where they are stored
+        "FEATURE_FILE": None,  # where they are stored, by precompute_feature.py
+        # (+) file: read from there batch by batch; device: copied to the GPU (or memory) at the
+        # start
+        "FEATURE_PLACE": "file",
     },
     "OPTIM": {
         "OPTIMIZER": "sgd",  # sgd | adam | adamw

@@ -95,6 +95,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "DISTILLATION.LOGIT_LOSS": ("soft", "hard"),
     "DISTILLATION.TEACHER_MODEL": ("ResNet", "timm/NAME"),
     "DISTILLATION.TEACHER_BN": ("eval", "batch"),
+    "DISTILLATION.FEATURE_PLACE": ("file", "device"),
     "OPTIM.OPTIMIZER": ("sgd", "adam", "adamw"),
     "OPTIM.LR_POLICY": ("cos", "lin", "exp", "steps"),
     "TRAIN.DATASET": ("", *DATASET_NAMES),
@@ -389,6 +390,12 @@ COMBINATIONS: list[tuple[str, Callable[[Values], bool], str | Callable[[Values],
         lambda v: v[_OFFLINE] and (v["TRAIN.MIXUP_ALPHA"] > 0 or v["TRAIN.CUTMIX_ALPHA"] > 0),
         "the features of a mixed image are not those of its parts: set TRAIN.MIXUP_ALPHA and "
         "TRAIN.CUTMIX_ALPHA 0, or this False.",
+    ),
+    (
+        "DISTILLATION.FEATURE_PLACE",
+        lambda v: v["DISTILLATION.FEATURE_PLACE"] != "file" and not v[_OFFLINE],
+        "there are no stored features without DISTILLATION.OFFLINE: set that True, or this to "
+        "file.",
     ),
     (
         "OPTIM.MIN_LR",

@@ -5,10 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
-
-from lg.models.backbone import Backbone, evaluating
-from lg.models.taps import feature_maps
+from lg.models.backbone import Backbone
+from lg.models.taps import map_shapes
 from lg.timing import complexity
 
 
@@ -55,14 +53,13 @@ class ModelFacts:
 
 def measure_model(model: Backbone, *, image_size: int, in_channels: int) -> ModelFacts:
     """Run one image through a model and note what it is made of; the model stays as it was."""
-    device = next(model.parameters()).device
-    image = torch.zeros(1, in_channels, image_size, image_size, device=device)
-    with torch.random.fork_rng(devices=[]), evaluating(model):
-        _, maps = feature_maps(model, image, range(len(model.blocks)))
-        counts = complexity(model, image_size, in_channels)
+    shapes = map_shapes(
+        model, range(len(model.blocks)), image_size=image_size, in_channels=in_channels
+    )
+    counts = complexity(model, image_size, in_channels)
     rows = [
-        BlockRow(index, name, *feature.shape[1:])
-        for index, (name, feature) in enumerate(zip(model.block_names, maps, strict=True))
+        BlockRow(index, name, *shape)
+        for index, (name, shape) in enumerate(zip(model.block_names, shapes, strict=True))
     ]
     return ModelFacts(counts["params"], counts["macs"], image_size, rows)
 

@@ -299,6 +299,7 @@ def _build_run(cfg: CfgNode, data: tuple, world: World, log: RunLog) -> Run:
         load_weights(guided.student, cfg.TRAIN.WEIGHTS, cache=cfg.DOWNLOAD_CACHE)
     stream = np.random.SeedSequence((cfg.RNG_SEED, MODEL, world.rank)).generate_state(1)[0]
     torch.manual_seed(int(stream))  # ... and another stream for dropout and the like in each
+    builders.prepare_bank(cfg, guide, train_data, device)
     guided.to(device)
     if isinstance(guide, nn.Module):
         guide.to(device)

@@ -164,6 +164,7 @@ BROKEN: list[tuple[dict[str, Any], str]] = [
     ({**OFFLINE, "DISTILLATION.ENABLE_LOGIT": True}, "ENABLE_LOGIT False"),
     ({**OFFLINE, "DISTILLATION.TEACHER_BN": "batch"}, "TEACHER_BN eval"),
     ({**OFFLINE, "TRAIN.CUTMIX_ALPHA": 1.0}, "CUTMIX_ALPHA 0"),
+    ({**INTER, "DISTILLATION.FEATURE_PLACE": "device"}, "set that True"),
     ({"OPTIM.MIN_LR": 0.2}, "OPTIM.BASE_LR 0.1"),
     ({"OPTIM.LR_POLICY": "exp"}, "above 0"),
     (STEPS, "such as [100, 150]"),

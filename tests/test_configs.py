@@ -91,6 +91,7 @@ GOLDEN: dict[str, tuple[int, int, list[tuple[int, int]]]] = GRID | {
     "digits/r-8_digits.yaml": (78_042, 3, []),
     "digits/vit_digits_base.yaml": (678_634, 6, []),
     "digits/vit_digits_ours.yaml": (678_634, 6, [(96, 4), (96, 4), (96, 4)]),
+    "digits/vit_digits_ours_offline.yaml": (678_634, 6, [(96, 4), (96, 4), (96, 4)]),
     "resnet/r-18_c100.yaml": (11_227_812, 4, []),
     "resnet/r-20_c100-tenth.yaml": (278_324, 3, []),
     "resnet/r-56_c100.yaml": (861_620, 3, []),
@@ -203,9 +204,11 @@ def test_a_config_opens_with_what_it_is_and_its_commands(name: str) -> None:
     assert commands[-1] == f"python run_net.py --mode train --cfg configs/{name}"
     if name.endswith("_offline.yaml"):
         guide = Path(load(name).DISTILLATION.TEACHER_WEIGHTS).parent.name
+        config = next(leaf for leaf in LEAVES if Path(leaf).stem == guide)
+        size = load(name).MODEL.IMG_SIZE
         assert commands[0] == (
-            f"python precompute_feature.py --cfg configs/resnet/{guide}.yaml "
-            f"--ckpt work_dirs/{guide}/model.pyth"
+            f"python precompute_feature.py --cfg configs/{config} "
+            f"--ckpt work_dirs/{guide}/model.pyth" + f" --image-size {size}" * (size != 224)
         )
     assert max(map(len, lines)) <= 130
 

@@ -8,8 +8,16 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[1]
-SEES_CONFIG = {"run_net.py", "lg/config.py", "lg/builders.py", "lg/trainer.py"}
+SEES_CONFIG = {
+    "precompute_feature.py",
+    "run_net.py",
+    "lg/config.py",
+    "lg/builders.py",
+    "lg/trainer.py",
+}
 
 
 def names_in(path: Path) -> set[str]:
@@ -21,15 +29,16 @@ def names_in(path: Path) -> set[str]:
 
 
 def test_the_config_stops_at_the_builders() -> None:
-    files = [*(ROOT / "lg").rglob("*.py"), ROOT / "run_net.py"]
+    files = [*(ROOT / "lg").rglob("*.py"), ROOT / "run_net.py", ROOT / "precompute_feature.py"]
     seen = {p.relative_to(ROOT).as_posix() for p in files if {"CfgNode", "yacs"} & names_in(p)}
     assert seen == SEES_CONFIG
 
 
-def test_help_is_quick() -> None:
+@pytest.mark.parametrize("script", ["run_net.py", "precompute_feature.py"])
+def test_help_is_quick(script: str) -> None:
     # Processor time of the child: the clock on the wall also counts what else the machine does.
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    command = [sys.executable, str(ROOT / "run_net.py"), "--help"]
+    command = [sys.executable, str(ROOT / script), "--help"]
     out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert "--cfg FILE" in out

@@ -5,11 +5,14 @@ n counts the images of a set, K its classes.
 
 from __future__ import annotations
 
+import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 from PIL import Image
+
+_NUM_PRINTS = 16  # images that stand for a set in its fingerprint
 
 
 class DataError(ValueError):
@@ -147,6 +150,22 @@ def stratified_order(labels: np.ndarray, seed: int) -> np.ndarray:
     position = (rank + 0.5) / sizes[groups]
     # Ties (classes of equal size) break by the draw, so that no class is always served first.
     return np.lexsort((random, position, rank > 0))
+
+
+def fingerprint(dataset: ImageDataset) -> str:
+    """SHA-256 of what a whole set holds and in which order: its labels, and a few of its images.
+
+    Of a subset, that of the full set.
+
+    Raises:
+        DataError: an image cannot be read.
+    """
+    full = dataset.full if isinstance(dataset, DatasetSubset) else dataset
+    digest = hashlib.sha256(full.labels.astype("<i8").tobytes())
+    for index in np.linspace(0, len(full) - 1, _NUM_PRINTS).astype(int):
+        image = full.image(int(index))
+        digest.update(repr(image.size).encode() + image.tobytes())
+    return digest.hexdigest()
 
 
 def check_labels(labels: Sequence[int] | np.ndarray, num_classes: int, where: str) -> np.ndarray:

@@ -195,10 +195,11 @@ def test_loader(
     pin_memory: bool,
     rank: int = 0,
     world_size: int = 1,
+    first: int = 0,
 ) -> DataLoader[Batch]:
-    """Batches of one process's share of the test set; over all processes every sample comes exactly
-    once."""
-    mine = range(rank, len(samples), world_size)
+    """Batches of one process's share of the samples from `first` on, in order; over all processes
+    every sample comes exactly once."""
+    mine = range(first + rank, len(samples), world_size)
     size = max(1, batch_size // world_size)
     batches = [list(mine[i : i + size]) for i in range(0, len(mine), size)]
     return _data_loader(samples, num_workers, pin_memory, batch_sampler=batches)

@@ -1,10 +1,13 @@
-"""Guidance: a student with projection heads, a frozen teacher, and the losses between them."""
+"""Guidance: a student with projection heads, a teacher or its stored maps, and the losses."""
 
+from lg.guidance.feature_bank import BankError, FeatureBank
 from lg.guidance.losses import GuidanceLoss, classification_loss, imitation_loss, logit_loss
 from lg.guidance.student import GuidedStudent
 from lg.guidance.teacher import FrozenTeacher, NoTeacher
 
 __all__ = [
+    "BankError",
+    "FeatureBank",
     "FrozenTeacher",
     "GuidanceLoss",
     "GuidedStudent",

@@ -6,6 +6,7 @@ a number, and on the published side `{+1}` or `{-1}` for that number shifted.
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -176,6 +177,14 @@ def published_state_dict(model: nn.Module) -> dict[str, torch.Tensor]:
     published = {table.published(name): tensor for name, tensor in state.items()}
     assert len(published) == len(state), f"two keys of {backbone.family} share a published name"
     return {name: published[name] for name in sorted(published, key=table.rank)}
+
+
+def weights_hash(model: nn.Module) -> str:
+    """Return the SHA-256 of a model's weights and their published names."""
+    digest = hashlib.sha256()
+    for name, tensor in published_state_dict(model).items():
+        digest.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def load_published_state_dict(model: nn.Module, state_dict: Mapping[str, Any]) -> None:

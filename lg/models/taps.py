@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lg.models.backbone import unwrap
+from lg.models.backbone import evaluating, unwrap
 
 
 class FeatureTaps:
@@ -88,6 +88,24 @@ def _is_compiled(module: nn.Module) -> bool:
     """Tell modules from `torch.compile(module)` and after `module.compile()`."""
     in_place = getattr(module, "_compiled_call_impl", None) is not None
     return in_place or "_orig_mod" in dict(module.named_children())
+
+
+def map_shapes(
+    model: nn.Module, indices: Sequence[int], *, image_size: int, in_channels: int
+) -> list[tuple[int, int, int]]:
+    """Run one image through `model` and return [C, H, W] of its maps; the model stays as it was.
+
+    Args:
+        model: As for `FeatureTaps`.
+        indices: Blocks to tap.
+        image_size: Height and width of the image in pixels.
+        in_channels: Channels of the image.
+    """
+    device = next(model.parameters()).device
+    image = torch.zeros(1, in_channels, image_size, image_size, device=device)
+    with torch.random.fork_rng(devices=[]), evaluating(model):
+        _, maps = feature_maps(model, image, indices)
+    return [(m.shape[1], m.shape[2], m.shape[3]) for m in maps]
 
 
 # Called inside compiled code it runs uncompiled, with all it calls, for the reason given above.

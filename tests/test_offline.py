@@ -1,0 +1,225 @@
+"""Offline guidance from end to end: precompute_feature.py, then training on what it wrote."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import lg
+import precompute_feature
+from lg import builders, trainer
+from lg.augment.recipe import TestTransform
+from lg.config import ConfigError
+from lg.datasets.loader import TestSamples
+from lg.guidance import BankError, FeatureBank
+from lg.signals import Interrupted
+from tests.test_trainer import CONFIGS, TINY, assert_same, final_state, stats, stop_after
+
+ROOT = Path(__file__).parents[1]
+GUIDE, GUIDED = CONFIGS / "digits/r-8_digits.yaml", CONFIGS / "digits/vit_digits_ours_offline.yaml"
+DATA = {"TRAIN.FRACTION": 0.1, "DATA_LOADER.NUM_WORKERS": 0, "DEVICE": "cpu"}
+
+
+@pytest.fixture(name="guide", scope="module")
+def guide_fixture(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A guide as training would leave it, though with its first weights."""
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("guide") / "model.pyth"
+    torch.save(lg.published_state_dict(lg.build_model(lg.load_config(GUIDE))), path)
+    return path
+
+
+def options(values: dict[str, Any]) -> list[str]:
+    return [text for key, value in values.items() for text in (key, str(value))]
+
+
+def compute(*arguments: str, **changes: Any) -> None:
+    """Runs precompute_feature.py in this process."""
+    opts = options(DATA | {k.replace("__", "."): v for k, v in changes.items()})
+    args = precompute_feature.parse_args([*arguments, *opts])
+    precompute_feature.run(args, lg.load_config(args.cfg, args.opts))
+
+
+@pytest.fixture(name="bank", scope="module")
+def bank_fixture(tmp_path_factory: pytest.TempPathFactory, guide: Path) -> Path:
+    path = tmp_path_factory.mktemp("bank") / "bank.npz"
+    arguments = ["--cfg", str(GUIDE), "--ckpt", str(guide), "--out", str(path)]
+    compute(*arguments, "--image-size", "16")
+    return path
+
+
+def config(out_dir: Path, bank: Path, guide: Path | None, **changes: Any) -> Any:
+    values = TINY | {
+        "OUT_DIR": str(out_dir),
+        "TRAIN.MIXUP_ALPHA": 0.0,
+        "TRAIN.CUTMIX_ALPHA": 0.0,
+        "DISTILLATION.FEATURE_FILE": str(bank),
+        "DISTILLATION.TEACHER_WEIGHTS": guide or "null",
+        "DISTILLATION.INTER_STUDENT_INDEX": [0, 1],
+        "DISTILLATION.INTER_TEACHER_INDEX": [0, 2],
+    }
+    values |= {k.replace("__", "."): v for k, v in changes.items()}
+    return lg.load_config(GUIDED, options(values))
+
+
+def test_the_bank_of_a_guided_config_holds_the_same_maps(
+    bank: Path, guide: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "guided.npz"
+    compute(
+        "--cfg",
+        str(GUIDED),
+        "--ckpt",
+        str(guide),
+        DISTILLATION__FEATURE_FILE=path,
+        DISTILLATION__INTER_TEACHER_INDEX="[0,2]",
+        DISTILLATION__INTER_STUDENT_INDEX="[0,1]",
+    )
+    banks = FeatureBank(bank, [0, 2]), FeatureBank(path, [0, 2])
+    assert banks[1].provenance.layers == [0, 2] and banks[0].provenance.layers == [0, 1, 2]
+    batch = torch.zeros(1, 3, 16, 16), torch.from_numpy(banks[0].indices[[3]])
+    view = torch.tensor([[0.1, 0.2, 0.6, 0.5, 1.0]])
+    for mine, theirs in zip(*(b(*batch, view)[0] for b in banks), strict=True):
+        assert torch.equal(mine, theirs)
+    with pytest.raises(BankError, match="blocks 0, 2, not 1"):
+        FeatureBank(path, [0, 1])
+
+
+def test_whole_images_lose_the_same_offline_as_online(
+    bank: Path, guide: Path, tmp_path: Path
+) -> None:
+    losses = []
+    for offline in (True, False):
+        cfg = config(tmp_path, bank, guide, DISTILLATION__OFFLINE=offline)
+        torch.manual_seed(3)
+        guided, teacher, loss = lg.build_guided(cfg)
+        dataset = builders.build_train_data(cfg)
+        samples = TestSamples(dataset, TestTransform(image_size=16))
+        batch = [
+            torch.stack(column) for column in zip(*map(samples.__getitem__, range(9)), strict=True)
+        ]
+        logits, maps = guided.train()(batch[0])
+        targets = torch.eye(10)[batch[1]]
+        terms = loss(logits, maps, targets, *teacher(batch[0], batch[2], batch[3]))
+        losses.append((terms["cls"].item(), terms["inter"].item()))
+    assert losses[0][0] != 0 and losses[0][1] == pytest.approx(losses[1][1], rel=1e-3)
+
+
+def test_a_run_is_the_same_stopped_or_not_and_from_file_or_memory(
+    bank: Path, guide: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    straight, stopped, inside = (tmp_path / name for name in ("straight", "stopped", "inside"))
+    trainer.train(config(straight, bank, guide))
+    with monkeypatch.context() as patch:
+        stop_after(patch, 6)
+        with pytest.raises(Interrupted):
+            trainer.train(config(stopped, bank, guide))
+    trainer.train(config(stopped, bank, guide, DATA_LOADER__NUM_WORKERS=2))
+    trainer.train(config(inside, bank, guide, DISTILLATION__FEATURE_PLACE="device"))
+    expected = final_state(straight)
+    expected.pop("cfg")
+    for other in (stopped, inside):
+        state = final_state(other)
+        state.pop("cfg")
+        assert_same(state, expected)
+        assert_same(stats(other), stats(straight))
+    inter = [s["inter_distill_loss"] for s in stats(straight) if s["_type"] == "train_iter"]
+    assert len(inter) == 4 and min(inter) > 0
+
+
+def test_the_guide_need_not_be_at_hand(bank: Path, tmp_path: Path) -> None:
+    trainer.train(config(tmp_path, bank, None, OPTIM__MAX_EPOCH=1))
+    assert (tmp_path / "model.pyth").is_file()
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"RNG_SEED": 5}, "it lacks .* of the 120 training images .*RNG_SEED"),
+        ({"TRAIN.FRACTION": 0.2}, "it lacks 120 of the 240 training images"),
+        ({"MODEL.IMG_SIZE": 32}, "its image size is 16, here it is 32"),
+        ({"DISTILLATION.TEACHER_IMG_SIZE": 8}, "its guide image size is 16, here it is 8"),
+        ({"CNN.DEPTH": 14, "DISTILLATION.TEACHER_WEIGHTS": "null"}, "its guide is ResNet-8, here"),
+    ],
+)
+def test_a_bank_of_another_training_is_refused(
+    bank: Path, guide: Path, tmp_path: Path, changes: dict[str, Any], said: str
+) -> None:
+    renamed = {k.replace(".", "__"): v for k, v in changes.items()}
+    with pytest.raises(BankError, match=f"does not belong to this training: .*{said}"):
+        trainer.train(config(tmp_path / "out", bank, guide, **renamed))
+    assert not (tmp_path / "out" / "checkpoints").exists()
+
+
+def test_a_guide_that_was_trained_on_is_another(bank: Path, guide: Path, tmp_path: Path) -> None:
+    state = torch.load(guide, weights_only=True)
+    state["s3.b1.f.b.weight"][0, 0, 0, 0] += 1e-3
+    torch.save(state, tmp_path / "model.pyth")
+    with pytest.raises(BankError, match="its weights is"):
+        trainer.train(config(tmp_path, bank, tmp_path / "model.pyth"))
+
+
+def test_a_bank_of_another_set_is_refused(bank: Path, tmp_path: Path) -> None:
+    guide = FeatureBank(bank, [0, 2])
+    cfg = config(tmp_path, bank, None)
+    dataset = builders.build_train_data(cfg)
+    dataset.full.labels = np.roll(dataset.full.labels, 1)
+    with pytest.raises(BankError, match="its fingerprint is"):
+        builders.prepare_bank(cfg, guide, dataset, torch.device("cpu"))
+
+
+def test_a_missing_file_says_how_to_make_it(tmp_path: Path) -> None:
+    cfg = config(tmp_path, tmp_path / "none.npz", None)
+    with pytest.raises(ConfigError, match=r"FEATURE_FILE is .*precompute_feature.py first"):
+        trainer.train(cfg)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--cfg", str(GUIDE), "--ckpt", "none.pyth"], "none.pyth does not exist"),
+        (["--cfg", str(GUIDED), "--layers", "1"], "said by a guided config"),
+        (["--cfg", str(GUIDED), "DISTILLATION.TEACHER_WEIGHTS", "null"], "give --ckpt"),
+        (["--cfg", str(GUIDE), "TRAIN.DATASET", "flowers"], "r-8_digits/model.pyth does not exist"),
+    ],
+)
+def test_faults_are_one_line(
+    arguments: list[str], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["precompute_feature.py", *arguments])
+    with pytest.raises(SystemExit, match=f"^Error: .*{said}") as stop:
+        precompute_feature.main()
+    assert "\n" not in str(stop.value)
+
+
+def test_layers_that_the_guide_does_not_have(guide: Path, tmp_path: Path) -> None:
+    arguments = ["--cfg", str(GUIDE), "--ckpt", str(guide), "--out", str(tmp_path / "b.npz")]
+    with pytest.raises(ConfigError, match=r"--layers \[0, 3\]: the guide has blocks 0 to 2"):
+        compute(*arguments, "--layers", "0,3")
+
+
+def test_a_killed_computation_ends_with_the_same_bytes(
+    bank: Path, guide: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "bank.npz"
+    command = [sys.executable, str(ROOT / "precompute_feature.py"), "--cfg", str(GUIDE)]
+    command += ["--ckpt", str(guide), "--out", str(path), "--image-size", "16"]
+    command += options(DATA | {"TEST.BATCH_SIZE": 2})
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT) as process:
+        for line in process.stdout or ():
+            if line.startswith("24 of 120"):
+                process.kill()
+    assert process.returncode == -9
+    assert not path.exists() and path.with_name("bank.npz.partial").is_dir()
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, cwd=ROOT)
+    whole = tmp_path / "whole.npz"
+    compute(*command[2:7], str(whole), *command[8:10], TEST__BATCH_SIZE=2)
+    assert path.read_bytes() == whole.read_bytes()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["bank.npz", "whole.npz"]

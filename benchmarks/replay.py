@@ -1,0 +1,103 @@
+#!/usr/bin/env python3
+"""How far are replayed maps from those of the guide on the same crop? Prints a table.
+
+    python benchmarks/replay.py --cfg configs/resnet/r-56_c100.yaml --bank temp/r-56_c100.npz
+
+The bank must hold the config's guide on its training set. Each view is replayed from the stored
+maps of the whole image and compared with the maps of the guide on that view of the image: the
+relative root mean square difference, over all images. `in whole cells` replays the box rounded to
+whole cells of each map, as the published code does. Writes replay.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+import lg  # noqa: E402
+from lg import builders  # noqa: E402
+from lg.augment.recipe import TestTransform  # noqa: E402
+from lg.augment.view import View, padded_crop, random_resized_crop  # noqa: E402
+from lg.guidance import FeatureBank, FrozenTeacher  # noqa: E402
+from lg.guidance.feature_bank import replay  # noqa: E402
+
+VIEWS = {
+    "whole image": lambda image, size: (image.resize((size, size), 3), View()),
+    "random resized crop": lambda image, size: random_resized_crop(image, size, hflip=0.5),
+    "padded crop": lambda image, size: padded_crop(image, size, hflip=0.5),
+}
+BATCH = 32
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--cfg", required=True, help="of the guide")
+    parser.add_argument("--ckpt", help="default: model.pyth in the config's OUT_DIR")
+    parser.add_argument("--bank", required=True, type=Path)
+    parser.add_argument("--images", type=int, default=512)
+    parser.add_argument("--out", type=Path, default=Path("work_dirs/replay.json"))
+    parser.add_argument("opts", nargs=argparse.REMAINDER, metavar="KEY VALUE")
+    args = parser.parse_args()
+    cfg = lg.load_config(args.cfg, args.opts)
+    model = builders.build_model(cfg)
+    lg.load_weights(model, args.ckpt or f"{cfg.OUT_DIR}/model.pyth")
+    layers = list(range(len(model.blocks)))
+    guide = FrozenTeacher(model, indices=layers, image_size=cfg.MODEL.IMG_SIZE)
+    bank = FeatureBank(args.bank, layers)
+    dataset = builders.build_train_data(cfg)
+    builders.prepare_bank(cfg, bank, dataset, torch.device("cpu"))
+    assert bank.provenance is not None, "a bank of this project is needed"
+    size = bank.provenance.image_size
+    finish = TestTransform(image_size=size).finish
+    rows = np.linspace(0, len(dataset) - 1, args.images).astype(int)
+    results = {}
+    for name, draw in VIEWS.items():
+        random.seed(0)
+        torch.manual_seed(0)
+        sums = torch.zeros(3, len(layers), dtype=torch.float64)  # replayed, in cells, the maps
+        for first in tqdm(range(0, len(rows), BATCH), desc=name, leave=False):
+            part = rows[first : first + BATCH]
+            drawn = [draw(dataset.image(int(row)), size) for row in part]
+            images = torch.stack([finish(image) for image, _ in drawn])
+            view = torch.stack([v.tensor() for _, v in drawn])
+            index = torch.from_numpy(dataset.indices[part])
+            online, _ = guide(images)
+            stored, _ = bank(images, index, view)
+            whole, _ = bank(images, index, View().tensor().expand(len(part), -1))
+            for layer, (theirs, mine, full) in enumerate(zip(online, stored, whole, strict=True)):
+                cells = replay(full, in_cells(view, full.shape[2]))
+                for row, maps in enumerate((mine - theirs, cells - theirs, theirs)):
+                    sums[row, layer] += maps.double().square().sum()
+        results[name] = (sums[:2] / sums[2]).sqrt().tolist()
+    print(f"{'':<22}" + "".join(f"{model.block_names[i]:>10}" for i in layers))
+    for name, (mine, cells) in results.items():
+        print(f"{name:<22}" + "".join(f"{100 * x:>9.2f}%" for x in mine))
+        if name != "whole image":
+            print(f"{'  in whole cells':<22}" + "".join(f"{100 * x:>9.2f}%" for x in cells))
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    about = {"bank": str(args.bank), "images": args.images, "torch": torch.__version__}
+    args.out.write_text(json.dumps({**about, "relative_rms": results}, indent=2))
+
+
+def in_cells(view: Tensor, side: int) -> Tensor:
+    """Views whose boxes are rounded to whole cells of a map."""
+    box = (view[:, :4] * side).round()
+    box[:, 2:] = box[:, 2:].clamp(min=1)
+    return torch.cat([box / side, view[:, 4:]], dim=1)
+
+
+if __name__ == "__main__":
+    main()

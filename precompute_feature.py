@@ -45,6 +45,11 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--layers", type=numbers, metavar="I,J,..", help="blocks of the guide (default: all)"
     )
+    parser.add_argument(
+        "--mirrored",
+        action="store_true",
+        help="store the maps of the mirrored images too: flips are then exact, at twice the size",
+    )
     parser.add_argument("--dtype", choices=("float16", "float32"), default="float16")
     parser.add_argument(
         "opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="overrides, as for run_net.py"
@@ -77,7 +82,7 @@ def run(args: argparse.Namespace, cfg: CfgNode) -> None:
     from lg.datasets.loader import TestSamples, test_loader
     from lg.distributed import World
     from lg.guidance import FrozenTeacher
-    from lg.guidance.feature_bank import Provenance
+    from lg.guidance.bank_file import Provenance
     from lg.guidance.precompute import Progress, check_space, precompute
     from lg.models.published import weights_hash
     from lg.models.taps import map_shapes
@@ -92,6 +97,7 @@ def run(args: argparse.Namespace, cfg: CfgNode) -> None:
         weights=weights_hash(model),
         shapes=[list(shape) for shape in shapes],
         dtype=args.dtype,
+        mirrored=args.mirrored,
         versions={"python": platform.python_version(), "torch": torch.__version__}
         | {"numpy": np.__version__},
         **facts,

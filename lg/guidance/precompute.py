@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from lg.checkpoint import remove_leftovers, write_atomically
 from lg.datasets.loader import Batch
-from lg.guidance.feature_bank import INDICES, PROVENANCE, BankError, Provenance
+from lg.guidance.bank_file import INDICES, PROVENANCE, BankError, Provenance
 from lg.guidance.teacher import FrozenTeacher
 
 _PROGRESS = "progress.json"
@@ -58,7 +58,7 @@ class Progress:
 
 def bank_size(provenance: Provenance, count: int) -> int:
     """Bytes that the maps of `count` images take."""
-    width = np.dtype(provenance.dtype).itemsize
+    width = np.dtype(provenance.dtype).itemsize * (1 + provenance.mirrored)
     return count * width * sum(int(np.prod(shape)) for shape in provenance.shapes)
 
 
@@ -115,7 +115,10 @@ def precompute(
         advance(done)
     noted = time.monotonic()
     for batch in make_batches(done) if done < len(indices) else ():
-        maps, _ = guide(batch.images.to(device))
+        images = batch.images.to(device)
+        maps, _ = guide(images)
+        if provenance.mirrored:
+            maps += guide(images.flip(3))[0]
         for array, layer_maps in zip(arrays, maps, strict=True):
             array[done : done + len(batch.images)] = _stored(layer_maps, array.dtype)
         done += len(batch.images)
@@ -147,8 +150,9 @@ def _begin(folder: Path, provenance: Provenance, count: int) -> tuple[list[np.me
         shutil.rmtree(folder)
     folder.mkdir(parents=True, exist_ok=True)
     arrays = []
-    for layer, shape in zip(provenance.layers, provenance.shapes, strict=True):
-        file = folder / f"layer_{layer}.npy"
+    shapes = provenance.shapes * (1 + provenance.mirrored)
+    for name, shape in zip(provenance.array_names(), shapes, strict=True):
+        file = folder / name
         if done:
             arrays.append(np.lib.format.open_memmap(file, mode="r+"))
         else:
@@ -184,7 +188,7 @@ def _pack(stream: IO[bytes], folder: Path, provenance: Provenance, indices: np.n
     np.save(folder / INDICES, indices.astype(np.int64))
     with zipfile.ZipFile(stream, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
         archive.writestr(zipfile.ZipInfo(PROVENANCE, _EPOCH), provenance.to_json())
-        for name in (INDICES, *(f"layer_{layer}.npy" for layer in provenance.layers)):
+        for name in (INDICES, *provenance.array_names()):
             info = zipfile.ZipInfo(name, _EPOCH)
             with open(folder / name, "rb") as part, archive.open(info, "w", force_zip64=True) as to:
                 shutil.copyfileobj(part, to, 1 << 20)

@@ -22,7 +22,8 @@ from lg.datasets import build_dataset
 from lg.datasets.base import fingerprint, stratified_subset
 from lg.datasets.loader import Batch, TestSamples, test_loader
 from lg.guidance import BankError, FeatureBank, FrozenTeacher
-from lg.guidance.feature_bank import Provenance, replay
+from lg.guidance.bank_file import Provenance
+from lg.guidance.feature_bank import replay, unflipped
 from lg.guidance.precompute import check_space, precompute
 from lg.models import resnet
 
@@ -48,11 +49,11 @@ def make_guide(size: int = 16) -> FrozenTeacher:
 
 
 def make_bank(
-    path: Path, *, stop_after: int | None = None, dtype: str = "float16", count: float = 0.05
+    path: Path, *, stop_after: int | None = None, dtype: str = "float16", mirrored: bool = False
 ) -> FrozenTeacher:
     """Stores 60 digits, in batches of 8; may be stopped by an error after some of them."""
     guide = make_guide()
-    dataset = stratified_subset(build_dataset("digits", "data", "train"), count, 0)
+    dataset = stratified_subset(build_dataset("digits", "data", "train"), 0.05, 0)
     samples = TestSamples(dataset, TestTransform(image_size=16))
 
     def batches(done: int) -> Iterator[Batch]:
@@ -66,7 +67,9 @@ def make_bank(
         guide,
         batches,
         path=path,
-        provenance=Provenance(**FACTS, layers=LAYERS, shapes=SHAPES, dtype=dtype),
+        provenance=Provenance(
+            **FACTS, layers=LAYERS, shapes=SHAPES, dtype=dtype, mirrored=mirrored
+        ),
         indices=dataset.indices,
         device=torch.device("cpu"),
         say=lambda text: None,
@@ -152,6 +155,27 @@ def test_each_image_has_its_own_view_and_its_own_maps(path: Path) -> None:
     assert not torch.allclose(together[0][0], together[0][1])
 
 
+def test_mirrored_maps_make_flips_exact(tmp_path: Path) -> None:
+    guide = make_bank(tmp_path / "b.npz", mirrored=True)
+    whole = digits_batch([3, 8], [View(), View()])
+    views = torch.stack([View(flip=True).tensor(), View().tensor()])
+    images = torch.stack([whole.images[0].flip(2), whole.images[1]])
+    online, _ = guide(images)
+    banks = [FeatureBank(tmp_path / "b.npz", [2, 0]) for _ in range(2)]
+    banks[1].make_resident(torch.device("cpu"))
+    for bank in banks:
+        stored, _ = bank(images, whole.index, views)
+        for mine, theirs in zip(stored, (online[2], online[0]), strict=True):
+            torch.testing.assert_close(mine, theirs, rtol=2**-10, atol=3e-6)
+
+
+def test_the_view_of_a_mirrored_image() -> None:
+    maps = torch.randn(2, 3, 8, 8)
+    view = torch.stack([View(0.1, 0.2, 0.5, 0.6, True).tensor(), View(0.3, 0.1, 0.4, 0.4).tensor()])
+    mirrored = torch.stack([maps[0].flip(2), maps[1]])
+    torch.testing.assert_close(replay(mirrored, unflipped(view)), replay(maps, view))
+
+
 def test_maps_in_place_are_the_maps_in_the_file(path: Path) -> None:
     batch = digits_batch([0, 59], [View(0.1, 0.2, 0.5, 0.6, True), View()])
     banks = [FeatureBank(path, LAYERS) for _ in range(2)]
@@ -196,6 +220,8 @@ def test_what_was_begun_for_another_guide_is_not_gone_on_with(
 
 def test_the_size_is_said_and_must_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     provenance = Provenance(**FACTS, layers=LAYERS, shapes=SHAPES, dtype="float16")
+    twice = replace(provenance, mirrored=True)
+    assert ": 2.87 GB" in check_space(tmp_path / "bank.npz", twice, 100_000)
     said = check_space(tmp_path / "bank.npz", provenance, 1_000_000)
     assert ": 14.34 GB, twice that while it is written" in said  # 7,168 numbers of 2 bytes
     with pytest.raises(BankError, match=r"takes 14336.00 GB, twice that .* are free in"):

@@ -16,7 +16,6 @@ import argparse
 import contextlib
 import copy
 import json
-import math
 import platform
 import sys
 import time
@@ -35,6 +34,7 @@ sys.path.insert(0, str(ROOT))
 
 import lg  # noqa: E402
 from lg.device import select_device, synchronize  # noqa: E402
+from lg.models.attention import attention_weights  # noqa: E402
 
 MODELS = {
     "deit-ti": "deit",
@@ -137,17 +137,10 @@ def naive_attention() -> Iterator[None]:
     """Attention as matrices: what every model does inside this block."""
 
     def attend(
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        attn_mask: torch.Tensor | None = None,
-        dropout_p: float = 0.0,
-        is_causal: bool = False,
-        scale: float | None = None,
+        query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **settings: Any
     ) -> torch.Tensor:
-        assert attn_mask is None and not is_causal and dropout_p == 0
-        factor = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
-        return (factor * query @ key.transpose(-2, -1)).softmax(dim=-1) @ value
+        assert not settings.pop("dropout_p", 0), "the copy would drop other weights"
+        return attention_weights(query, key, value, **settings) @ value
 
     with mock.patch.object(F, "scaled_dot_product_attention", attend):
         yield

@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+import safetensors.torch
+import timm
 import torch
 
 import lg
@@ -21,6 +23,7 @@ from lg.checkpoint import (
     read_checkpoint,
     restore_random_state,
 )
+from lg.models import timm_model
 from tests.checkpoint_cases import same_state, saved, small_state
 
 ROOT = Path(__file__).parents[1]
@@ -70,6 +73,82 @@ def test_weights_that_are_none_are_named(key: str, value: Any) -> None:
     state = {"model_state": MODEL, "ema_state": AVERAGE, "ema_err": 1.0, key: value}
     with pytest.raises(CheckpointError, match=rf"a holds a {type(value).__name__} as its {key}"):
         choose_weights(state, "a")
+
+
+# --- Files of safetensors ----------------------------------------------------------------------
+
+
+def test_safetensors_are_read_whole_or_not_at_all(tmp_path: Path) -> None:
+    path = tmp_path / "a.safetensors"
+    state = {"n": torch.tensor(7), "w": torch.arange(600.0).reshape(3, 200)}
+    safetensors.torch.save_file(state, path)
+    assert same_state(read_checkpoint(path), state)
+    whole = path.read_bytes()
+    pickled = saved(tmp_path / "b.pyth", state).read_bytes()
+    for content in (b"", whole[:5], whole[:40], whole[:900], whole[:-1], whole + b"x", pickled):
+        path.write_bytes(content)
+        with pytest.raises(CheckpointError, match=r"a\.safetensors is not a whole checkpoint"):
+            read_checkpoint(path)
+    path.unlink()
+    path.mkdir()
+    with pytest.raises(CheckpointError, match=r"a\.safetensors cannot be read"):
+        read_checkpoint(path)
+
+
+# --- Published weights of timm models ----------------------------------------------------------
+
+SIZES = {"img_size": 32, "in_channels": 3, "num_classes": 10}
+
+
+def weights_of(name: str, **settings: object) -> dict[str, torch.Tensor]:
+    """Weights other than any fresh model has."""
+    torch.manual_seed(1)
+    state = timm.create_model(name, **settings).state_dict()
+    return {k: torch.randn_like(v) if v.is_floating_point() else v for k, v in state.items()}
+
+
+def test_weights_that_timm_never_loads_strictly_must_be_whole_too() -> None:
+    weights = weights_of("dla46_c")
+    loaded = timm_model(
+        "dla46_c", **SIZES, pretrained={**weights, "level3.project.0.weight": torch.ones(1)}
+    )
+    for key, value in loaded.net.state_dict().items():
+        assert torch.equal(value, weights[key]) != key.startswith("fc."), key
+    del weights["level3.tree2.root.conv.weight"]
+    with pytest.raises(ValueError, match=r"not fit timm/dla46_c: .* level3\.tree2\.root\.conv\.w"):
+        timm_model("dla46_c", **SIZES, pretrained=weights)
+
+
+@pytest.mark.parametrize("channels", [1, 4, 5])
+def test_weights_for_as_many_channels_are_taken_as_they_are(channels: int) -> None:
+    weights = weights_of("resnet18", in_chans=channels)
+    sizes = {**SIZES, "in_channels": channels}
+    model = timm_model("resnet18", **sizes, pretrained=weights)
+    assert torch.equal(model.net.conv1.weight, weights["conv1.weight"])
+    del weights["layer3.0.conv1.weight"]
+    with pytest.raises(ValueError, match=r"not fit timm/resnet18: .*layer3\.0\.conv1\.weight"):
+        timm_model("resnet18", **sizes, pretrained=weights)
+    other = weights_of("resnet18", in_chans=4)
+    with pytest.raises(ValueError, match=r"not fit timm/resnet18: .*conv1"):
+        timm_model("resnet18", **{**sizes, "in_channels": 7}, pretrained=other)
+
+
+def test_weights_without_the_norm_of_the_head_leave_it_fresh() -> None:
+    name = "convnextv2_atto.fcmae"
+    whole = weights_of(name, num_classes=0)
+    weights = {k: v for k, v in whole.items() if not k.startswith("head.")}
+    model = timm_model(name, **SIZES, pretrained=weights)
+    assert all(torch.equal(model.net.state_dict()[k], v) for k, v in weights.items())
+    assert torch.all(model.net.head.norm.weight == 1) and model.net.head.fc.out_features == 10
+
+
+def test_a_model_does_not_keep_the_file_and_loading_stays_torchs_own() -> None:
+    load = torch.nn.Module.load_state_dict
+    model = timm_model("resnet18", **SIZES, pretrained=weights_of("resnet18"))
+    assert "state_dict" not in model.net.pretrained_cfg
+    with pytest.raises(ValueError, match="not fit"):
+        timm_model("resnet18", **SIZES, pretrained={"a": torch.zeros(1)})
+    assert torch.nn.Module.load_state_dict is load
 
 
 # --- Loading into a model ----------------------------------------------------------------------

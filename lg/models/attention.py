@@ -32,7 +32,7 @@ class _Recorder(TorchFunctionMode):
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
         if func is F.scaled_dot_product_attention:
-            self.found.append(_weights(*args, **kwargs))
+            self.found.append(attention_weights(*args, **kwargs))
         elif func in _SOFTMAX and isinstance(result, torch.Tensor) and result.ndim == 4:
             self.found.append(result.detach())  # attention that is not fused
         return result
@@ -41,7 +41,7 @@ class _Recorder(TorchFunctionMode):
 _SOFTMAX = (torch.softmax, torch.Tensor.softmax, F.softmax)
 
 
-def _weights(
+def attention_weights(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,

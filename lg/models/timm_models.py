@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -107,25 +108,40 @@ def _create_pretrained(
 ) -> nn.Module:
     """Build the model with all of the weights, then change its classifier if it must be.
 
-    With as many classes as the weights have, timm loads strictly; with others it would pass over
-    whatever else is missing.
+    With as many classes as the weights have, timm loads strictly, but for a few families; with
+    others it would pass over whatever else is missing.
     """
     config = timm.get_pretrained_cfg(name)
-    classifier = (config and config.classifier) or ()
-    heads = [classifier] if isinstance(classifier, str) else list(classifier)
-    known = [len(weights[f"{head}.weight"]) for head in heads if f"{head}.weight" in weights]
+    heads = _names(config and config.classifier)
     # Makers' own files may name the head otherwise, or have none.
+    known = [n for head in heads for n in _shape(weights, head)[:1]]
     counts = dict.fromkeys([*known[:1], config.num_classes if config else 1000, 0])
+    overlay: dict[str, Any] = {}
+    convs = _names(config and config.first_conv)
+    if convs and all(_shape(weights, c)[1:2] == (settings["in_chans"],) for c in convs):
+        overlay["first_conv"] = None  # older timm adapts what fits, or discards it
     reasons = []
     for count in counts:
-        overlay = {"state_dict": dict(weights), "num_classes": count}
+        overlay |= {"state_dict": dict(weights), "num_classes": count}
         try:
-            net = _create(
-                name, **settings, num_classes=count, pretrained=True, pretrained_cfg_overlay=overlay
-            )
+            with _missing_keys() as missing:
+                net = _create(
+                    name,
+                    **settings,
+                    num_classes=count,
+                    pretrained=True,
+                    pretrained_cfg_overlay=overlay,
+                )
         except _WeightsError as error:
             reasons.append(str(error))
             continue
+        # A norm that sits with the classifier in one module may start afresh, as it does.
+        beside = tuple(f"{h.rpartition('.')[0]}." for h in heads if "." in h)
+        lacking = [key for key in missing if not key.startswith(beside)]
+        if lacking:
+            reasons.append(f"nothing in them is for {', '.join(lacking[:5])}")
+            continue
+        net.pretrained_cfg.pop("state_dict", None)  # type: ignore[operator, union-attr]
         if count != num_classes:
             net.reset_classifier(num_classes)  # type: ignore[operator]
         return net
@@ -133,6 +149,39 @@ def _create_pretrained(
         f"the pretrained weights do not fit timm/{name}: {reasons[0]}. Use the file that timm or "
         "the model's makers publish under this name"
     )
+
+
+def _names(entry: Any) -> list[str]:
+    """Return the module names of an entry of timm's: one, several or none."""
+    return [entry] if isinstance(entry, str) else list(entry or ())
+
+
+def _shape(weights: Mapping[str, torch.Tensor], module: str) -> tuple[int, ...]:
+    """Return the shape of a module's weight in the file; empty where it has none."""
+    weight = weights.get(f"{module}.weight")
+    return () if weight is None else tuple(weight.shape)
+
+
+@contextmanager
+def _missing_keys() -> Iterator[list[str]]:
+    """Collect the parameters and buffers that any load leaves as they were.
+
+    timm loads while it builds, and of some families never strictly; it tells only its log what was
+    missing. A model that does not exist yet can be watched through its class alone.
+    """
+    missing: list[str] = []
+    load = nn.Module.load_state_dict
+
+    def noting(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        result = load(module, *args, **kwargs)
+        missing.extend(result.missing_keys)
+        return result
+
+    nn.Module.load_state_dict = noting  # type: ignore[assignment, method-assign]
+    try:
+        yield missing
+    finally:
+        nn.Module.load_state_dict = load  # type: ignore[method-assign]
 
 
 class _WeightsError(Exception):

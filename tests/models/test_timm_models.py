@@ -7,7 +7,8 @@ import timm
 import torch
 from torch import nn
 
-from lg.models import Backbone, MapLayout, deit, feature_maps, timm_model
+from lg.guidance import FrozenTeacher, GuidanceLoss, GuidedStudent
+from lg.models import Backbone, MapLayout, deit, feature_maps, resnet, timm_model
 from lg.models.backbone import probe_layouts
 
 DEIT = {
@@ -51,6 +52,20 @@ SLOW_FAMILIES = [
     ("resnetv2_50", 224, 16, "nchw", 0, (256, 56, 56), (2048, 7, 7)),
     ("caformer_s18", 224, 18, "tokens", 0, (64, 56, 56), (512, 7, 7)),
 ]
+# Students of as many builds, at the smallest size at which their last stage still has a map.
+GUIDED = [
+    *((name, size) for name, size, *_ in FAMILIES if size < 224),
+    ("swin_tiny_patch4_window7_224", 64),
+    ("coatnet_nano_rw_224", 64),
+    ("poolformer_s12", 64),
+    ("densenet121", 32),
+    ("convit_tiny", 32),
+    ("mvitv2_tiny", 64),
+    ("tiny_vit_5m_224", 64),
+    ("resnetv2_50", 32),
+    ("caformer_s18", 64),
+    ("dla34", 32),
+]
 
 
 def build(name: str, img_size: int, **settings: object) -> Backbone:
@@ -82,6 +97,51 @@ def test_blocks_and_maps_are_found_in_more_families() -> None:
         check_family(*family)
     with pytest.raises(ValueError, match=r"MODEL.BLOCKS.* features.\* \(Conv2d/ReLU/MaxPool2d\)"):
         build("vgg11", 32)
+
+
+def spread(model: Backbone) -> list[int]:
+    """The first, the middle and the last block."""
+    return [0, len(model.blocks) // 2, len(model.blocks) - 1]
+
+
+def check_guided_steps(student: Backbone, size: int, guide: Backbone, guide_size: int) -> None:
+    """On one batch, steps on the imitation alone lower that, then steps on the loss lower it."""
+    teacher = FrozenTeacher(guide, indices=spread(guide), image_size=guide_size)
+    guided = GuidedStudent(student, indices=spread(student), teacher_dims=teacher.feature_dims)
+    images = torch.randn(4, 3, size, size, generator=torch.Generator().manual_seed(0))
+    goals, _ = teacher(images)
+    loss = GuidanceLoss(inter_weight=2.5)
+    # Without a warm-up, AdamW's first steps at ten times this rate throw Swin and CoAtNet off.
+    optimizer = torch.optim.AdamW(guided.train().parameters(), lr=1e-4)
+    for lowered in ("inter", "loss"):
+        history = []
+        for _ in range(6):
+            term = loss(*guided(images), torch.eye(10)[:4], goals)[lowered]
+            history.append(term.item())
+            optimizer.zero_grad()
+            term.backward()
+            for block in (student.blocks[index] for index in guided.indices):
+                assert any(p.grad is not None and p.grad.any() for p in block.parameters())
+            optimizer.step()
+        assert history[-1] < history[0], (lowered, history)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("student", GUIDED, ids=lambda student: student[0])
+def test_students_of_every_build_are_guided(student: tuple[str, int]) -> None:
+    torch.manual_seed(0)
+    guide = resnet(depth=8, img_size=32, num_classes=10)
+    check_guided_steps(build(*student), student[1], guide, 32)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name",
+    ["convnext_atto", "pvt_v2_b0", "resnet18", "swin_tiny_patch4_window7_224", "levit_128s"],
+)
+def test_models_of_every_kind_guide(name: str) -> None:
+    torch.manual_seed(0)
+    check_guided_steps(build("vit_tiny_patch16_224", 32), 32, build(name, 64), 64)
 
 
 @pytest.mark.parametrize(

@@ -43,12 +43,14 @@ class ModelFacts:
         macs: Multiply-adds of one image's forward pass.
         image_size: Height and width of that image in pixels.
         blocks: All that can be tapped, in forward order.
+        fixed: Those of the parameters that are never trained.
     """
 
     params: int
     macs: int
     image_size: int
     blocks: list[BlockRow]
+    fixed: int = 0
 
 
 def measure_model(model: Backbone, *, image_size: int, in_channels: int) -> ModelFacts:
@@ -61,7 +63,8 @@ def measure_model(model: Backbone, *, image_size: int, in_channels: int) -> Mode
         BlockRow(index, name, *shape)
         for index, (name, shape) in enumerate(zip(model.block_names, shapes, strict=True))
     ]
-    return ModelFacts(counts["params"], counts["macs"], image_size, rows)
+    fixed = sum(p.numel() for p in model.parameters() if not p.requires_grad)
+    return ModelFacts(counts["params"], counts["macs"], image_size, rows, fixed)
 
 
 def describe(
@@ -110,7 +113,8 @@ def describe(
 
 
 def _cost(facts: ModelFacts) -> str:
-    return f"{facts.params:,} parameters, {facts.macs / 1e9:.3f} GMACs an image"
+    fixed = f" ({facts.fixed:,} fixed)" if facts.fixed else ""
+    return f"{facts.params:,} parameters{fixed}, {facts.macs / 1e9:.3f} GMACs an image"
 
 
 def _imitated(mine: BlockRow, theirs: BlockRow) -> str:

@@ -58,6 +58,14 @@ def test_what_it_says_of_a_guided_config() -> None:
     assert len(lines) == 13 and all(line == line.rstrip() and len(line) <= 100 for line in lines)
 
 
+def test_parameters_that_are_never_trained_are_told_apart() -> None:
+    lines = build_info(lg.load_config(ROOT / "configs/t2t/t2t-7_c100_base.yaml"))
+    # Fixed: positions of 196 patches and the class token, 256 wide, and two random projections.
+    assert 54_528 == 197 * 256 + 2 * 32 * 64
+    assert "100 classes: 4,078,922 parameters (54,528 fixed), " in lines[0]
+    assert len(lines[0]) <= 100
+
+
 def test_maps_that_need_no_heads_have_none() -> None:
     cfg = lg.load_config(
         ROOT / "configs/digits/vit_digits_ours.yaml", ["DISTILLATION.INTER_TRANSFORM", "attention"]

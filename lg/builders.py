@@ -57,6 +57,12 @@ def build_model(cfg: CfgNode, *, pretrained: bool = True) -> Backbone:
         raise
     except ValueError as error:  # what the models refuse, they refuse for a value of the config
         raise ConfigError(str(error)) from error
+    except (RuntimeError, TypeError, MemoryError, OverflowError) as error:  # beyond all measure
+        reason = str(error).strip().partition("\n")[0][:200] or type(error).__name__
+        raise ConfigError(
+            f"MODEL.TYPE {cfg.MODEL.TYPE} cannot be built with these sizes ({reason}): lower those "
+            "of MODEL, TRANSFORMER and the model's own section"
+        ) from error
 
 
 def _build_by_type(cfg: CfgNode, *, pretrained: bool) -> Backbone:

@@ -213,6 +213,7 @@ def _compares_images(v: Values) -> bool:
 
 _OFFLINE = "DISTILLATION.OFFLINE"
 _TIMM_IGNORES = [f"TRANSFORMER.{k}" for k in (*_COUNTS, "MLP_RATIO", "ATTENTION_DROP_RATE")]
+_CNN_KEYS = [f"{section}.{key}" for section in ("CNN", "RESNET") for key in DEFAULTS[section]]
 # key of a family's own section -> the families that read it
 _OWN_KEYS = {
     f"{section}.{key}": [name for name, family in FAMILIES.items() if family.section == section]
@@ -302,6 +303,24 @@ COMBINATIONS: list[tuple[str, Callable[[Values], bool], str | Callable[[Values],
             ),
         )
         for key in ("TRANSFORMER.PATCH_STRIDE", "TRANSFORMER.PATCH_PADDING")
+    ),
+    (
+        "TRANSFORMER.LN_EPS",
+        lambda v: (
+            v["MODEL.TYPE"].startswith("timm/")
+            and v["TRANSFORMER.LN_EPS"] != DEFAULTS["TRANSFORMER"]["LN_EPS"]
+        ),
+        "timm/NAME says its norms by its name: leave it out.",
+    ),
+    *(
+        (
+            key,
+            lambda v, key=key: not _uses_resnet(v) and v[key] != _default(key),
+            lambda v, key=key: (
+                f"neither MODEL.TYPE nor a guide is a ResNet: leave it at {_default(key)}."
+            ),
+        )
+        for key in _CNN_KEYS
     ),
     *(
         (

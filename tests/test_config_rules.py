@@ -106,6 +106,19 @@ TIMM_IGNORES = [
         "ATTENTION_DROP_RATE",
     )
 ]
+# A value of each key of the CNN, and the advice where there is none.
+CNN_OF_NO_USE: dict[str, tuple[Any, str]] = {
+    "CNN.DEPTH": (20, "neither MODEL.TYPE nor a guide is a ResNet: leave it at 56"),
+    "CNN.ACTIVATION_FUN": ("gelu", "leave it at relu"),
+    "CNN.ACTIVATION_INPLACE": (False, "leave it at True"),
+    "CNN.BN_EPS": (1e-3, "nor a guide"),
+    "CNN.BN_MOMENTUM": (0.2, "nor a guide"),
+    "CNN.ZERO_INIT_FINAL_BN_GAMMA": (True, "nor a guide"),
+    "RESNET.TRANS_FUN": ("bottleneck_transform", "nor a guide"),
+    "RESNET.NUM_GROUPS": (2, "nor a guide"),
+    "RESNET.WIDTH_PER_GROUP": (32, "nor a guide"),
+    "RESNET.STRIDE_1X1": (False, "nor a guide"),
+}
 # A value of each key that belongs to one family, and the advice to any other.
 OTHER_FAMILY: dict[str, tuple[Any, str]] = {
     "T2T.TOKEN_DIM": (32, "only MODEL.TYPE T2TViT has such a setting: leave it at 64"),
@@ -142,6 +155,8 @@ BROKEN: list[tuple[dict[str, Any], str]] = [
     ),
     ({"MODEL.TYPE": "DeiT", "TRANSFORMER.PATCH_STRIDE": 4}, "It serves PVTv2, CvT."),
     ({"MODEL.TYPE": "PVTv2", "TRANSFORMER.PATCH_PADDING": [1]}, "It serves CvT."),
+    ({"MODEL.TYPE": "timm/resnet18", "TRANSFORMER.LN_EPS": 1e-3}, "its norms by its name"),
+    *(({"MODEL.TYPE": "DeiT", key: value}, said) for key, (value, said) in CNN_OF_NO_USE.items()),
     *(({"MODEL.TYPE": "DeiT", key: value}, said) for key, (value, said) in OTHER_FAMILY.items()),
     ({"DISTILLATION.ENABLE_INTER": True}, "at least one block"),
     ({**INTER, "DISTILLATION.INTER_TEACHER_INDEX": [0]}, "which has 2 entries"),

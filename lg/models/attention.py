@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from timm.models.convit import GPSA
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
@@ -33,9 +34,16 @@ class _Recorder(TorchFunctionMode):
         result = func(*args, **kwargs)
         if func is F.scaled_dot_product_attention:
             self.found.append(attention_weights(*args, **kwargs))
-        elif func in _SOFTMAX and isinstance(result, torch.Tensor) and result.ndim == 4:
+        elif func in _SOFTMAX and _is_attention(result):
             self.found.append(result.detach())  # attention that is not fused
         return result
+
+
+def _is_attention(result: Any) -> bool:
+    """Whether a softmax gave shares of keys: four dimensions, of which rows sum to one."""
+    if not isinstance(result, torch.Tensor) or result.ndim != 4:
+        return False
+    return bool((result.float().sum(dim=-1) - 1).abs().max() < 1e-2)
 
 
 _SOFTMAX = (torch.softmax, torch.Tensor.softmax, F.softmax)
@@ -96,6 +104,16 @@ def attention_maps(model: nn.Module, images: torch.Tensor, index: int) -> torch.
     return found[0]
 
 
+def _mixture(module: Any, tokens: torch.Tensor) -> torch.Tensor:
+    """The attention of a gated layer, ours or timm's own."""
+    if isinstance(module, GatedAttention):
+        return module.attention(tokens)
+    module.rel_indices = module.get_rel_indices(
+        tokens.shape[1]
+    )  # else worked out at the first pass
+    return module.get_attention(tokens)
+
+
 def _record(backbone: Backbone, images: torch.Tensor, index: int) -> list[torch.Tensor]:
     """Run the model and return what the recorder, on during one block, has found."""
     block = backbone.blocks[index]
@@ -108,8 +126,8 @@ def _record(backbone: Backbone, images: torch.Tensor, index: int) -> list[torch.
     def stop(*_: Any) -> None:
         recorder.__exit__(None, None, None)
 
-    def mix(module: GatedAttention, inputs: tuple) -> None:
-        mixed.append(module.attention(inputs[0]))
+    def mix(module: nn.Module, inputs: tuple) -> None:
+        mixed.append(_mixture(module, inputs[0]))
 
     # `always_call`: a block that raises must not leave the recorder on.
     handles = [
@@ -117,9 +135,8 @@ def _record(backbone: Backbone, images: torch.Tensor, index: int) -> list[torch.
         block.register_forward_hook(stop, always_call=True),
     ]
     # Gated attention is the mixture of two, which the layer itself knows how to form.
-    handles += [
-        m.register_forward_pre_hook(mix) for m in block.modules() if hasattr(m, "attention")
-    ]
+    gated = [m for m in block.modules() if isinstance(m, (GatedAttention, GPSA))]
+    handles += [m.register_forward_pre_hook(mix) for m in gated]
     try:
         with evaluating(backbone), torch.compiler.set_stance("force_eager"):
             backbone(images)

@@ -26,6 +26,7 @@ from lg.models.layers import (
     conv_size,
     drop_path_ramp,
     init_linear,
+    smallest_image,
     to_tokens,
 )
 
@@ -338,18 +339,21 @@ def _sides(
     patch_padding: Sequence[int],
 ) -> list[int]:
     """Return the side of each stage's map."""
-    sides = []
-    side = img_size
-    for kernel, stride, padding in zip(patch_size, patch_stride, patch_padding, strict=True):
-        side = conv_size(side, kernel=kernel, stride=stride, padding=padding)
-        sides.append(side)
-    if min(sides) < 1:
+
+    def sides_of(size: int) -> list[int]:
+        sides = []
+        for kernel, stride, padding in zip(patch_size, patch_stride, patch_padding, strict=True):
+            size = conv_size(size, kernel=kernel, stride=stride, padding=padding)
+            sides.append(size)
+        return sides
+
+    if min(sides_of(img_size)) < 1:
         raise ValueError(
-            f"MODEL.IMG_SIZE {img_size} is too small: with TRANSFORMER.PATCH_SIZE "
-            f"{list(patch_size)} and TRANSFORMER.PATCH_STRIDE {list(patch_stride)} the maps of the "
-            f"stages would be {', '.join(f'{s} x {s}' for s in sides)}; use a larger image"
+            f"MODEL.IMG_SIZE {img_size} is too small for TRANSFORMER.PATCH_SIZE {list(patch_size)} "
+            f"and TRANSFORMER.PATCH_STRIDE {list(patch_stride)}: "
+            f"{smallest_image(lambda size: min(sides_of(size)) >= 1)}"
         )
-    return sides
+    return sides_of(img_size)
 
 
 def _check_projection(attention: dict, side: int) -> None:
@@ -367,12 +371,12 @@ def _check_projection(attention: dict, side: int) -> None:
             f"{side} x {side} queries into {queries} x {queries}, which do not fit the residual: "
             "use stride 1 and half the (odd) kernel as padding"
         )
-    stride_kv, padding_kv = attention["stride_kv"], attention["padding_kv"]
+    padding_kv = attention["padding_kv"]
     if padding_kv * 2 > kernel and method == "avg":
         raise ValueError(
             f"CVT.PADDING_KV {padding_kv} is more than half of CVT.KERNEL_QKV {kernel}: lower it"
         )
-    if conv_size(side, kernel=kernel, stride=stride_kv, padding=padding_kv) < 1:
+    if side + 2 * padding_kv < kernel:
         raise ValueError(
             f"CVT.KERNEL_QKV {kernel} does not fit the {side} x {side} map of a stage: lower it, "
             "or raise CVT.PADDING_KV or MODEL.IMG_SIZE"

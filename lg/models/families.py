@@ -60,7 +60,20 @@ def build_family(kind: str, transformer: Settings, own: Settings, **sizes: Any) 
             if isinstance(value, list) and len(value) != num_stages:
                 raise ValueError(_length_error(f"{family.section}.{name}", value, num_stages))
     arguments |= {name.lower(): value for name, value in own.items()}
+    _check_mlp(arguments["hidden_dim"], arguments["mlp_ratio"])
     return BUILDERS[kind](**arguments)
+
+
+def _check_mlp(hidden_dim: Any, mlp_ratio: Any) -> None:
+    """Refuse ratios of which nothing is left."""
+    widths = hidden_dim if isinstance(hidden_dim, list) else [hidden_dim]
+    ratios = mlp_ratio if isinstance(mlp_ratio, list) else [mlp_ratio] * len(widths)
+    for width, ratio in zip(widths, ratios, strict=True):
+        if int(width * ratio) < 1:
+            raise ValueError(
+                f"TRANSFORMER.MLP_RATIO {ratio} of TRANSFORMER.HIDDEN_DIM {width} leaves the MLP "
+                "no channel: raise it"
+            )
 
 
 def single(kind: str, transformer: Settings, name: str) -> Any:

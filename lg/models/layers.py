@@ -5,7 +5,7 @@ Shapes: B batch, N tokens, C channels, M heads.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -73,6 +73,12 @@ def init_linear(module: nn.Module) -> None:
 def conv_size(size: int, *, kernel: int, stride: int, padding: int) -> int:
     """Return the side of a convolution's output; 0 or less where the kernel does not fit."""
     return (size + 2 * padding - kernel) // stride + 1
+
+
+def smallest_image(fits: Callable[[int], bool]) -> str:
+    """Return in words the smallest image that fits, of those that anyone would use."""
+    size = next((size for size in range(1, 4097) if fits(size)), None)
+    return "no image fits" if size is None else f"use an image size of {size} or more"
 
 
 def check_patches(img_size: int, patch_size: int) -> None:

@@ -11,7 +11,7 @@ from timm.models.pvt_v2 import OverlapPatchEmbed, PyramidVisionTransformerV2
 from torch import nn
 
 from lg.models.backbone import Backbone, MapLayout
-from lg.models.layers import check_depth, check_widths, conv_size
+from lg.models.layers import check_depth, check_widths, conv_size, smallest_image
 
 
 def pvtv2(
@@ -102,20 +102,27 @@ def _sides(
     sr_ratio: Sequence[int],
 ) -> list[int]:
     """Return the side of each stage's map; refuse patches that leave gaps, and vanishing maps."""
-    sides = []
-    side = img_size
-    for patch, stride, ratio in zip(patch_size, patch_stride, sr_ratio, strict=True):
+    for patch, stride in zip(patch_size, patch_stride, strict=True):
         if patch <= stride:
             raise ValueError(
                 f"TRANSFORMER.PATCH_SIZE {patch} does not overlap at TRANSFORMER.PATCH_STRIDE "
                 f"{stride}: use a larger patch or a smaller stride"
             )
-        side = conv_size(side, kernel=patch, stride=stride, padding=patch // 2)
-        sides.append(side)
-        if side < ratio:
-            raise ValueError(
-                f"MODEL.IMG_SIZE {img_size} gives a stage a map of {side} x {side}, of which "
-                f"PVT.SR_RATIO {ratio} leaves nothing: use a larger image or lower that entry of "
-                f"{list(sr_ratio)}"
-            )
-    return sides
+
+    def sides_of(size: int) -> list[int]:
+        sides = []
+        for patch, stride in zip(patch_size, patch_stride, strict=True):
+            size = conv_size(size, kernel=patch, stride=stride, padding=patch // 2)
+            sides.append(size)
+        return sides
+
+    def fits(size: int) -> bool:
+        return all(side >= ratio for side, ratio in zip(sides_of(size), sr_ratio, strict=True))
+
+    if not fits(img_size):
+        maps = ", ".join(f"{side} x {side}" for side in sides_of(img_size))
+        raise ValueError(
+            f"MODEL.IMG_SIZE {img_size} gives the stages maps of {maps}, of which PVT.SR_RATIO "
+            f"{list(sr_ratio)} leaves nothing in one: {smallest_image(fits)}, or lower that entry"
+        )
+    return sides_of(img_size)

@@ -145,9 +145,16 @@ def _create_pretrained(
         if count != num_classes:
             net.reset_classifier(num_classes)  # type: ignore[operator]
         return net
+    made_for = config.input_size[-1] if config else settings["img_size"]
+    size_hint = (
+        f"; if it is that, MODEL.IMG_SIZE {settings['img_size']} may be at fault: it is made for "
+        f"{made_for}"
+        if made_for != settings["img_size"]
+        else ""
+    )
     raise ValueError(
         f"the pretrained weights do not fit timm/{name}: {reasons[0]}. Use the file that timm or "
-        "the model's makers publish under this name"
+        f"the model's makers publish under this name{size_hint}"
     )
 
 

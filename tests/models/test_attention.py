@@ -78,6 +78,21 @@ def test_attention_that_timm_does_not_fuse() -> None:
     assert weights.shape == (1, 4, 16, 16)
 
 
+def test_timms_own_gated_attention_is_its_mixture() -> None:
+    model = timm_model("convit_tiny", img_size=64, in_channels=3, num_classes=4).eval()
+    kept: list[torch.Tensor] = []
+    layer = model.blocks[0].attn
+    layer.register_forward_hook(lambda _m, inputs, _o: kept.append(inputs[0]))
+    weights = lg.attention_maps(model, torch.randn(1, 3, 64, 64), 0)
+    torch.testing.assert_close(weights, layer.get_attention(kept[0]))
+
+
+def test_other_softmaxes_are_no_attention() -> None:
+    model = timm_model("resnest14d", img_size=64, in_channels=3, num_classes=4)
+    with pytest.raises(ValueError, match="no softmax attention"):
+        lg.attention_maps(model, torch.randn(1, 3, 64, 64), 0)
+
+
 def test_an_attention_bias_counts() -> None:
     class Biased(nn.Module):
         def forward(self, tokens: torch.Tensor) -> torch.Tensor:

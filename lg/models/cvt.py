@@ -17,7 +17,7 @@ import torch
 from timm.layers import DropPath, Mlp, QuickGELU, trunc_normal_
 from torch import nn
 
-from lg.models.backbone import Backbone, MapLayout
+from lg.models.backbone import Backbone
 from lg.models.layers import (
     INIT_STD,
     attend,
@@ -26,6 +26,7 @@ from lg.models.layers import (
     conv_size,
     drop_path_ramp,
     init_linear,
+    pyramid,
     smallest_image,
     to_tokens,
 )
@@ -318,17 +319,12 @@ def cvt(
                 drop_rate=drop_rate[i],
             )
         )
-    return Backbone(
-        ConvolutionalVisionTransformer(
-            stages, dim=hidden_dim[-1], num_classes=num_classes, ln_eps=ln_eps
-        ),
-        family="CvT",
-        block_names=[f"stages.{i}.blocks.{j}" for i, n in enumerate(depth) for j in range(n)],
-        layouts=[
-            MapLayout("tokens", hidden_dim[i], int(with_cls_token[i]), (sides[i], sides[i]))
-            for i, n in enumerate(depth)
-            for _ in range(n)
-        ],
+    net = ConvolutionalVisionTransformer(
+        stages, dim=hidden_dim[-1], num_classes=num_classes, ln_eps=ln_eps
+    )
+    prefix = [int(has_token) for has_token in with_cls_token]
+    return pyramid(
+        net, family="CvT", hidden_dim=hidden_dim, depth=depth, sides=sides, prefix=prefix
     )
 
 

@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from timm.layers import trunc_normal_
 from torch import nn
 
+from lg.models.backbone import Backbone, MapLayout
+
 INIT_STD = 0.02  # of the initial weights of linear layers, tokens and positions
 
 
@@ -73,6 +75,38 @@ def init_linear(module: nn.Module) -> None:
 def conv_size(size: int, *, kernel: int, stride: int, padding: int) -> int:
     """Return the side of a convolution's output; 0 or less where the kernel does not fit."""
     return (size + 2 * padding - kernel) // stride + 1
+
+
+def pyramid(
+    net: nn.Module,
+    *,
+    family: str,
+    hidden_dim: Sequence[int],
+    depth: Sequence[int],
+    sides: Sequence[int],
+    prefix: Sequence[int],
+) -> Backbone:
+    """Return a net of stages (`stages.I.blocks.J`, tokens on square maps) as a `Backbone`.
+
+    Args:
+        net: The network.
+        family: As in MODEL.TYPE.
+        hidden_dim: Channels of each stage.
+        depth: Blocks of each stage.
+        sides: Height and width of each stage's map.
+        prefix: Class tokens of each stage.
+    """
+    stages = list(zip(hidden_dim, depth, sides, prefix, strict=True))
+    return Backbone(
+        net,
+        family=family,
+        block_names=[f"stages.{i}.blocks.{j}" for i, n in enumerate(depth) for j in range(n)],
+        layouts=[
+            MapLayout("tokens", channels, first, (side, side))
+            for channels, count, side, first in stages
+            for _ in range(count)
+        ],
+    )
 
 
 def smallest_image(fits: Callable[[int], bool]) -> str:

@@ -16,7 +16,7 @@ import torch
 from timm.layers import DropPath, Mlp, trunc_normal_
 from torch import nn
 
-from lg.models.backbone import Backbone, MapLayout
+from lg.models.backbone import Backbone
 from lg.models.layers import (
     INIT_STD,
     attend,
@@ -24,6 +24,7 @@ from lg.models.layers import (
     check_widths,
     drop_path_ramp,
     init_linear,
+    pyramid,
     to_tokens,
 )
 
@@ -241,17 +242,12 @@ def pvt(
                 drop_rate=drop_rate,
             )
         )
-    return Backbone(
-        PyramidVisionTransformer(
-            stages, dim=hidden_dim[-1], num_classes=num_classes, ln_eps=ln_eps
-        ),
-        family="PVT",
-        block_names=[f"stages.{i}.blocks.{j}" for i, n in enumerate(depth) for j in range(n)],
-        layouts=[
-            MapLayout("tokens", hidden_dim[i], int(i == last), (sides[i], sides[i]))
-            for i, n in enumerate(depth)
-            for _ in range(n)
-        ],
+    net = PyramidVisionTransformer(
+        stages, dim=hidden_dim[-1], num_classes=num_classes, ln_eps=ln_eps
+    )
+    prefix = [int(i == last) for i in range(len(depth))]
+    return pyramid(
+        net, family="PVT", hidden_dim=hidden_dim, depth=depth, sides=sides, prefix=prefix
     )
 
 

@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from timm.models.pvt_v2 import OverlapPatchEmbed, PyramidVisionTransformerV2
 from torch import nn
 
-from lg.models.backbone import Backbone, MapLayout
-from lg.models.layers import check_depth, check_widths, conv_size, smallest_image
+from lg.models.backbone import Backbone
+from lg.models.layers import check_depth, check_widths, conv_size, pyramid, smallest_image
 
 
 def pvtv2(
@@ -83,15 +83,13 @@ def pvtv2(
     for module in net.modules():
         if isinstance(module, nn.LayerNorm):
             module.eps = ln_eps
-    return Backbone(
+    return pyramid(
         net,
         family="PVTv2",
-        block_names=[f"stages.{i}.blocks.{j}" for i, n in enumerate(depth) for j in range(n)],
-        layouts=[
-            MapLayout("tokens", hidden_dim[i], 0, (sides[i], sides[i]))
-            for i, n in enumerate(depth)
-            for _ in range(n)
-        ],
+        hidden_dim=hidden_dim,
+        depth=depth,
+        sides=sides,
+        prefix=[0] * len(depth),
     )
 
 

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:  # torch is imported when there is something to do, so that --help is quick
     from yacs.config import CfgNode
 
+    from lg.guidance.bank_file import Provenance
     from lg.models import Backbone
 
 
@@ -50,6 +51,14 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
         action="store_true",
         help="store the maps of the mirrored images too: flips are then exact, at twice the size",
     )
+    parser.add_argument(
+        "--shifts",
+        type=int,
+        default=1,
+        metavar="K",
+        help="store the maps of K x K shifted views of each image: for students trained with "
+        "STRONG_AUGMENTATION False, which shifts images by up to an eighth of their side",
+    )
     parser.add_argument("--dtype", choices=("float16", "float32"), default="float16")
     parser.add_argument(
         "opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="overrides, as for run_net.py"
@@ -79,6 +88,8 @@ def run(args: argparse.Namespace, cfg: CfgNode) -> None:
 
     from lg import builders
     from lg.augment.recipe import TestTransform
+    from lg.augment.view import plain_views
+    from lg.config import ConfigError
     from lg.datasets.loader import TestSamples, test_loader
     from lg.distributed import World
     from lg.guidance import FrozenTeacher
@@ -91,19 +102,25 @@ def run(args: argparse.Namespace, cfg: CfgNode) -> None:
     device = builders.build_device(cfg, World())
     dataset = builders.build_train_data(cfg)
     layers, size = facts["layers"], facts["guide_image_size"]
+    try:
+        views = plain_views(facts["image_size"], shifts=args.shifts, mirrored=args.mirrored)
+    except ValueError as error:
+        raise ConfigError(f"--shifts: {error}") from None
     guide = FrozenTeacher(model, indices=layers, image_size=size)
     shapes = map_shapes(model, layers, image_size=size, in_channels=cfg.MODEL.IN_CHANNELS)
     provenance = Provenance(
         weights=weights_hash(model),
         shapes=[list(shape) for shape in shapes],
         dtype=args.dtype,
-        mirrored=args.mirrored,
+        views=[list(map(float, view)) for view in views],
         versions={"python": platform.python_version(), "torch": torch.__version__}
         | {"numpy": np.__version__},
         **facts,
         **builders.dataset_facts(dataset),
     )
     print(check_space(path, provenance, len(dataset)), flush=True)
+    if text := advice(cfg, provenance, len(dataset)):
+        print(text, flush=True)
     samples = TestSamples(dataset, TestTransform(image_size=facts["image_size"]))
     with Progress(len(dataset)) as progress:
         precompute(
@@ -123,6 +140,28 @@ def run(args: argparse.Namespace, cfg: CfgNode) -> None:
             advance=progress.advance,
         )
     print(f"Wrote {path}: {path.stat().st_size / 1e9:.2f} GB, maps of {len(dataset):,} images.")
+
+
+def advice(cfg: CfgNode, provenance: Provenance, count: int) -> str:
+    """For guided training with the plain recipe: what would make replayed maps exact."""
+    from dataclasses import replace
+
+    from lg.augment.view import padding, plain_views
+    from lg.guidance.precompute import bank_size
+
+    if not cfg.DISTILLATION.ENABLE_INTER or cfg.TRAIN.STRONG_AUGMENTATION:
+        return ""
+    size, flips = provenance.image_size, cfg.TRAIN.HFLIP > 0
+    shifts = 2 * padding(size) + 1
+    views = plain_views(size, shifts=shifts, mirrored=flips)
+    if len(provenance.views) >= len(views):
+        return ""
+    whole = bank_size(replace(provenance, views=[list(view) for view in views]), count)
+    return (
+        f"This training draws {len(views)} views of each image, of which {len(provenance.views)} "
+        f"are stored; maps of the others will be approximate. --shifts {shifts}"
+        f"{' --mirrored' if flips else ''} stores them all, in {whole / 1e9:.2f} GB."
+    )
 
 
 def choose(args: argparse.Namespace, cfg: CfgNode) -> tuple[Backbone, dict[str, Any], Path]:

@@ -143,7 +143,7 @@ def train_a_little(config: str, opts: list[str], way: str, steps: int, send: Any
     dataset = builders.build_train_data(cfg)
     if way == "whole arrays":
         assert isinstance(guide, FeatureBank)
-        guide._arrays = [(np.array(pair[0], dtype=np.float32),) for pair in guide._arrays]
+        guide._arrays = [np.array(array, dtype=np.float32) for array in guide._arrays]
     loader = builders.build_train_loader(cfg, dataset, World())
     optimizer = builders.build_optimizer(cfg, guided.train())
     loader.start(0, 0)

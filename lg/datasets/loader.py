@@ -38,8 +38,10 @@ class Batch(NamedTuple):
     view: Tensor  # [N, 5], see lg.augment.view.View
 
     def to(self, device: torch.device) -> Batch:
-        """The batch on a device; the copies overlap with work there when the batch is pinned."""
-        return Batch(*(t.to(device, non_blocking=True) for t in self))
+        """The batch with images and labels on a device; the copies overlap with work there when
+        the batch is pinned. Index and view stay: stored maps are looked up in host memory."""
+        images, labels = (t.to(device, non_blocking=True) for t in self[:2])
+        return self._replace(images=images, labels=labels)
 
     def pin_memory(self) -> Batch:
         """Called by the DataLoader."""

@@ -1,9 +1,9 @@
 """The file of a feature bank: an uncompressed `.npz` whose arrays are mapped where they lie.
 
-It holds `layer_I.npy` [n, C, H, W] for each tapped block I of the guide, `indices.npy` [n] with the
-place of each row's image in its data set, and `provenance.json`; it may also hold `mirrored_I.npy`,
-the maps of the mirrored images, since those are not the mirrored maps. Opening it is instant,
-processes share its pages, and a batch touches what it needs. Nothing in it is ever unpickled.
+It holds `layer_I.npy` [n, V, C, H, W] for each tapped block I of the guide, with the maps of V
+views of each image; `indices.npy` [n] with the place of each row's image in its data set; and
+`provenance.json`. Opening it is instant, processes share its pages, and a batch touches what it
+needs. Nothing in it is ever unpickled.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class Provenance:
         layers: Blocks of the guide, in the order of the arrays.
         shapes: [C, H, W] of each.
         dtype: `float16` or `float32`.
-        mirrored: Whether the maps of the mirrored images are there too.
+        views: The V views of each image that the guide saw, see `lg.augment.view.View`.
         versions: Of what computed it.
     """
 
@@ -59,13 +59,16 @@ class Provenance:
     layers: list[int]
     shapes: list[list[int]]
     dtype: str
-    mirrored: bool = False
+    views: list[list[float]] = field(default_factory=lambda: [[0.0, 0.0, 1.0, 1.0, 0.0]])
     versions: dict[str, str] = field(default_factory=dict)
 
     def array_names(self) -> list[str]:
         """Files of the arrays, in their order."""
-        kinds = ["layer", "mirrored"] if self.mirrored else ["layer"]
-        return [f"{kind}_{layer}.npy" for kind in kinds for layer in self.layers]
+        return [f"layer_{layer}.npy" for layer in self.layers]
+
+    def array_shapes(self, count: int) -> list[tuple[int, ...]]:
+        """[n, V, C, H, W] of the arrays for `count` images."""
+        return [(count, len(self.views), *shape) for shape in self.shapes]
 
     def to_json(self) -> str:
         """The same text for the same values."""

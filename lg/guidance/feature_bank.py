@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lg.augment.view import View
 from lg.guidance.bank_file import INDICES, BankFile
 
 
@@ -52,17 +53,14 @@ class FeatureBank:
                 f"{', '.join(map(str, missing))}; precompute it for "
                 "DISTILLATION.INTER_TEACHER_INDEX, or change that"
             )
-        # Of each block the maps of the images and, if they are stored, of the mirrored images.
-        arrays = {
-            layer: tuple(self._file.array(name, dims=4, kind="f") for name in pair)
-            for layer, pair in names.items()
-        }
+        arrays = {layer: self._array(name) for layer, name in names.items()}
         self._check_arrays(arrays)
-        self._arrays: list[tuple[Any, ...]] = [arrays[layer] for layer in layers]
+        self._arrays: list[Any] = [arrays[layer] for layer in layers]
+        self._views = torch.tensor(self.provenance.views if self.provenance else [View()])
         self._is_resident = False
-        self.shapes = [pair[0].shape[1:] for pair in self._arrays]
+        self.shapes = [array.shape[2:] for array in self._arrays]
         self.feature_dims = [shape[0] for shape in self.shapes]
-        self.indices = np.arange(len(self._arrays[0][0]))
+        self.indices = np.arange(len(self._arrays[0]))
         if INDICES in self._file.names:
             stored = np.array(self._file.array(INDICES, dims=1, kind="i"))
             if len(stored) != len(self.indices):
@@ -115,16 +113,13 @@ class FeatureBank:
         Raises:
             BankError: They do not fit.
         """
-        needed = sum(array.nbytes for pair in self._arrays for array in pair)
+        needed = sum(array.nbytes for array in self._arrays)
         if device.type == "cuda" and needed > torch.cuda.mem_get_info(device)[0]:
             raise self._file.error(
                 f"needs {needed / 1e9:.1f} GB, more than {device} has left; set "
                 "DISTILLATION.FEATURE_PLACE file"
             )
-        self._arrays = [
-            tuple(torch.from_numpy(np.array(array)).to(device) for array in pair)
-            for pair in self._arrays
-        ]
+        self._arrays = [torch.from_numpy(np.array(array)).to(device) for array in self._arrays]
         self._is_resident = True
         self._file.forget_pages()
 
@@ -135,73 +130,95 @@ class FeatureBank:
 
         Args:
             images: [N, 3, S, S]; only their device counts.
-            index: [N], places of the images in their data set.
-            view: [N, 5], see `lg.augment.view.View`.
+            index: [N], places of the images in their data set, in host memory (elsewhere the host
+                has to wait for the device).
+            view: [N, 5], see `lg.augment.view.View`, likewise.
 
         Returns:
             Maps [N, C, H, W] in float32, in tap order; there are no class scores.
         """
         assert index is not None and view is not None, "stored maps need index and view"
-        place = self._arrays[0][0].device if self._is_resident else torch.device("cpu")
-        rows: Any = torch.from_numpy(self._rows).to(place)[index.to(place)]
-        flip: Any = view[:, 4].to(place) > 0.5
-        if not self._is_resident:
-            rows, flip = rows.numpy(), flip.numpy()
-        maps = [_pick(pair, rows, flip) for pair in self._arrays]
-        if not self._is_resident:
-            maps = [torch.from_numpy(array) for array in maps]
+        device = images.device
+        rows = torch.from_numpy(self._rows)[index.cpu()]
+        nearest, rest = from_nearest(view.cpu(), self._views)
+        if self._is_resident:
+            place = self._arrays[0].device
+            at = to_device(rows, place), to_device(nearest, place)
+            maps = [array[at] for array in self._arrays]
+        else:
+            picked = (array[rows.numpy(), nearest.numpy()] for array in self._arrays)
+            maps = [torch.from_numpy(array) for array in picked]
             self._file.forget_pages()
-        if len(self._arrays[0]) == 2:
-            view = unflipped(view)
-        return [replay(m.to(images.device), view.to(images.device)) for m in maps], None
+        rest = to_device(rest, device)
+        return [replay(to_device(m, device), rest) for m in maps], None
 
-    def _array_names(self) -> dict[int, tuple[str, ...]]:
-        """Which arrays belong to which block of the guide."""
+    def _array(self, name: str) -> np.ndarray:
+        """[n, V, C, H, W]; the original's files hold one view of each image."""
+        if self.provenance is None:
+            return self._file.array(name, dims=4, kind="f")[:, None]
+        return self._file.array(name, dims=5, kind="f")
+
+    def _array_names(self) -> dict[int, str]:
+        """Which array belongs to which block of the guide."""
         if self.provenance is not None:
-            if any(name not in self._file.names for name in self.provenance.array_names()):
+            names = self.provenance.array_names()
+            if any(name not in self._file.names for name in names):
                 raise self._file.error(
                     "lacks arrays that its provenance names; precompute it again"
                 )
-            kinds = ("layer", "mirrored") if self.provenance.mirrored else ("layer",)
-            return {i: tuple(f"{kind}_{i}.npy" for kind in kinds) for i in self.provenance.layers}
+            return dict(zip(self.provenance.layers, names, strict=True))
         arrays = [name for name in self._file.names if name.endswith(".npy")]
         if not arrays:
             raise self._file.error("holds no arrays; precompute it again")
-        return {i: (name,) for i, name in enumerate(arrays)}  # the original: stages in order
+        return dict(enumerate(arrays))  # the original: stages in order
 
-    def _check_arrays(self, arrays: dict[int, tuple[np.ndarray, ...]]) -> None:
-        counts = [len(array) for pair in arrays.values() for array in pair]
+    def _check_arrays(self, arrays: dict[int, np.ndarray]) -> None:
+        counts = [len(array) for array in arrays.values()]
         if len(set(counts)) > 1:
             raise self._file.error(
                 f"holds maps of {', '.join(map(str, counts))} images; precompute it again"
             )
         if self.provenance is None:
             return
-        for position in range(len(next(iter(arrays.values())))):
-            found = [list(pair[position].shape[1:]) for pair in arrays.values()]
-            if found != self.provenance.shapes:
-                raise self._file.error(
-                    f"holds maps of shapes {found}, its provenance says {self.provenance.shapes}; "
-                    "precompute it again"
-                )
+        found = [array.shape for array in arrays.values()]
+        wanted = self.provenance.array_shapes(counts[0])
+        if found != wanted:
+            raise self._file.error(
+                f"holds maps of shapes {found}, its provenance says {wanted}; precompute it again"
+            )
 
 
-def unflipped(view: Tensor) -> Tensor:
-    """The views [N, 5] of mirrored images that show what flipped views show of the images."""
+def from_nearest(view: Tensor, stored: Tensor) -> tuple[Tensor, Tensor]:
+    """For each view the stored one that it is closest to, and what remains to be done to that.
+
+    Closest: flipped alike if possible, then the smallest sum of distances between the sides of the
+    boxes.
+
+    Args:
+        view: [N, 5], see `lg.augment.view.View`.
+        stored: [V, 5].
+
+    Returns:
+        Positions in `stored` [N]; views [N, 5] that lead from those to `view`.
+    """
+    sides, stored_sides = (
+        torch.cat([v[:, :2], v[:, :2] + v[:, 2:4], 1e3 * v[:, 4:]], dim=1) for v in (view, stored)
+    )
+    distance = (sides[:, None] - stored_sides).abs().sum(dim=2)
+    nearest = distance.argmin(dim=1)
     top, left, height, width, flip = view.unbind(dim=1)
-    left = torch.where(flip > 0.5, 1 - left - width, left)
-    return torch.stack([top, left, height, width, torch.zeros_like(flip)], dim=1)
+    top_0, left_0, height_0, width_0, flip_0 = stored[nearest].unbind(dim=1)
+    top, height = (top - top_0) / height_0, height / height_0
+    left, width = (left - left_0) / width_0, width / width_0
+    left = torch.where(flip_0 > 0.5, 1 - left - width, left)  # in a mirrored image
+    return nearest, torch.stack([top, left, height, width, (flip - flip_0).abs()], dim=1)
 
 
-def _pick(pair: tuple[Any, ...], rows: Any, flip: Any) -> Any:
-    """Rows of the maps; of those of the mirrored images, if they are there, where `flip` says."""
-    if len(pair) == 1:
-        return pair[0][rows]
-    if isinstance(rows, Tensor):  # no count of flips, for which a GPU would have to be waited for
-        return torch.where(flip[:, None, None, None], pair[1][rows], pair[0][rows])
-    picked = pair[0][rows]
-    picked[flip] = pair[1][rows[flip]]
-    return picked
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """A copy from host memory that the host does not wait for."""
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
 
 
 def replay(maps: Tensor, view: Tensor) -> Tensor:

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from lg.augment.view import View, shifted
 from lg.checkpoint import remove_leftovers, write_atomically
 from lg.datasets.loader import Batch
 from lg.guidance.bank_file import INDICES, PROVENANCE, BankError, Provenance
@@ -58,8 +59,8 @@ class Progress:
 
 def bank_size(provenance: Provenance, count: int) -> int:
     """Bytes that the maps of `count` images take."""
-    width = np.dtype(provenance.dtype).itemsize * (1 + provenance.mirrored)
-    return count * width * sum(int(np.prod(shape)) for shape in provenance.shapes)
+    values = sum(int(np.prod(shape)) for shape in provenance.array_shapes(count))
+    return values * np.dtype(provenance.dtype).itemsize
 
 
 def check_space(path: Path, provenance: Provenance, count: int) -> str:
@@ -116,11 +117,10 @@ def precompute(
     noted = time.monotonic()
     for batch in make_batches(done) if done < len(indices) else ():
         images = batch.images.to(device)
-        maps, _ = guide(images)
-        if provenance.mirrored:
-            maps += guide(images.flip(3))[0]
-        for array, layer_maps in zip(arrays, maps, strict=True):
-            array[done : done + len(batch.images)] = _stored(layer_maps, array.dtype)
+        for position, view in enumerate(provenance.views):
+            maps, _ = guide(shifted(images, View._make(view)))
+            for array, layer_maps in zip(arrays, maps, strict=True):
+                array[done : done + len(images), position] = _stored(layer_maps, array.dtype)
         done += len(batch.images)
         advance(len(batch.images))
         if time.monotonic() - noted > _SAVE_PERIOD:
@@ -150,15 +150,14 @@ def _begin(folder: Path, provenance: Provenance, count: int) -> tuple[list[np.me
         shutil.rmtree(folder)
     folder.mkdir(parents=True, exist_ok=True)
     arrays = []
-    shapes = provenance.shapes * (1 + provenance.mirrored)
+    shapes = provenance.array_shapes(count)
     for name, shape in zip(provenance.array_names(), shapes, strict=True):
         file = folder / name
         if done:
             arrays.append(np.lib.format.open_memmap(file, mode="r+"))
         else:
-            full = (count, *shape)
             dtype = np.dtype(provenance.dtype)
-            arrays.append(np.lib.format.open_memmap(file, mode="w+", dtype=dtype, shape=full))
+            arrays.append(np.lib.format.open_memmap(file, mode="w+", dtype=dtype, shape=shape))
     return arrays, done
 
 

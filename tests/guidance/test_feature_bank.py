@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import pickle
+import random
 import zipfile
 from collections.abc import Iterator
 from dataclasses import replace
@@ -17,13 +18,13 @@ import torch
 import torch.nn.functional as F
 
 from lg.augment.recipe import TestTransform
-from lg.augment.view import View
+from lg.augment.view import View, padded_crop, plain_views, shifted
 from lg.datasets import build_dataset
 from lg.datasets.base import fingerprint, stratified_subset
 from lg.datasets.loader import Batch, TestSamples, test_loader
 from lg.guidance import BankError, FeatureBank, FrozenTeacher
 from lg.guidance.bank_file import Provenance
-from lg.guidance.feature_bank import replay, unflipped
+from lg.guidance.feature_bank import from_nearest, replay
 from lg.guidance.precompute import check_space, precompute
 from lg.models import resnet
 
@@ -49,7 +50,11 @@ def make_guide(size: int = 16) -> FrozenTeacher:
 
 
 def make_bank(
-    path: Path, *, stop_after: int | None = None, dtype: str = "float16", mirrored: bool = False
+    path: Path,
+    *,
+    stop_after: int | None = None,
+    dtype: str = "float16",
+    views: Any = ((0, 0, 1, 1, 0),),
 ) -> FrozenTeacher:
     """Stores 60 digits, in batches of 8; may be stopped by an error after some of them."""
     guide = make_guide()
@@ -63,13 +68,12 @@ def make_bank(
                 raise KeyboardInterrupt
             yield batch
 
+    stored = [list(map(float, view)) for view in views]
     precompute(
         guide,
         batches,
         path=path,
-        provenance=Provenance(
-            **FACTS, layers=LAYERS, shapes=SHAPES, dtype=dtype, mirrored=mirrored
-        ),
+        provenance=Provenance(**FACTS, layers=LAYERS, shapes=SHAPES, dtype=dtype, views=stored),
         indices=dataset.indices,
         device=torch.device("cpu"),
         say=lambda text: None,
@@ -156,7 +160,7 @@ def test_each_image_has_its_own_view_and_its_own_maps(path: Path) -> None:
 
 
 def test_mirrored_maps_make_flips_exact(tmp_path: Path) -> None:
-    guide = make_bank(tmp_path / "b.npz", mirrored=True)
+    guide = make_bank(tmp_path / "b.npz", views=[View(), View(flip=True)])
     whole = digits_batch([3, 8], [View(), View()])
     views = torch.stack([View(flip=True).tensor(), View().tensor()])
     images = torch.stack([whole.images[0].flip(2), whole.images[1]])
@@ -169,11 +173,42 @@ def test_mirrored_maps_make_flips_exact(tmp_path: Path) -> None:
             torch.testing.assert_close(mine, theirs, rtol=2**-10, atol=3e-6)
 
 
-def test_the_view_of_a_mirrored_image() -> None:
-    maps = torch.randn(2, 3, 8, 8)
-    view = torch.stack([View(0.1, 0.2, 0.5, 0.6, True).tensor(), View(0.3, 0.1, 0.4, 0.4).tensor()])
-    mirrored = torch.stack([maps[0].flip(2), maps[1]])
-    torch.testing.assert_close(replay(mirrored, unflipped(view)), replay(maps, view))
+def test_every_view_of_the_plain_recipe_is_exact_when_all_are_stored(tmp_path: Path) -> None:
+    guide = make_bank(tmp_path / "b.npz", views=plain_views(16, shifts=5, mirrored=True))
+    bank = FeatureBank(tmp_path / "b.npz", LAYERS)
+    dataset = stratified_subset(build_dataset("digits", "data", "train"), 0.05, 0)
+    finish = TestTransform(image_size=16).finish
+    random.seed(0)
+    drawn = [padded_crop(dataset.image(row), 16, hflip=0.5) for row in range(40)]
+    assert len({view for _, view in drawn}) > 20
+    images = torch.stack([finish(image) for image, _ in drawn])
+    views = torch.stack([view.tensor() for _, view in drawn])
+    stored, _ = bank(images, torch.from_numpy(dataset.indices[:40]), views)
+    for mine, theirs in zip(stored, guide(images)[0], strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=2**-10, atol=1e-5)
+
+
+def test_a_view_is_reached_from_the_nearest_stored_one() -> None:
+    stored = torch.stack([v.tensor() for v in plain_views(32, shifts=3, mirrored=True)])
+    assert stored[0].tolist() == [0, 0, 1, 1, 0] and len(stored) == 18
+    views = [View(-3 / 32, 1 / 32), View(0.1, 0.2, 0.5, 0.6, True), View(0.3, 0.1, 0.4, 0.4)]
+    view = torch.stack([v.tensor() for v in views])
+    nearest, rest = from_nearest(view, stored)
+    assert stored[nearest[0]].tolist() == [-1 / 8, 0, 1, 1, 0]
+    torch.testing.assert_close(rest[0], View(1 / 32, 1 / 32).tensor())
+    assert (stored[nearest[1:], 4] == view[1:, 4]).all() and (rest[:, 4] == 0).all()
+    # Where maps do not depend on the rim, both ways give the same.
+    maps = shifted(torch.zeros(3, 3, 32, 32), View(top=1.0))  # black
+    maps[:, :, 10:20, 12:22] = torch.randn(3, 3, 10, 10)
+    anchors = [View._make(v) for v in stored[nearest].tolist()]
+    shown = torch.cat([shifted(maps[[row]], anchor) for row, anchor in enumerate(anchors)])
+    torch.testing.assert_close(replay(shown, rest), replay(maps, view), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("shifts", [0, 2, 7, -1])
+def test_shifts_that_cannot_be_are_refused(shifts: int) -> None:
+    with pytest.raises(ValueError, match=r"give an odd number from 1 to 5"):
+        plain_views(16, shifts=shifts, mirrored=False)
 
 
 def test_maps_in_place_are_the_maps_in_the_file(path: Path) -> None:
@@ -220,7 +255,7 @@ def test_what_was_begun_for_another_guide_is_not_gone_on_with(
 
 def test_the_size_is_said_and_must_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     provenance = Provenance(**FACTS, layers=LAYERS, shapes=SHAPES, dtype="float16")
-    twice = replace(provenance, mirrored=True)
+    twice = replace(provenance, views=[[0, 0, 1, 1, 0], [0, 0, 1, 1, 1]])
     assert ": 2.87 GB" in check_space(tmp_path / "bank.npz", twice, 100_000)
     said = check_space(tmp_path / "bank.npz", provenance, 1_000_000)
     assert ": 14.34 GB, twice that while it is written" in said  # 7,168 numbers of 2 bytes
@@ -298,10 +333,16 @@ def test_a_pickle_inside_never_runs(path: Path, tmp_path: Path) -> None:
     ("changes", "said"),
     [
         ({"layer_1": None}, "lacks arrays that its provenance names"),
-        ({"layer_1": as_npy(np.zeros((60, 3, 8, 8), "f2"))}, r"its provenance says \[\[16"),
-        ({"layer_1": as_npy(np.zeros((59, 32, 8, 8), "f2"))}, "maps of 60, 59, 60 images"),
-        ({"layer_1": as_npy(np.zeros((60, 32, 8), "f2"))}, "with 4 dimensions belongs"),
-        ({"layer_1": as_npy(np.zeros((60, 32, 8, 8), "f2"))[:-2]}, "less or more of layer_1.npy"),
+        (
+            {"layer_1": as_npy(np.zeros((60, 1, 3, 8, 8), "f2"))},
+            r"its provenance says \[\(60, 1, 16",
+        ),
+        ({"layer_1": as_npy(np.zeros((59, 1, 32, 8, 8), "f2"))}, "maps of 60, 59, 60 images"),
+        ({"layer_1": as_npy(np.zeros((60, 32, 8, 8), "f2"))}, "with 5 dimensions belongs"),
+        (
+            {"layer_1": as_npy(np.zeros((60, 1, 32, 8, 8), "f2"))[:-2]},
+            "more of layer_1.npy",
+        ),
         ({"indices": as_npy(np.arange(59))}, "60 maps for 59 images"),
         ({"provenance": b"{}"}, "other entries than this version writes"),
         ({"provenance": b"\xff"}, "cannot be read"),

@@ -116,7 +116,7 @@ def make_step(config: str, opts: list[str]) -> Callable[[], None]:
 
 def first_batch(cfg: Any, dataset: Any) -> Batch:
     """An augmented batch; its workers end here."""
-    loader = builders.build_train_loader(cfg, dataset, World())
+    loader = builders.build_train_loader(cfg, dataset, World(), torch.device("cpu"))
     loader.start(0, 0)
     batch = next(loader)
     loader.close()
@@ -144,7 +144,7 @@ def train_a_little(config: str, opts: list[str], way: str, steps: int, send: Any
     if way == "whole arrays":
         assert isinstance(guide, FeatureBank)
         guide._arrays = [np.array(array, dtype=np.float32) for array in guide._arrays]
-    loader = builders.build_train_loader(cfg, dataset, World())
+    loader = builders.build_train_loader(cfg, dataset, World(), torch.device("cpu"))
     optimizer = builders.build_optimizer(cfg, guided.train())
     loader.start(0, 0)
     for _ in range(steps):

@@ -7,8 +7,10 @@ import warnings
 from typing import Any
 
 import torch
+from torch.utils.data import DataLoader
 from yacs.config import CfgNode
 
+from lg.augment.batched import BatchTestTransform, BatchTransform
 from lg.augment.mixing import Mixing
 from lg.augment.recipe import TestTransform, TrainTransform
 from lg.checkpoint import CheckpointError, foreign_weights, load_weights, read_checkpoint
@@ -22,7 +24,17 @@ from lg.datasets.base import (
     fingerprint,
     stratified_subset,
 )
-from lg.datasets.loader import TestSamples, TrainBatches, TrainLoader, TrainSamples, test_loader
+from lg.datasets.cache import ImageCache, Prepare, cache_bytes, free_memory
+from lg.datasets.cached_loader import CachedTestLoader, CachedTrainLoader
+from lg.datasets.loader import (
+    Batch,
+    TestSamples,
+    TrainBatches,
+    TrainLoader,
+    TrainSamples,
+    test_loader,
+    usable_workers,
+)
 from lg.device import Precision, select_device
 from lg.distributed import World, barrier
 from lg.guidance import FeatureBank, FrozenTeacher, GuidanceLoss, GuidedStudent, NoTeacher
@@ -242,11 +254,15 @@ def fetch_data(cfg: CfgNode, world: World) -> tuple[ImageDataset, ImageDataset]:
     return data
 
 
-def build_train_loader(cfg: CfgNode, dataset: ImageDataset, world: World) -> TrainLoader:
+def build_train_loader(
+    cfg: CfgNode, dataset: ImageDataset, world: World, device: torch.device
+) -> TrainLoader | CachedTrainLoader:
     """Augmented training batches, this process's share."""
-    transform = TrainTransform(
-        image_size=cfg.MODEL.IMG_SIZE, strong=cfg.TRAIN.STRONG_AUGMENTATION, hflip=cfg.TRAIN.HFLIP
-    )
+    recipe = {
+        "image_size": cfg.MODEL.IMG_SIZE,
+        "strong": cfg.TRAIN.STRONG_AUGMENTATION,
+        "hflip": cfg.TRAIN.HFLIP,
+    }
     batches = TrainBatches(
         num_samples=len(dataset),
         batch_size=cfg.TRAIN.BATCH_SIZE,
@@ -255,25 +271,57 @@ def build_train_loader(cfg: CfgNode, dataset: ImageDataset, world: World) -> Tra
         rank=world.rank,
         world_size=world.size,
     )
-    samples = TrainSamples(dataset, transform, seed=cfg.RNG_SEED)
+    together = BatchTransform(**recipe)
+    cache = _build_cache(cfg, dataset, together.prepare, world, device)
+    if cache is not None:
+        return CachedTrainLoader(cache, together, batches, device=device)
     return TrainLoader(
-        samples,
+        TrainSamples(dataset, TrainTransform(**recipe), seed=cfg.RNG_SEED),
         batches,
         num_workers=cfg.DATA_LOADER.NUM_WORKERS,
         pin_memory=cfg.DATA_LOADER.PIN_MEMORY,
     )
 
 
-def build_test_loader(cfg: CfgNode, dataset: ImageDataset, world: World) -> Any:
+def build_test_loader(
+    cfg: CfgNode, dataset: ImageDataset, world: World, device: torch.device
+) -> DataLoader[Batch] | CachedTestLoader:
     """Test batches, this process's share."""
+    size = cfg.MODEL.IMG_SIZE
+    share = {"batch_size": cfg.TEST.BATCH_SIZE, "rank": world.rank, "world_size": world.size}
+    together = BatchTestTransform(image_size=size)
+    cache = _build_cache(cfg, dataset, together.prepare, world, device)
+    if cache is not None:
+        return CachedTestLoader(cache, together, device=device, **share)
     return test_loader(
-        TestSamples(dataset, TestTransform(image_size=cfg.MODEL.IMG_SIZE)),
-        batch_size=cfg.TEST.BATCH_SIZE,
+        TestSamples(dataset, TestTransform(image_size=size)),
         num_workers=cfg.DATA_LOADER.NUM_WORKERS,
         pin_memory=cfg.DATA_LOADER.PIN_MEMORY,
-        rank=world.rank,
-        world_size=world.size,
+        **share,
     )
+
+
+def _build_cache(
+    cfg: CfgNode, dataset: ImageDataset, prepare: Prepare, world: World, device: torch.device
+) -> ImageCache | None:
+    """A place for the decoded images, if they are to be kept: the device, or else memory."""
+    if cfg.DATA_LOADER.BACKEND == "workers":
+        return None
+    needed, memory = cache_bytes(dataset, prepare), torch.device("cpu")
+    free, place = free_memory(memory), memory
+    if device.type == "cuda" and needed <= free_memory(device) / 4:
+        place = device
+    elif needed * world.local_size > free / 4:  # half for training and test set together
+        if cfg.DATA_LOADER.BACKEND == "auto":
+            return None
+        raise ConfigError(
+            f"DATA_LOADER.BACKEND is device, but the images of {dataset.name}/{dataset.split} take "
+            f"about {needed / 1e9:.1f} GB once they are decoded, in each of {world.local_size} "
+            f"processes, and {free / 1e9:.1f} GB are free, of which a quarter may be used: set it "
+            "to workers"
+        )
+    threads = usable_workers(cfg.DATA_LOADER.NUM_WORKERS)
+    return ImageCache(dataset, prepare, device=place, num_threads=threads)
 
 
 def build_mixing(cfg: CfgNode) -> Mixing:

@@ -132,6 +132,7 @@ DEFAULTS: dict[str, Any] = {
         # random resized crop, RandAugment, random erasing; False: padded crop
         "STRONG_AUGMENTATION": True,
         "AMP_DTYPE": "auto",  # (+) auto | bf16 | fp16; with MIXED_PRECISION
+        "COMPILE": False,  # (+) compile the student with torch.compile; slow to start
         # (+) part of the training set to use, stratified by class and stable in RNG_SEED, (0, 1]
         "FRACTION": 1.0,
         # (+) micro-batches a batch is split into, to save memory; divides BATCH_SIZE
@@ -150,6 +151,9 @@ DEFAULTS: dict[str, Any] = {
     "DATA_LOADER": {
         # processes that read and augment images; 0: none; never more than the machine has cores
         "NUM_WORKERS": 8,
+        # (+) workers: processes read and augment images; device: images are decoded once, kept in
+        # memory and augmented in batches where training runs; auto: device if they fit
+        "BACKEND": "auto",
         "PIN_MEMORY": True,  # page-locked batches for faster copies to a GPU
         # (+) where the data sets are; image_folder: the folder that holds train/ and test/ or val/
         "ROOT": "data",

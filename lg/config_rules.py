@@ -100,6 +100,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "OPTIM.LR_POLICY": ("cos", "lin", "exp", "steps"),
     "TRAIN.DATASET": ("", *DATASET_NAMES),
     "TRAIN.SPLIT": ("train",),
+    "DATA_LOADER.BACKEND": ("auto", "workers", "device"),
     "TRAIN.AMP_DTYPE": ("auto", "bf16", "fp16"),
     "TEST.DATASET": ("", *DATASET_NAMES),
     "TEST.SPLIT": ("val", "test", "train"),

@@ -8,6 +8,7 @@ import sys
 from contextlib import AbstractContextManager
 
 import torch
+from torch import Tensor
 
 
 def select_device(kind: str, *, local_rank: int = 0) -> torch.device:
@@ -76,6 +77,13 @@ class Precision:
 
     def __str__(self) -> str:
         return {None: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[self.dtype]
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """A copy from host memory that the host does not wait for."""
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
 
 
 def synchronize(device: torch.device) -> None:

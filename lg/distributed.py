@@ -24,6 +24,7 @@ class World(NamedTuple):
     rank: int = 0
     size: int = 1
     local_rank: int = 0
+    local_size: int = 1  # processes on this machine
 
     @property
     def is_main(self) -> bool:
@@ -69,9 +70,9 @@ def join(*, backend: str, device: str = "auto") -> World:
     if not dist.is_initialized():
         on_gpu = device in ("auto", "cuda") and torch.cuda.is_available()
         dist.init_process_group(backend if on_gpu else "gloo")
-    return World(
-        dist.get_rank(), dist.get_world_size(), int(os.environ.get("LOCAL_RANK", dist.get_rank()))
-    )
+    rank, size = dist.get_rank(), dist.get_world_size()
+    local_rank = int(os.environ.get("LOCAL_RANK", rank))
+    return World(rank, size, local_rank, int(os.environ.get("LOCAL_WORLD_SIZE", size)))
 
 
 def leave() -> None:

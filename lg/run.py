@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader
 
 from lg.augment.mixing import Mixing
 from lg.checkpoint import CheckpointFolder, random_state, restore_random_state
+from lg.datasets.cached_loader import CachedTestLoader, CachedTrainLoader
 from lg.datasets.loader import Batch, TrainLoader
 from lg.device import Precision
 from lg.distributed import World, gather_objects
@@ -55,8 +56,8 @@ class Run:
     learning_rate: LearningRate
     average: WeightAverage | None
     precision: Precision
-    loader: TrainLoader
-    test_loader: DataLoader[Batch]
+    loader: TrainLoader | CachedTrainLoader
+    test_loader: DataLoader[Batch] | CachedTestLoader
     device: torch.device
     world: World
     log: RunLog

@@ -29,6 +29,7 @@ from lg.checkpoint import (
     write_atomically,
 )
 from lg.config import ConfigError, changed_keys
+from lg.datasets.cached_loader import CachedTestLoader
 from lg.datasets.loader import MIX, MODEL, Batch
 from lg.device import Precision
 from lg.distributed import World
@@ -138,7 +139,7 @@ def train_epoch(run: Run) -> None:
 @torch.no_grad()
 def evaluate(
     model: nn.Module,
-    loader: DataLoader[Batch],
+    loader: DataLoader[Batch] | CachedTestLoader,
     *,
     num_classes: int,
     precision: Precision,
@@ -185,7 +186,7 @@ def test(cfg: CfgNode) -> EvalResult:
         model = builders.build_model(cfg, pretrained=False)
         load_weights(model, path, cache=cfg.DOWNLOAD_CACHE)
         model.to(device)
-        loader = builders.build_test_loader(cfg, dataset, world)
+        loader = builders.build_test_loader(cfg, dataset, world, device)
         result = evaluate(
             model,
             loader,
@@ -308,7 +309,7 @@ def _build_run(cfg: CfgNode, data: tuple, world: World, log: RunLog) -> Run:
         module = DistributedDataParallel(
             guided, device_ids=[device.index] if device.type == "cuda" else None
         )
-    loader = builders.build_train_loader(cfg, train_data, world)
+    loader = builders.build_train_loader(cfg, train_data, world, device)
     report = Reporter(
         log=log,
         device=device,
@@ -330,7 +331,7 @@ def _build_run(cfg: CfgNode, data: tuple, world: World, log: RunLog) -> Run:
         average=builders.build_average(cfg, guided.student),
         precision=builders.build_precision(cfg, device),
         loader=loader,
-        test_loader=builders.build_test_loader(cfg, test_data, world),
+        test_loader=builders.build_test_loader(cfg, test_data, world, device),
         device=device,
         world=world,
         log=log,

@@ -124,17 +124,29 @@ def straight(tmp_path_factory: pytest.TempPathFactory, guide_file: Path) -> Path
     return out_dir
 
 
+@pytest.fixture(scope="module")
+def straight_by_workers(tmp_path_factory: pytest.TempPathFactory, guide_file: Path) -> Path:
+    out_dir = tmp_path_factory.mktemp("workers")
+    trainer.train(config(out_dir, guide_file, DATA_LOADER__BACKEND="workers"))
+    return out_dir
+
+
 # One step, the middle of an epoch, just before and at its end, the last but one step.
 @pytest.mark.parametrize(("steps", "workers"), [(1, 0), (2, 2), (3, 0), (4, 2), (6, 0), (11, 2)])
+@pytest.mark.parametrize("backend", ["device", "workers"])
 def test_resume_is_exact(
     steps: int,
     workers: int,
-    straight: Path,
+    backend: str,
+    request: pytest.FixtureRequest,
     tmp_path: Path,
     guide_file: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    cfg = config(tmp_path, guide_file, DATA_LOADER__NUM_WORKERS=workers)
+    name = "straight" if backend == "device" else "straight_by_workers"
+    straight: Path = request.getfixturevalue(name)
+    loader = {"DATA_LOADER__NUM_WORKERS": workers, "DATA_LOADER__BACKEND": backend}
+    cfg = config(tmp_path, guide_file, **loader)
     with monkeypatch.context() as patch:
         stop_after(patch, steps)
         with pytest.raises(Interrupted) as stop:
@@ -144,7 +156,7 @@ def test_resume_is_exact(
     trainer.train(cfg)
     expected, state = final_state(straight), final_state(tmp_path)
     for either in (expected, state):
-        either.pop("cfg")  # the number of workers differs
+        either.pop("cfg")  # the number of workers differs, and auto is device
     assert state["guidance_state"] and state["ema_state"]
     assert_same(state, expected)
     assert_same(stats(tmp_path), stats(straight))

@@ -13,6 +13,10 @@ from torch import Tensor
 from torchvision.transforms import InterpolationMode, RandomResizedCrop
 from torchvision.transforms import functional as TF
 
+# Of random resized crops: share of the image's area, and width over height (or its inverse).
+SMALLEST_AREA = 0.08
+LARGEST_ASPECT = 4 / 3
+
 
 class View(NamedTuple):
     """A crop box in fractions of the source image's height and width, then a flip.
@@ -43,7 +47,7 @@ def random_resized_crop(image: Image.Image, size: int, *, hflip: float) -> tuple
     Draws from the global `random` and torch generators.
     """
     top, left, height, width = RandomResizedCrop.get_params(
-        image, scale=[0.08, 1.0], ratio=[3 / 4, 4 / 3]
+        image, scale=[SMALLEST_AREA, 1.0], ratio=[1 / LARGEST_ASPECT, LARGEST_ASPECT]
     )
     flip = random.random() < hflip
     view = View(

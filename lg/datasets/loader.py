@@ -201,13 +201,23 @@ def test_loader(
 ) -> DataLoader[Batch]:
     """Batches of one process's share of the samples from `first` on, in order; over all processes
     every sample comes exactly once."""
-    mine = range(first + rank, len(samples), world_size)
-    size = max(1, batch_size // world_size)
-    batches = [list(mine[i : i + size]) for i in range(0, len(mine), size)]
+    batches = shares(
+        len(samples), batch_size=batch_size, rank=rank, world_size=world_size, first=first
+    )
     return _data_loader(samples, num_workers, pin_memory, batch_sampler=batches)
 
 
 test_loader.__test__ = False  # type: ignore[attr-defined]
+
+
+def shares(
+    count: int, *, batch_size: int, rank: int, world_size: int, first: int = 0
+) -> list[list[int]]:
+    """The batches of one process, of positions from `first` to `count`; over all processes every
+    position comes exactly once."""
+    mine = range(first + rank, count, world_size)
+    size = max(1, batch_size // world_size)
+    return [list(mine[i : i + size]) for i in range(0, len(mine), size)]
 
 
 def usable_workers(wanted: int) -> int:

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lg.augment.view import View
+from lg.device import to_device
 from lg.guidance.bank_file import INDICES, BankFile
 
 
@@ -212,13 +213,6 @@ def from_nearest(view: Tensor, stored: Tensor) -> tuple[Tensor, Tensor]:
     left, width = (left - left_0) / width_0, width / width_0
     left = torch.where(flip_0 > 0.5, 1 - left - width, left)  # in a mirrored image
     return nearest, torch.stack([top, left, height, width, (flip - flip_0).abs()], dim=1)
-
-
-def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """A copy from host memory that the host does not wait for."""
-    if device.type == "cuda" and tensor.device.type == "cpu":
-        tensor = tensor.pin_memory()
-    return tensor.to(device, non_blocking=True)
 
 
 def replay(maps: Tensor, view: Tensor) -> Tensor:

@@ -1,0 +1,144 @@
+"""RandAugment as timm defines it (`rand-m9-mstd0.5-inc1`), on whole batches of byte tensors.
+
+The host draws the operations, so it knows which samples need which: each layer gathers the samples
+of one kind, treats them together and puts them back, and never waits for the device.
+
+Letters in shapes: L layers, N samples of a batch, S side.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lg.augment.operations import KINDS, to_device
+
+OPERATIONS = (  # in timm's order
+    "AutoContrast",
+    "Equalize",
+    "Invert",
+    "Rotate",
+    "PosterizeIncreasing",
+    "SolarizeIncreasing",
+    "SolarizeAdd",
+    "ColorIncreasing",
+    "ContrastIncreasing",
+    "BrightnessIncreasing",
+    "SharpnessIncreasing",
+    "ShearX",
+    "ShearY",
+    "TranslateXRel",
+    "TranslateYRel",
+)
+TOP_MAGNITUDE = 10.0
+
+
+class Draws(NamedTuple):
+    """What happens to each sample of a batch.
+
+    Attributes:
+        operation: [L, N], int64: position in OPERATIONS; -1 leaves the sample as it is.
+        level: [L, N], float64: what timm's operation function is given: degrees, shear factor,
+            shift as a fraction of the side, enhancement factor, bits to keep, threshold, amount to
+            add. 0 where it takes nothing.
+    """
+
+    operation: np.ndarray
+    level: np.ndarray
+
+
+def draw(
+    count: int,
+    *,
+    image_size: int,
+    rng: np.random.Generator,
+    magnitude: float = 9.0,
+    spread: float = 0.5,
+    layers: int = 2,
+    probability: float = 0.5,
+) -> Draws:
+    """Draws for `count` samples, from nothing but `rng`.
+
+    Args:
+        count: Samples.
+        image_size: Side, pixels. The draws are the same for all: translations are fractions of it.
+        rng: The generator.
+        magnitude: Mean of the magnitude, 0 to 10.
+        spread: Standard deviation of the magnitude, which is then clipped to 0 to 10.
+        layers: Operations a sample, drawn with replacement.
+        probability: That a drawn operation is applied, 0 to 1.
+
+    Source: arXiv 1909.13719; timm.data.auto_augment, whose magnitudes and levels these are.
+    """
+    shape = (layers, count)
+    operation = rng.integers(len(OPERATIONS), size=shape)
+    applied = rng.random(shape) < probability
+    strength = rng.normal(magnitude, spread, shape).clip(0, TOP_MAGNITUDE) / TOP_MAGNITUDE
+    sign = np.where(rng.random(shape) < 0.5, -1.0, 1.0)
+    level = np.zeros(shape)
+    for number, name in enumerate(OPERATIONS):
+        at = operation == number
+        level[at] = _levels(name, strength[at], sign[at])
+    return Draws(np.where(applied, operation, -1), np.where(applied, level, 0.0))
+
+
+def _levels(name: str, strength: np.ndarray, sign: np.ndarray) -> np.ndarray | float:
+    """The argument at a strength of 0 to 1; whole numbers are cut, not rounded."""
+    match name:
+        case "Rotate":
+            return sign * strength * 30
+        case "ShearX" | "ShearY":
+            return sign * strength * 0.3
+        case "TranslateXRel" | "TranslateYRel":
+            return sign * strength * 0.45
+        case "PosterizeIncreasing":
+            return 4 - np.floor(strength * 4)
+        case "SolarizeIncreasing":
+            return 256 - np.floor(strength * 256)
+        case "SolarizeAdd":
+            return np.floor(strength * 110)
+        case _ if name.endswith("Increasing"):
+            return np.maximum(1 + sign * strength * 0.9, 0.1)
+    return 0.0
+
+
+def randaugment(images: Tensor, draws: Draws) -> Tensor:
+    """Applies the draws, layer after layer.
+
+    Args:
+        images: [N, 3, S, S], uint8, on any device. Not modified.
+        draws: For these N samples.
+
+    Returns:
+        [N, 3, S, S], uint8, on the same device.
+
+    Raises:
+        ValueError: Images or draws of another type or shape.
+    """
+    size = images.shape[-1]
+    if images.dtype != torch.uint8 or images.shape != (len(images), 3, size, size):
+        raise ValueError(
+            f"images of shape {tuple(images.shape)} and type {images.dtype}: RandAugment takes "
+            "[N, 3, S, S] of uint8"
+        )
+    if draws.operation.shape[1:] != images.shape[:1] or draws.level.shape != draws.operation.shape:
+        raise ValueError(
+            f"draws of shapes {draws.operation.shape} and {draws.level.shape} for {len(images)} "
+            "images: give [L, N] twice, as `draw` does"
+        )
+    images = images.clone(memory_format=torch.contiguous_format)
+    for operation, level in zip(draws.operation, draws.level, strict=True):
+        for kind, treat in KINDS:
+            place = np.full(len(OPERATIONS) + 1, len(kind))  # the last is for -1
+            place[[OPERATIONS.index(name) for name in kind]] = np.arange(len(kind))
+            order = place[operation]
+            chosen = np.argsort(order, kind="stable")[: np.count_nonzero(order < len(kind))]
+            if len(chosen) > 0:
+                index = to_device(images, chosen)
+                picked = images.index_select(0, index)
+                names = [kind[k] for k in order[chosen]]
+                images.index_copy_(0, index, treat(picked, names, level[chosen]))
+    return images

@@ -1,0 +1,94 @@
+"""Crops of many images at once, each with its own box, resized as Pillow's bicubic filter does."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lg.device import to_device
+
+# On a GPU, images up to this side are resized together, by matrix products: a few launches in place
+# of some for each. On a CPU one after the other is three times as fast.
+MATRIX_SIDE = 96
+
+
+def crop_and_resize(
+    images: Tensor | Sequence[Tensor], boxes: np.ndarray, size: int, flip: np.ndarray
+) -> Tensor:
+    """Boxes of images, resized (bicubic, antialiased) to size x size, then flipped.
+
+    Args:
+        images: [N, H, W, 3], or N images [H, W, 3] of any sizes; uint8.
+        boxes: [N, 4], top, left, height and width in pixels, within the images; in host memory.
+        size: Side of the result, pixels.
+        flip: [N], whether to mirror the result; in host memory.
+
+    Returns:
+        [N, 3, size, size], uint8, on the device of the images.
+    """
+    if isinstance(images, Tensor) and images.is_cuda and max(images.shape[1:3]) <= MATRIX_SIDE:
+        return resize_together(images, boxes, size, flip)
+    out = torch.empty(len(images), 3, size, size, dtype=torch.uint8, device=images[0].device)
+    for row, (image, box, mirrored) in enumerate(zip(images, boxes.tolist(), flip, strict=True)):
+        resized = _resize(image, box, size)
+        out[row] = resized.flip(2) if mirrored else resized
+    return out
+
+
+def _resize(image: Tensor, box: Sequence[int], size: int) -> Tensor:
+    """One box of an image [H, W, 3] as [3, size, size]."""
+    top, left, height, width = box
+    crop = image[top : top + height, left : left + width].permute(2, 0, 1)[None]
+    if crop.is_cuda:  # where there is no filter for whole numbers
+        crop = crop.float()
+    out = F.interpolate(crop, size=(size, size), mode="bicubic", antialias=True)[0]
+    return out.round_().clamp_(0, 255) if crop.is_cuda else out
+
+
+def resize_together(images: Tensor, boxes: np.ndarray, size: int, flip: np.ndarray) -> Tensor:
+    """`crop_and_resize` of images of one size, by matrix products."""
+    count, height, width, channels = images.shape
+    device = images.device
+    box = to_device(torch.from_numpy(boxes.astype(np.float32)), device)
+    mirrored = to_device(torch.from_numpy(flip), device)
+    rows = cubic_matrices(box[:, 0], box[:, 2], height, size)
+    columns = cubic_matrices(box[:, 1], box[:, 3], width, size)
+    columns = torch.where(mirrored[:, None, None], columns.flip(1), columns)
+    # Pillow goes along the rows first and keeps whole numbers in between.
+    pixels = images.permute(0, 3, 1, 2).reshape(count, channels * height, width).float()
+    across = torch.bmm(pixels, columns.mT).round_().clamp_(0, 255)
+    across = across.view(count, channels, height, size).transpose(1, 2)
+    out = torch.bmm(rows, across.reshape(count, height, channels * size)).round_().clamp_(0, 255)
+    out = out.to(torch.uint8).view(count, size, channels, size)
+    return out.transpose(1, 2).contiguous()
+
+
+def cubic_matrices(start: Tensor, length: Tensor, source: int, size: int) -> Tensor:
+    """Matrices that resize a stretch of a line: Keys's kernel with a = -1/2, widened where the line
+    shrinks, cut off at the ends of the stretch.
+
+    Args:
+        start: [N], first pixel of the stretch.
+        length: [N], its pixels.
+        source: Pixels of the whole line.
+        size: Pixels of the result.
+
+    Returns:
+        [N, size, source], float32; rows sum to 1.
+    """
+    start, length = start[:, None, None], length[:, None, None]
+    position = torch.arange(source, device=start.device) - start  # in the stretch
+    scale = length / size
+    widening = scale.clamp(min=1)
+    centre = (torch.arange(size, device=start.device)[:, None] + 0.5) * scale
+    first = (centre - 2 * widening + 0.5).floor().clamp(min=0)
+    last = torch.minimum((centre + 2 * widening + 0.5).floor(), length)
+    x = ((position + 0.5 - centre) / widening).abs()
+    near, far = (1.5 * x - 2.5) * x * x + 1, ((-0.5 * x + 2.5) * x - 4) * x + 2
+    weights = torch.where(x < 1, near, torch.where(x < 2, far, torch.zeros_like(x)))
+    weights = weights * ((position >= first) & (position < last))
+    return weights / weights.sum(dim=2, keepdim=True)

@@ -1,0 +1,175 @@
+"""Cached images and their batches: read once, the same from anywhere, faults in their turn."""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter
+from itertools import islice
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from lg.augment.batched import BatchTestTransform, BatchTransform, normalise
+from lg.datasets.base import DataError, ImageDataset
+from lg.datasets.cache import ImageCache, cache_bytes, free_memory
+from lg.datasets.cached_loader import CachedTestLoader, CachedTrainLoader
+from lg.datasets.loader import Batch, TrainBatches
+
+CPU = torch.device("cpu")
+
+
+class Counted(ImageDataset):
+    """n images of noise, of one size or of many, which count how often they are read."""
+
+    def __init__(self, n: int = 23, *, many_sizes: bool = False, broken: int = -1) -> None:
+        super().__init__("counted", "train", list("abcde"), [i % 5 for i in range(n)])
+        self.many_sizes, self.broken = many_sizes, broken
+        self.indices = np.arange(n) + 100
+        self.reads: Counter[int] = Counter()
+        self._lock = threading.Lock()
+
+    def image(self, index: int) -> Image.Image:
+        if index == self.broken:
+            raise DataError(f"{self.describe(index)} cannot be read")
+        with self._lock:
+            self.reads[index] += 1
+        size = (12 + index % 3, 12) if self.many_sizes else (12, 12)
+        rng = np.random.default_rng(index)
+        return Image.fromarray(rng.integers(0, 256, (*size, 3)).astype(np.uint8))
+
+    def describe(self, index: int) -> str:
+        return f"image {index}"
+
+
+def train_loader(
+    dataset: Counted, *, strong: bool = True, rank: int = 0, world_size: int = 1, seed: int = 3
+) -> CachedTrainLoader:
+    transform = BatchTransform(image_size=12, strong=strong)
+    cache = ImageCache(dataset, transform.prepare, device=CPU, num_threads=2)
+    batches = TrainBatches(
+        num_samples=len(dataset),
+        batch_size=8,
+        seed=seed,
+        max_epoch=3,
+        rank=rank,
+        world_size=world_size,
+    )
+    return CachedTrainLoader(cache, transform, batches, device=CPU)
+
+
+def all_batches(loader: CachedTrainLoader, epoch: int = 0, step: int = 0) -> list[Batch]:
+    loader.start(epoch, step)
+    count = len(loader.batches)
+    batches = [next(loader) for _ in range(count)]
+    with pytest.raises(StopIteration):
+        next(loader)
+    return batches
+
+
+def assert_same(left: list[Batch], right: list[Batch]) -> None:
+    assert len(left) == len(right)
+    for mine, theirs in zip(left, right, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(mine, theirs, strict=True))
+
+
+@pytest.mark.parametrize("many_sizes", [False, True])
+def test_each_image_is_read_once(many_sizes: bool) -> None:
+    dataset = Counted(many_sizes=many_sizes)
+    batches = all_batches(train_loader(dataset))
+    assert len(batches) == 6 and set(dataset.reads.values()) == {1}
+    assert batches[0].images.shape == (8, 3, 12, 12)
+    assert batches[0].images.dtype == torch.float32
+
+
+@pytest.mark.parametrize("strong", [False, True])
+@pytest.mark.parametrize(("epoch", "step"), [(0, 1), (1, 0), (2, 1)])
+def test_starting_in_the_middle_gives_what_a_straight_pass_gives(
+    strong: bool, epoch: int, step: int
+) -> None:
+    loader = train_loader(Counted(), strong=strong)
+    straight = all_batches(loader)
+    assert_same(all_batches(loader, epoch, step), straight[2 * epoch + step :])
+    fresh = train_loader(Counted(), strong=strong)
+    assert_same(all_batches(fresh, epoch, step), straight[2 * epoch + step :])
+
+
+def test_batches_differ_by_epoch_step_and_seed() -> None:
+    one, other = (all_batches(train_loader(Counted(), seed=s)) for s in (3, 4))
+    views = [tuple(map(tuple, batch.view.tolist())) for batch in [*one, *other]]
+    assert len(set(views)) == 12
+    assert not torch.equal(one[0].images, one[2].images)
+
+
+def test_labels_indices_and_images_belong_together() -> None:
+    dataset = Counted()
+    loader = train_loader(dataset, strong=False)
+    for batch in all_batches(loader):
+        positions = batch.index - 100
+        assert torch.equal(batch.labels, positions % 5)
+        for row, position in enumerate(positions.tolist()):
+            top, left, _, _, flip = batch.view[row].tolist()
+            pixels = torch.from_numpy(np.array(dataset.image(position))).permute(2, 0, 1)
+            whole = normalise(pixels[None])[0]
+            shown = batch.images[row].flip(2) if flip else batch.images[row]
+            y, x = round(top * 12), round(left * 12)
+            overlap = shown[:, max(-y, 0) : 12 - max(y, 0), max(-x, 0) : 12 - max(x, 0)]
+            source = whole[:, max(y, 0) : 12 + min(y, 0), max(x, 0) : 12 + min(x, 0)]
+            torch.testing.assert_close(overlap, source)
+
+
+def test_processes_share_the_batches_and_draw_for_themselves() -> None:
+    whole = all_batches(train_loader(Counted()))
+    halves = [all_batches(train_loader(Counted(), rank=r, world_size=2)) for r in (0, 1)]
+    for step, batch in enumerate(whole):
+        parts = [half[step] for half in halves]
+        assert torch.equal(torch.cat([part.index for part in parts]), batch.index)
+        assert not torch.equal(parts[0].view, parts[1].view)
+
+
+@pytest.mark.parametrize("world_size", [1, 3])
+def test_every_test_image_comes_once_each_time(world_size: int) -> None:
+    dataset = Counted(many_sizes=True)
+    transform = BatchTestTransform(image_size=10)
+    seen = []
+    for rank in range(world_size):
+        cache = ImageCache(dataset, transform.prepare, device=CPU, num_threads=1)
+        loader = CachedTestLoader(
+            cache, transform, batch_size=6, device=CPU, rank=rank, world_size=world_size
+        )
+        first, second = list(loader), list(loader)
+        assert len(first) == len(loader)
+        assert_same(first, second)
+        seen += [int(i) for batch in first for i in batch.index]
+        assert all(batch.view.tolist() == [[0, 0, 1, 1, 0]] * len(batch.index) for batch in first)
+    assert sorted(seen) == list(range(100, 123)) and set(dataset.reads.values()) == {1}
+
+
+def test_a_broken_image_is_a_data_error_in_its_turn() -> None:
+    loader = train_loader(Counted(broken=7))
+    order = np.random.default_rng((3, 1, 0)).permutation(23)  # of epoch 0
+    step = int(np.flatnonzero(order == 7)[0]) // 8
+    loader.start(0, 0)
+    assert len(list(islice(iter(lambda: next(loader), None), step))) == step
+    with pytest.raises(DataError, match="image 7 cannot be read"):
+        next(loader)
+
+
+def test_closing_ends_the_threads() -> None:
+    before = set(threading.enumerate())
+    loader = train_loader(Counted())
+    loader.start(0, 0)
+    next(loader)
+    started = set(threading.enumerate()) - before
+    assert started
+    loader.close()
+    for thread in started:
+        thread.join(timeout=5)
+    assert not any(thread.is_alive() for thread in started)
+
+
+def test_sizes_in_memory() -> None:
+    transform = BatchTransform(image_size=12, strong=True)
+    assert cache_bytes(Counted(), transform.prepare) == 23 * 12 * 12 * 3
+    assert 2**27 < free_memory(CPU) < 2**50

@@ -35,7 +35,7 @@ from lg.datasets.loader import (
     test_loader,
     usable_workers,
 )
-from lg.device import Precision, select_device
+from lg.device import Precision, allow_tf32, select_device
 from lg.distributed import World, barrier
 from lg.guidance import FeatureBank, FrozenTeacher, GuidanceLoss, GuidedStudent, NoTeacher
 from lg.info import describe, measure_model
@@ -382,7 +382,8 @@ def build_average(cfg: CfgNode, student: Backbone) -> WeightAverage | None:
 
 
 def build_device(cfg: CfgNode, world: World) -> torch.device:
-    """The device of this process."""
+    """The device of this process; says how it may compute."""
+    allow_tf32(cfg.TRAIN.TF32)
     try:
         return select_device(cfg.DEVICE, local_rank=world.local_rank)
     except ValueError as error:  # what it refuses, it refuses for a value of the config

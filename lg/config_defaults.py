@@ -132,7 +132,11 @@ DEFAULTS: dict[str, Any] = {
         # random resized crop, RandAugment, random erasing; False: padded crop
         "STRONG_AUGMENTATION": True,
         "AMP_DTYPE": "auto",  # (+) auto | bf16 | fp16; with MIXED_PRECISION
-        "COMPILE": False,  # (+) compile the student with torch.compile; slow to start
+        # (+) none, or a mode of torch.compile: default | reduce-overhead | max-autotune (the last
+        # two with CUDA graphs on GPUs); the first step then waits for the compiler
+        "COMPILE": "none",
+        # (+) let GPUs round float32 products to TF32: faster, 10 bits of mantissa in place of 23
+        "TF32": False,
         # (+) part of the training set to use, stratified by class and stable in RNG_SEED, (0, 1]
         "FRACTION": 1.0,
         # (+) micro-batches a batch is split into, to save memory; divides BATCH_SIZE

@@ -100,6 +100,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "OPTIM.LR_POLICY": ("cos", "lin", "exp", "steps"),
     "TRAIN.DATASET": ("", *DATASET_NAMES),
     "TRAIN.SPLIT": ("train",),
+    "TRAIN.COMPILE": ("none", "default", "reduce-overhead", "max-autotune"),
     "DATA_LOADER.BACKEND": ("auto", "workers", "device"),
     "TRAIN.AMP_DTYPE": ("auto", "bf16", "fp16"),
     "TEST.DATASET": ("", *DATASET_NAMES),
@@ -462,6 +463,14 @@ COMBINATIONS: list[tuple[str, Callable[[Values], bool], str | Callable[[Values],
         "TRAIN.AMP_DTYPE",
         lambda v: v["TRAIN.AMP_DTYPE"] != "auto" and not v["TRAIN.MIXED_PRECISION"],
         "it has no effect unless TRAIN.MIXED_PRECISION is True: set that, or this to auto.",
+    ),
+    (
+        "TRAIN.COMPILE",
+        lambda v: (
+            v["TRAIN.COMPILE"] in ("reduce-overhead", "max-autotune") and v["TRAIN.ACCUM_STEPS"] > 1
+        ),
+        "CUDA graphs reuse the memory of gradients that TRAIN.ACCUM_STEPS adds up: set this to "
+        "default, or that to 1.",
     ),
     (
         "TRAIN.BATCH_SIZE",

@@ -44,6 +44,13 @@ def select_device(kind: str, *, local_rank: int = 0) -> torch.device:
     return torch.device(kind)
 
 
+def allow_tf32(allowed: bool) -> None:
+    """Whether GPUs may round the factors of float32 products to TF32; torch by itself lets
+    convolutions and not matrix products."""
+    torch.set_float32_matmul_precision("high" if allowed else "highest")
+    torch.backends.cudnn.allow_tf32 = allowed
+
+
 class Precision:
     """Full or mixed precision: the autocast context and, for fp16, the loss scaler.
 

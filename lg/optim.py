@@ -69,15 +69,16 @@ def make_optimizer(
     nesterov: bool = True,
     betas: tuple[float, float] = (0.9, 0.999),
 ) -> torch.optim.Optimizer:
-    """SGD, Adam (L2 in the gradient) or AdamW (decoupled decay) over the groups."""
+    """SGD, Adam (L2 in the gradient) or AdamW (decoupled decay) over the groups, each update in one
+    pass over the weights."""
     if kind == "sgd":
         return torch.optim.SGD(
-            groups, lr=lr, momentum=momentum, dampening=dampening, nesterov=nesterov
+            groups, lr=lr, momentum=momentum, dampening=dampening, nesterov=nesterov, fused=True
         )
     if kind == "adam":
-        return torch.optim.Adam(groups, lr=lr, betas=betas)
+        return torch.optim.Adam(groups, lr=lr, betas=betas, fused=True)
     if kind == "adamw":
-        return torch.optim.AdamW(groups, lr=lr, betas=betas)
+        return torch.optim.AdamW(groups, lr=lr, betas=betas, fused=True)
     raise ValueError(f"The optimiser is {kind!r}; allowed: sgd, adam, adamw.")
 
 
@@ -150,20 +151,22 @@ class WeightAverage:
         self._source = model.state_dict(keep_vars=True)
         self.state = {k: v.detach().clone() for k, v in self._source.items()}
         self._floats = [k for k, v in self.state.items() if v.is_floating_point()]
+        self._others = [k for k, v in self.state.items() if not v.is_floating_point()]
 
     @torch.no_grad()
     def update(self, total_step: int, *, warming: bool) -> None:
         """Moves the average after optimiser step `total_step` (counted from 0), if it is due."""
         if total_step % self.period:
             return
-        for key, value in self.state.items():
-            if warming or not value.is_floating_point():
-                value.copy_(self._source[key])
+        copied = list(self.state) if warming else self._others
+        if copied:
+            torch._foreach_copy_(*self._pairs(copied))
         if not warming:
-            averages = [self.state[k] for k in self._floats]
-            torch._foreach_lerp_(
-                averages, [self._source[k].detach() for k in self._floats], self.step
-            )
+            torch._foreach_lerp_(*self._pairs(self._floats), self.step)
+
+    def _pairs(self, keys: Sequence[str]) -> tuple[list[Tensor], list[Tensor]]:
+        """Averages and weights of the same names."""
+        return [self.state[k] for k in keys], [self._source[k].detach() for k in keys]
 
     def reset(self) -> None:
         """Starts again from the weights as they are."""

@@ -28,6 +28,7 @@ from lg.checkpoint import (
     load_weights,
     write_atomically,
 )
+from lg.compiling import compile_student
 from lg.config import ConfigError, changed_keys
 from lg.datasets.cached_loader import CachedTestLoader
 from lg.datasets.loader import MIX, MODEL, Batch
@@ -77,7 +78,7 @@ def train(cfg: CfgNode) -> None:
         with contextlib.closing(log):
             if cfg.DESC:
                 log.say(cfg.DESC)
-            run = _build_run(cfg, data, world, log)
+            run = build_run(cfg, data, world, log)
             _resume(run, auto=cfg.TRAIN.AUTO_RESUME)
             if world.is_main:
                 write_atomically(
@@ -222,7 +223,7 @@ def time_steps(cfg: CfgNode) -> dict[str, float]:
         data = builders.fetch_data(cfg, world)
         log = RunLog(cfg.OUT_DIR, enabled=world.is_main)
         with contextlib.closing(log):
-            run = _build_run(cfg, data, world, log)
+            run = build_run(cfg, data, world, log)
             times = measure(run, warmup=cfg.PREC_TIME.WARMUP_ITER, repeats=cfg.PREC_TIME.NUM_ITER)
             report_times(times, run)
         return times
@@ -287,7 +288,7 @@ def _test_epoch(run: Run) -> bool:
     return is_best
 
 
-def _build_run(cfg: CfgNode, data: tuple, world: World, log: RunLog) -> Run:
+def build_run(cfg: CfgNode, data: tuple, world: World, log: RunLog) -> Run:
     """Everything a run consists of, on its device, with the random streams seeded."""
     train_data, test_data = data
     device = builders.build_device(cfg, world)
@@ -305,9 +306,20 @@ def _build_run(cfg: CfgNode, data: tuple, world: World, log: RunLog) -> Run:
     if isinstance(guide, nn.Module):
         guide.to(device)
     module: nn.Module = guided
+    precision = builders.build_precision(cfg, device)
+    if cfg.TRAIN.COMPILE != "none":
+        count = cfg.TRAIN.BATCH_SIZE // (world.size * cfg.TRAIN.ACCUM_STEPS)
+        module = compile_student(
+            guided,
+            cfg.TRAIN.COMPILE,
+            example=torch.zeros(count, 3, cfg.MODEL.IMG_SIZE, cfg.MODEL.IMG_SIZE, device=device),
+            precision=precision,
+            say=log.say,
+            warn=log.warn,
+        )
     if world.size > 1:
         module = DistributedDataParallel(
-            guided, device_ids=[device.index] if device.type == "cuda" else None
+            module, device_ids=[device.index] if device.type == "cuda" else None
         )
     loader = builders.build_train_loader(cfg, train_data, world, device)
     report = Reporter(
@@ -329,7 +341,7 @@ def _build_run(cfg: CfgNode, data: tuple, world: World, log: RunLog) -> Run:
         optimizer=builders.build_optimizer(cfg, guided),
         learning_rate=builders.build_learning_rate(cfg),
         average=builders.build_average(cfg, guided.student),
-        precision=builders.build_precision(cfg, device),
+        precision=precision,
         loader=loader,
         test_loader=builders.build_test_loader(cfg, test_data, world, device),
         device=device,

@@ -189,6 +189,7 @@ BROKEN: list[tuple[dict[str, Any], str]] = [
     ({"OPTIM.DAMPENING": 0.1}, "DAMPENING 0"),
     ({"OPTIM.EMA_UPDATE_PERIOD": 1, "OPTIM.EMA_ALPHA": 0.0}, "never moves"),
     ({"TRAIN.AMP_DTYPE": "bf16"}, "TRAIN.MIXED_PRECISION"),
+    ({"TRAIN.COMPILE": "max-autotune", "TRAIN.ACCUM_STEPS": 2}, "set this to default"),
     ({"NUM_GPUS": 2, "TRAIN.ACCUM_STEPS": 3}, "multiple of NUM_GPUS x TRAIN.ACCUM_STEPS = 6"),
     ({"TRAIN.BATCH_SIZE": 4, "TRAIN.ACCUM_STEPS": 4}, "a single image"),
     ({"NUM_GPUS": 4, "TEST.BATCH_SIZE": 3}, "at least NUM_GPUS 4"),

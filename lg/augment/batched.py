@@ -72,7 +72,7 @@ class BatchTransform:
         return Draws(
             draw_crops(heights, widths, rng),
             flip,
-            randaugment.draw(count, image_size=size, rng=rng),
+            randaugment.draw(count, rng=rng),
             draw_erased(count, size, rng),
             int(rng.integers(2**62)),
         )

@@ -53,7 +53,6 @@ class Draws(NamedTuple):
 def draw(
     count: int,
     *,
-    image_size: int,
     rng: np.random.Generator,
     magnitude: float = 9.0,
     spread: float = 0.5,
@@ -64,7 +63,6 @@ def draw(
 
     Args:
         count: Samples.
-        image_size: Side, pixels. The draws are the same for all: translations are fractions of it.
         rng: The generator.
         magnitude: Mean of the magnitude, 0 to 10.
         spread: Standard deviation of the magnitude, which is then clipped to 0 to 10.

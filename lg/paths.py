@@ -13,6 +13,11 @@ def is_url(path: str) -> bool:
     return path.lower().startswith(URL_SCHEMES)
 
 
+def is_local_file(path: str) -> bool:
+    """True for what can be opened as it is."""
+    return not is_url(path) and os.path.isfile(os.path.expanduser(path))
+
+
 def local_path(path: str, *, cache: str) -> str:
     """The path itself, or the cached local copy of a URL, fetched on first use by iopath.
 

@@ -322,6 +322,7 @@ def build_run(cfg: CfgNode, data: tuple, world: World, log: RunLog) -> Run:
             module, device_ids=[device.index] if device.type == "cuda" else None
         )
     loader = builders.build_train_loader(cfg, train_data, world, device)
+    log.say(f"DATA_LOADER.BACKEND {cfg.DATA_LOADER.BACKEND}: {loader}.")
     report = Reporter(
         log=log,
         device=device,

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import platform
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -113,3 +116,26 @@ def test_peak_memory_is_in_mb_and_never_falls() -> None:
 
 def test_a_cpu_has_nothing_to_wait_for() -> None:
     synchronize(CPU)
+
+
+def test_freed_memory_is_reused() -> None:
+    """Pages that the system has to clear, of 12 blocks of 64 MB one after the other."""
+    code = """
+import resource, torch
+from lg.device import reuse_memory
+if {reused}:
+    reuse_memory()
+torch.ones(1)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(12):
+    torch.ones(2**24)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+    faults = [
+        int(subprocess.check_output([sys.executable, "-c", code.format(reused=reused)]))
+        for reused in (False, True)
+    ]
+    if platform.libc_ver()[0] == "glibc":
+        assert faults[0] > 11 * 2**14 and faults[1] < 2 * 2**14, faults
+    else:
+        assert faults[1] <= 1.1 * faults[0]

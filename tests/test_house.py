@@ -15,7 +15,9 @@ SEES_CONFIG = {
     "precompute_feature.py",
     "run_net.py",
     "lg/config.py",
-    "lg/builders.py",
+    "lg/builders/data.py",
+    "lg/builders/models.py",
+    "lg/builders/training.py",
     "lg/trainer.py",
 }
 

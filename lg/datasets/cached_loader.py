@@ -44,6 +44,12 @@ class CachedTrainLoader:
         self._due: Iterator[tuple[int, int, list[int]]] | None = None
         self._ready: Batch | None = None
 
+    def __str__(self) -> str:
+        return (
+            f"images are decoded once, kept on {self.cache.device} and augmented in batches on "
+            f"{self.device}"
+        )
+
     @property
     def steps_per_epoch(self) -> int:
         return self.batches.steps_per_epoch

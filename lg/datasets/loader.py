@@ -170,6 +170,10 @@ class TrainLoader:
         # Batches that workers make ready ahead of time; torch's default is two a worker.
         self.num_prefetched = 2 * usable_workers(num_workers)
 
+    def __str__(self) -> str:
+        count = self.num_prefetched // 2
+        return f"images are read and augmented by {count or 'no'} worker processes"
+
     @property
     def steps_per_epoch(self) -> int:
         return self.batches.steps_per_epoch

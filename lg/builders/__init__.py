@@ -1,0 +1,53 @@
+"""From the config to objects: the one place that translates keys into keyword arguments."""
+
+from lg.builders.data import (
+    build_mixing,
+    build_test_data,
+    build_test_loader,
+    build_train_data,
+    build_train_loader,
+    dataset_facts,
+    fetch_data,
+)
+from lg.builders.models import (
+    build_guided,
+    build_info,
+    build_model,
+    build_teacher,
+    guide_name,
+    prepare_bank,
+)
+from lg.builders.training import (
+    build_average,
+    build_device,
+    build_learning_rate,
+    build_optimizer,
+    build_precision,
+    build_settings,
+    check_training,
+    check_world,
+)
+
+__all__ = [
+    "build_average",
+    "build_device",
+    "build_guided",
+    "build_info",
+    "build_learning_rate",
+    "build_mixing",
+    "build_model",
+    "build_optimizer",
+    "build_precision",
+    "build_settings",
+    "build_teacher",
+    "build_test_data",
+    "build_test_loader",
+    "build_train_data",
+    "build_train_loader",
+    "check_training",
+    "check_world",
+    "dataset_facts",
+    "fetch_data",
+    "guide_name",
+    "prepare_bank",
+]

@@ -1,0 +1,245 @@
+"""Students, guides and what guidance compares."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from typing import Any
+
+import torch
+from yacs.config import CfgNode
+
+from lg.builders.data import dataset_facts
+from lg.checkpoint import CheckpointError, foreign_weights, load_weights, read_checkpoint
+from lg.config import ConfigError
+from lg.config_rules import FAMILIES
+from lg.datasets.base import ImageDataset
+from lg.guidance import FeatureBank, FrozenTeacher, GuidanceLoss, GuidedStudent, NoTeacher
+from lg.info import describe, measure_model
+from lg.models.backbone import Backbone
+from lg.models.families import build_family, single
+from lg.models.published import weights_hash
+from lg.models.resnet import resnet
+from lg.models.taps import map_shapes
+from lg.models.timm_models import timm_model
+from lg.paths import is_local_file
+
+Guide = FrozenTeacher | FeatureBank | NoTeacher
+
+
+def build_model(cfg: CfgNode, *, pretrained: bool = True) -> Backbone:
+    """The student, or the CNN, alone: `model(images) -> logits`.
+
+    Args:
+        cfg: the config.
+        pretrained: whether MODEL.PRETRAINED counts; not where other weights follow anyway.
+
+    Raises:
+        CheckpointError: MODEL.PRETRAINED cannot be read.
+        ConfigError: sizes that do not fit together, or an unknown timm model.
+    """
+    try:
+        return _build_by_type(cfg, pretrained=pretrained)
+    except CheckpointError:
+        raise
+    except ValueError as error:  # what the models refuse, they refuse for a value of the config
+        raise ConfigError(str(error)) from error
+    except (RuntimeError, TypeError, MemoryError, OverflowError) as error:  # beyond all measure
+        reason = str(error).strip().partition("\n")[0][:200] or type(error).__name__
+        raise ConfigError(
+            f"MODEL.TYPE {cfg.MODEL.TYPE} cannot be built with these sizes ({reason}): lower those "
+            "of MODEL, TRANSFORMER and the model's own section"
+        ) from error
+
+
+def _build_by_type(cfg: CfgNode, *, pretrained: bool) -> Backbone:
+    kind = cfg.MODEL.TYPE
+    sizes = _sizes(cfg, cfg.MODEL.IMG_SIZE)
+    if kind == "ResNet":
+        return _build_resnet(cfg, **sizes)
+    if kind.startswith("timm/"):
+        return timm_model(
+            kind.removeprefix("timm/"),
+            **sizes,
+            drop_rate=single(kind, cfg.TRANSFORMER, "DROP_RATE"),
+            drop_path_rate=cfg.TRANSFORMER.DROP_PATH_RATE
+            and single(kind, cfg.TRANSFORMER, "DROP_PATH_RATE"),
+            block_names=tuple(cfg.MODEL.BLOCKS),
+            pretrained=_foreign_weights(cfg, cfg.MODEL.PRETRAINED) if pretrained else None,
+        )
+    section = FAMILIES[kind].section
+    if kind == "DeiT":
+        sizes["distilled"] = cfg.DISTILLATION.ENABLE_LOGIT
+    return build_family(kind, cfg.TRANSFORMER, cfg[section] if section else {}, **sizes)
+
+
+def build_guided(cfg: CfgNode) -> tuple[GuidedStudent, Guide, GuidanceLoss]:
+    """The student with its projection heads, the guide or its stored maps, and the loss.
+
+    Without guidance in the config: no heads, a guide that gives nothing, and plain cross-entropy. A
+    guide whose TEACHER_WEIGHTS is null keeps its random weights, with a warning.
+    """
+    options = cfg.DISTILLATION
+    student = build_model(cfg)
+    if not (options.ENABLE_INTER or options.ENABLE_LOGIT):
+        return GuidedStudent(student), NoTeacher(), GuidanceLoss()
+    teacher = build_teacher(cfg, trained=not options.OFFLINE)
+    student_taps, teacher_taps = _taps(cfg, student, teacher)
+    guide: Guide
+    if options.OFFLINE:
+        guide = _open_bank(cfg, teacher)
+    else:
+        guide = FrozenTeacher(
+            teacher,
+            indices=teacher_taps,
+            image_size=options.TEACHER_IMG_SIZE,
+            batch_norm=options.TEACHER_BN,
+            with_logits=options.ENABLE_LOGIT,
+        )
+    projected = guide.feature_dims if options.INTER_TRANSFORM == "linear" else []
+    loss = GuidanceLoss(
+        transform=options.INTER_TRANSFORM,
+        inter_weight=options.INTER_WEIGHT,
+        logit_kind=options.LOGIT_LOSS,
+        temperature=options.LOGIT_TEMP,
+        logit_weight=options.LOGIT_WEIGHT if options.ENABLE_LOGIT else 0.0,
+    )
+    return GuidedStudent(student, indices=student_taps, teacher_dims=projected), guide, loss
+
+
+def build_teacher(cfg: CfgNode, *, trained: bool = True) -> Backbone:
+    """The guide's model, with its trained weights or, where only its shape matters, without."""
+    options = cfg.DISTILLATION
+    sizes = _sizes(cfg, options.TEACHER_IMG_SIZE)
+    path = options.TEACHER_WEIGHTS if trained else None
+    foreign = None
+    if path and options.TEACHER_MODEL != "ResNet" and not options.ENABLE_LOGIT:
+        # Weights that timm publishes serve as well: maps are imitated, the classes do not matter.
+        state = read_checkpoint(path, cache=cfg.DOWNLOAD_CACHE)
+        foreign = None if "model_state" in state else foreign_weights(state, path)
+    with torch.random.fork_rng(
+        devices=[]
+    ):  # a guided student starts from the same weights as a plain one
+        if options.TEACHER_MODEL == "ResNet":
+            teacher = _build_resnet(cfg, **sizes)
+        else:
+            name = options.TEACHER_MODEL.removeprefix("timm/")
+            try:
+                teacher = timm_model(name, **sizes, pretrained=foreign)
+            except ValueError as error:
+                raise ConfigError(
+                    f"DISTILLATION.TEACHER_MODEL is {options.TEACHER_MODEL!r} at TEACHER_IMG_SIZE "
+                    f"{options.TEACHER_IMG_SIZE}, which cannot be built: {error}"
+                ) from error
+    if path and foreign is None:
+        load_weights(teacher, path, cache=cfg.DOWNLOAD_CACHE)
+    elif trained and not path:
+        warnings.warn(
+            "DISTILLATION.TEACHER_WEIGHTS is null: the guide has random weights.", stacklevel=2
+        )
+    return teacher
+
+
+def _open_bank(cfg: CfgNode, teacher: Backbone) -> FeatureBank:
+    """The stored maps, held against the guide that they should come from."""
+    options = cfg.DISTILLATION
+    bank = FeatureBank(os.path.expanduser(options.FEATURE_FILE), options.INTER_TEACHER_INDEX)
+    shapes = map_shapes(
+        teacher,
+        options.INTER_TEACHER_INDEX,
+        image_size=options.TEACHER_IMG_SIZE,
+        in_channels=cfg.MODEL.IN_CHANNELS,
+    )
+    weights = None
+    if options.TEACHER_WEIGHTS and is_local_file(options.TEACHER_WEIGHTS):
+        weights = weights_hash(build_teacher(cfg))
+    bank.check(
+        indices=bank.indices,
+        shapes=shapes,
+        guide=guide_name(cfg, options.TEACHER_MODEL),
+        weights=weights,
+        image_size=cfg.MODEL.IMG_SIZE,
+        guide_image_size=options.TEACHER_IMG_SIZE,
+    )
+    return bank
+
+
+def prepare_bank(cfg: CfgNode, guide: Guide, dataset: ImageDataset, device: torch.device) -> None:
+    """Holds stored maps, if the guide is that, against the training set; puts them in place."""
+    if not isinstance(guide, FeatureBank):
+        return
+    guide.check(indices=dataset.indices, shapes=guide.shapes, **dataset_facts(dataset))
+    if cfg.DISTILLATION.FEATURE_PLACE == "device":
+        guide.make_resident(device)
+
+
+def guide_name(cfg: CfgNode, kind: str) -> str:
+    """A guide's type, of a ResNet with its depth."""
+    return f"ResNet-{cfg.CNN.DEPTH}" if kind == "ResNet" else kind
+
+
+def build_info(cfg: CfgNode) -> list[str]:
+    """The lines of `--mode info`; needs no data and no weights."""
+    model, options = cfg.MODEL, cfg.DISTILLATION
+    channels = model.IN_CHANNELS
+    student = build_model(cfg, pretrained=False)
+    facts = measure_model(student, image_size=model.IMG_SIZE, in_channels=channels)
+    if not (options.ENABLE_INTER or options.ENABLE_LOGIT):
+        return describe(model.TYPE, facts, num_classes=model.NUM_CLASSES)
+    teacher = build_teacher(cfg, trained=False)
+    return describe(
+        model.TYPE,
+        facts,
+        num_classes=model.NUM_CLASSES,
+        guide_name=guide_name(cfg, options.TEACHER_MODEL),
+        guide=measure_model(teacher, image_size=options.TEACHER_IMG_SIZE, in_channels=channels),
+        taps=[*zip(*_taps(cfg, student, teacher), strict=True)],
+        with_heads=options.ENABLE_INTER and options.INTER_TRANSFORM == "linear",
+    )
+
+
+def _foreign_weights(cfg: CfgNode, path: str) -> dict[str, torch.Tensor] | None:
+    """The weights in a file that timm or a model's makers published."""
+    if not path:
+        return None
+    return foreign_weights(read_checkpoint(path, cache=cfg.DOWNLOAD_CACHE), path)
+
+
+def _taps(cfg: CfgNode, student: Backbone, teacher: Backbone) -> tuple[list[int], list[int]]:
+    """The blocks of student and guide that are compared, in pairs."""
+    options = cfg.DISTILLATION
+    if not options.ENABLE_INTER:
+        return [], []
+    _check_taps("STUDENT", student, options.INTER_STUDENT_INDEX)
+    _check_taps("TEACHER", teacher, options.INTER_TEACHER_INDEX)
+    return options.INTER_STUDENT_INDEX, options.INTER_TEACHER_INDEX
+
+
+def _check_taps(which: str, model: Backbone, indices: list[int]) -> None:
+    count = len(model.blocks)
+    if any(i >= count for i in indices):
+        raise ConfigError(
+            f"DISTILLATION.INTER_{which}_INDEX is {indices}; the {which.lower()} has {count} "
+            f"blocks, numbered 0 to {count - 1}."
+        )
+
+
+def _build_resnet(cfg: CfgNode, **sizes: int) -> Backbone:
+    return resnet(
+        depth=cfg.CNN.DEPTH,
+        **sizes,
+        trans_fun=cfg.RESNET.TRANS_FUN,
+        num_groups=cfg.RESNET.NUM_GROUPS,
+        width_per_group=cfg.RESNET.WIDTH_PER_GROUP,
+        stride_1x1=cfg.RESNET.STRIDE_1X1,
+        activation=cfg.CNN.ACTIVATION_FUN,
+        activation_inplace=cfg.CNN.ACTIVATION_INPLACE,
+        bn_eps=cfg.CNN.BN_EPS,
+        bn_momentum=cfg.CNN.BN_MOMENTUM,
+        zero_init_final_bn_gamma=cfg.CNN.ZERO_INIT_FINAL_BN_GAMMA,
+    )
+
+
+def _sizes(cfg: CfgNode, img_size: int) -> dict[str, Any]:
+    model = cfg.MODEL
+    return dict(img_size=img_size, in_channels=model.IN_CHANNELS, num_classes=model.NUM_CLASSES)

@@ -1,0 +1,148 @@
+"""The optimiser, its schedule, the device and the loop; and what they need."""
+
+from __future__ import annotations
+
+import torch
+from yacs.config import CfgNode
+
+from lg.config import ConfigError, dump_config
+from lg.device import Precision, allow_tf32, reuse_memory, select_device
+from lg.distributed import World
+from lg.guidance import GuidedStudent
+from lg.models.backbone import Backbone
+from lg.optim import LearningRate, WeightAverage, make_optimizer, parameter_groups
+from lg.paths import is_local_file, is_url
+from lg.run import Settings
+
+
+def build_optimizer(cfg: CfgNode, guided: GuidedStudent) -> torch.optim.Optimizer:
+    """The optimiser over student and projection heads; projection heads belong to the body."""
+    heads = {f"student.{name}" for name in guided.student.head_names()}
+    groups = parameter_groups(
+        guided.named_parameters(),
+        head_names=heads,
+        weight_decay=cfg.OPTIM.WEIGHT_DECAY,
+        head_lr_ratio=cfg.OPTIM.HEAD_LR_RATIO,
+    )
+    return make_optimizer(
+        groups,
+        kind=cfg.OPTIM.OPTIMIZER,
+        lr=cfg.OPTIM.BASE_LR,
+        momentum=cfg.OPTIM.MOMENTUM,
+        dampening=cfg.OPTIM.DAMPENING,
+        nesterov=cfg.OPTIM.NESTEROV,
+        betas=(cfg.OPTIM.BETA1, cfg.OPTIM.BETA2),
+    )
+
+
+def build_learning_rate(cfg: CfgNode) -> LearningRate:
+    """The learning rate of each epoch."""
+    return LearningRate(
+        policy=cfg.OPTIM.LR_POLICY,
+        base_lr=cfg.OPTIM.BASE_LR,
+        max_epoch=cfg.OPTIM.MAX_EPOCH,
+        min_lr=cfg.OPTIM.MIN_LR,
+        steps=cfg.OPTIM.STEPS,
+        lr_mult=cfg.OPTIM.LR_MULT,
+        warmup_factor=cfg.OPTIM.WARMUP_FACTOR,
+        warmup_epochs=cfg.OPTIM.WARMUP_EPOCHS,
+    )
+
+
+def build_average(cfg: CfgNode, student: Backbone) -> WeightAverage | None:
+    """The weight average of the student (not of the projection heads), if it is on."""
+    if cfg.OPTIM.EMA_UPDATE_PERIOD == 0:
+        return None
+    return WeightAverage(
+        student,
+        alpha=cfg.OPTIM.EMA_ALPHA,
+        period=cfg.OPTIM.EMA_UPDATE_PERIOD,
+        batch_size=cfg.TRAIN.BATCH_SIZE,
+        max_epoch=cfg.OPTIM.MAX_EPOCH,
+    )
+
+
+def build_device(cfg: CfgNode, world: World) -> torch.device:
+    """The device of this process; says how it may compute."""
+    allow_tf32(cfg.TRAIN.TF32)
+    if cfg.TRAIN.REUSE_MEMORY:
+        reuse_memory()
+    try:
+        return select_device(cfg.DEVICE, local_rank=world.local_rank)
+    except ValueError as error:  # what it refuses, it refuses for a value of the config
+        raise ConfigError(str(error)) from None
+
+
+def build_precision(cfg: CfgNode, device: torch.device) -> Precision:
+    """Full or mixed precision on a device."""
+    try:
+        return Precision(device, mixed=cfg.TRAIN.MIXED_PRECISION, dtype=cfg.TRAIN.AMP_DTYPE)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+
+
+def build_settings(cfg: CfgNode) -> Settings:
+    """The numbers of the training loop."""
+    return Settings(
+        max_epoch=cfg.OPTIM.MAX_EPOCH,
+        warmup_epochs=cfg.OPTIM.WARMUP_EPOCHS,
+        test_period=cfg.TEST.PERIOD,
+        log_period=cfg.LOG_PERIOD,
+        accum_steps=cfg.TRAIN.ACCUM_STEPS,
+        clip_norm=cfg.OPTIM.CLIP_GRAD_NORM,
+        seed=cfg.RNG_SEED,
+        num_classes=cfg.MODEL.NUM_CLASSES,
+        config_text=dump_config(cfg),
+    )
+
+
+def check_world(cfg: CfgNode, world: World) -> None:
+    """Finds a batch that does not divide over the processes, whose number torchrun may have set."""
+    shares = world.size * cfg.TRAIN.ACCUM_STEPS
+    if cfg.TRAIN.BATCH_SIZE % shares:
+        raise ConfigError(
+            f"TRAIN.BATCH_SIZE is {cfg.TRAIN.BATCH_SIZE}; with {world.size} processes and "
+            f"TRAIN.ACCUM_STEPS {cfg.TRAIN.ACCUM_STEPS} it must be a multiple of {shares}."
+        )
+
+
+def check_training(cfg: CfgNode, *, trained_guide: bool = True) -> None:
+    """Finds, before anything is built, what training needs and the config does not give.
+
+    Args:
+        cfg: the config.
+        trained_guide: whether a guide without weights is a fault.
+
+    Raises:
+        ConfigError: naming the key and the fix.
+    """
+    options = cfg.DISTILLATION
+    if not cfg.TRAIN.DATASET:
+        raise ConfigError("TRAIN.DATASET is ''; name the training set, such as digits or cifar100.")
+    if cfg.MODEL.IN_CHANNELS != 3:
+        raise ConfigError(
+            f"MODEL.IN_CHANNELS is {cfg.MODEL.IN_CHANNELS}; the data sets give RGB images: set it "
+            f"to 3."
+        )
+    guided = options.ENABLE_INTER or options.ENABLE_LOGIT
+    if guided and trained_guide and not options.OFFLINE and options.TEACHER_WEIGHTS is None:
+        raise ConfigError(
+            "DISTILLATION.TEACHER_WEIGHTS is null; an untrained guide teaches noise. Train the "
+            "guide first and name its "
+            "model.pyth."
+        )
+    keys = [("TRAIN.WEIGHTS", cfg.TRAIN.WEIGHTS), ("MODEL.PRETRAINED", cfg.MODEL.PRETRAINED)]
+    if guided and options.OFFLINE:
+        keys.append(("DISTILLATION.FEATURE_FILE", options.FEATURE_FILE))
+    elif guided:
+        keys.append(("DISTILLATION.TEACHER_WEIGHTS", options.TEACHER_WEIGHTS))
+    for key, path in keys:
+        if path and not is_url(path) and not is_local_file(path):
+            first = (
+                "compute the features with precompute_feature.py"
+                if key == "DISTILLATION.FEATURE_FILE"
+                else "train the model that writes it"
+            )
+            raise ConfigError(
+                f"{key} is {path!r}, which does not exist. Check the path, or {first} first."
+            )

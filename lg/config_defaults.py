@@ -135,8 +135,8 @@ DEFAULTS: dict[str, Any] = {
         # (+) none, or a mode of torch.compile: default | reduce-overhead | max-autotune (the last
         # two with CUDA graphs on GPUs); the first step then waits for the compiler
         "COMPILE": "none",
-        # (+) keep freed memory for the next step: on CPUs pyramids train up to 1.7 times as fast, in
-        # up to 13 % more memory (Linux)
+        # (+) keep freed memory for the next step: on CPUs pyramids train up to 1.7 times as fast,
+        # in up to 13 % more memory (Linux)
         "REUSE_MEMORY": True,
         # (+) let GPUs round float32 products to TF32: faster, 10 bits of mantissa in place of 23
         "TF32": False,

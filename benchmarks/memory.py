@@ -59,6 +59,8 @@ def measured(config: str, opts: list[str], way: str, steps: int) -> int:
     send.close()
     try:
         return receive.recv()
+    except EOFError:
+        sys.exit(f"The process that measured {way} has ended without a result.")
     finally:
         process.join()
 

@@ -138,7 +138,8 @@ def peak_memory(config: str, opts: list[str], way: str, steps: int) -> float:
 def train_a_little(config: str, opts: list[str], way: str, steps: int, send: Any) -> None:
     """Trains some steps and sends the peak of resident memory."""
     extra = WAYS["unguided" if way == "unguided" else "offline"]
-    cfg = lg.load_config(config, [*opts, *extra, "DATA_LOADER.NUM_WORKERS", "4"])
+    workers = ["DATA_LOADER.BACKEND", "workers", "DATA_LOADER.NUM_WORKERS", "4"]
+    cfg = lg.load_config(config, [*opts, *extra, *workers])
     guided, guide, loss = lg.build_guided(cfg)
     dataset = builders.build_train_data(cfg)
     if way == "whole arrays":

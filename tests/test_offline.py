@@ -180,6 +180,30 @@ def test_a_missing_file_says_how_to_make_it(tmp_path: Path) -> None:
         trainer.train(cfg)
 
 
+def test_the_plain_recipe_is_the_same_offline_as_online_when_all_views_are_stored(
+    guide: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bank = tmp_path / "bank.npz"
+    arguments = ["--cfg", str(GUIDED), "--ckpt", str(guide), "--out", str(bank)]
+    compute(*arguments)
+    with pytest.raises(ConfigError, match=r"^--shifts: 4 shifts .* odd number from 1 to 5"):
+        compute(*arguments, "--shifts", "4")
+    said = capsys.readouterr().out
+    assert "draws 25 views of each image, of which 1 are stored" in said
+    assert "--shifts 5 stores them all, in 0.04 GB" in said
+    compute(*arguments, "--shifts", "5")
+    assert "views of each image" not in capsys.readouterr().out
+    inter = []
+    for offline in (True, False):
+        out_dir = tmp_path / str(offline)
+        plain = {"TRAIN__STRONG_AUGMENTATION": False, "TRAIN__LABEL_SMOOTHING": 0.0}
+        plain |= {"OPTIM__MAX_EPOCH": 1, "OPTIM__WARMUP_EPOCHS": 0, "LOG_PERIOD": 1}
+        trainer.train(config(out_dir, bank, guide, DISTILLATION__OFFLINE=offline, **plain))
+        steps = [line for line in stats(out_dir) if line["_type"] == "train_iter"]
+        inter.append([line["inter_distill_loss"] for line in steps])
+    assert len(inter[0]) == 4 and inter[0] == pytest.approx(inter[1], rel=2e-3)
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [

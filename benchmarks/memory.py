@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 UNGUIDED = ["DISTILLATION.ENABLE_INTER", "False", "DISTILLATION.OFFLINE", "False"]
 ONLINE = ["DISTILLATION.OFFLINE", "False", "DISTILLATION.TEACHER_WEIGHTS", "None"]
-WAYS = {"plain": UNGUIDED, "unguided": UNGUIDED, "guided": ONLINE}
+WAYS = {"plain": [*UNGUIDED, "TRAIN.REUSE_MEMORY", "False"], "unguided": UNGUIDED, "guided": ONLINE}
 
 
 def main() -> None:

@@ -10,6 +10,7 @@ import zipfile
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -256,10 +257,12 @@ def test_what_was_begun_for_another_guide_is_not_gone_on_with(
 def test_the_size_is_said_and_must_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     provenance = Provenance(**FACTS, layers=LAYERS, shapes=SHAPES, dtype="float16")
     twice = replace(provenance, views=[[0, 0, 1, 1, 0], [0, 0, 1, 1, 1]])
+    disk = SimpleNamespace(total=10**14, used=0, free=10**11)
+    monkeypatch.setattr("lg.guidance.precompute.shutil.disk_usage", lambda path: disk)
     assert ": 2.87 GB" in check_space(tmp_path / "bank.npz", twice, 100_000)
     said = check_space(tmp_path / "bank.npz", provenance, 1_000_000)
     assert ": 14.34 GB, twice that while it is written" in said  # 7,168 numbers of 2 bytes
-    with pytest.raises(BankError, match=r"takes 14336.00 GB, twice that .* are free in"):
+    with pytest.raises(BankError, match=r"takes 14336.00 GB, twice that .* only 100.00 GB are free in"):
         check_space(tmp_path / "bank.npz", provenance, 10**9)
 
 

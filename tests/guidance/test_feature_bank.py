@@ -262,7 +262,9 @@ def test_the_size_is_said_and_must_fit(tmp_path: Path, monkeypatch: pytest.Monke
     assert ": 2.87 GB" in check_space(tmp_path / "bank.npz", twice, 100_000)
     said = check_space(tmp_path / "bank.npz", provenance, 1_000_000)
     assert ": 14.34 GB, twice that while it is written" in said  # 7,168 numbers of 2 bytes
-    with pytest.raises(BankError, match=r"takes 14336.00 GB, twice that .* only 100.00 GB are free in"):
+    with pytest.raises(
+        BankError, match=r"takes 14336.00 GB, twice that .* only 100.00 GB are free in"
+    ):
         check_space(tmp_path / "bank.npz", provenance, 10**9)
 
 

@@ -7,11 +7,12 @@ original code are of one format. Only the main process writes.
 
 from __future__ import annotations
 
-import contextlib
+import errno
+import io
 import math
 import os
 import re
-import tempfile
+import shutil
 import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -22,15 +23,32 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from lg.disk import TEMPORARY, write_atomically
+from lg.disk import remove_leftovers as remove_leftovers
 from lg.models.published import load_published_state_dict
 from lg.paths import local_path
 
 DEFAULT_CACHE = "/tmp/pycls-download-cache"
 BEST_NAME = "model.pyth"
 _NAME = re.compile(r"model_epoch_(\d+)\.pyth")
-_TEMPORARY = ".partial-"
 # Where other projects' files keep their weights, the average first.
 _WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model")
+
+# What to do when a file cannot be written.
+_ROOM = (
+    "make room there (TRAIN.KEEP_CHECKPOINTS 1 needs the least), or move OUT_DIR to a larger disk"
+)
+_WRITABLE = "make OUT_DIR writable"
+_WAYS = {
+    errno.ENOSPC: _ROOM,
+    errno.EDQUOT: _ROOM,
+    errno.EFBIG: "raise the limit on the size of files (ulimit -f)",
+    errno.EROFS: _WRITABLE,
+    errno.EACCES: _WRITABLE,
+    errno.EPERM: _WRITABLE,
+    errno.EISDIR: "move away the folder of that name",
+    errno.EIO: "check the disk",
+}
 
 # What a NumPy number in a file is made of, such as an error rate in a published one: none of these
 # does more than hold bytes. NumPy 1 and 2 name the first one differently.
@@ -45,36 +63,6 @@ _NUMPY_NUMBERS: list[Any] = [
 
 class CheckpointError(ValueError):
     """A file that cannot be used as a checkpoint: names the file, what is wrong and the fix."""
-
-
-def write_atomically(path: str | os.PathLike[str], write: Callable[[Any], object]) -> None:
-    """Calls `write(stream)` on a temporary file beside `path`, makes it durable, then renames it to
-    `path`.
-
-    Whatever happens, `path` holds either its old content or all of the new; no temporary file stays
-    after an error.
-    """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(prefix=f"{_TEMPORARY}{path.name}-", dir=path.parent)
-    try:
-        with os.fdopen(handle, "wb") as stream:
-            write(stream)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.chmod(temporary, 0o666 & ~_umask())  # mkstemp makes it private to its owner
-        os.replace(temporary, path)
-    except BaseException:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(temporary)
-        raise
-
-
-def remove_leftovers(path: str | os.PathLike[str]) -> None:
-    """Removes what a process that was killed in `write_atomically` left beside `path`."""
-    path = Path(path)
-    for leftover in path.parent.glob(f"{_TEMPORARY}{path.name}-*"):
-        leftover.unlink(missing_ok=True)
 
 
 def read_checkpoint(path: str | os.PathLike[str], *, cache: str = DEFAULT_CACHE) -> dict[str, Any]:
@@ -110,7 +98,7 @@ def read_checkpoint(path: str | os.PathLike[str], *, cache: str = DEFAULT_CACHE)
             f"{name} does not exist. Check the path, or train the model that writes it first."
         ) from None
     except OSError as error:
-        raise CheckpointError(f"{name} cannot be read: {error}.") from None
+        raise CheckpointError(f"{name} cannot be read: {error.strerror or error}.") from None
     except Exception as error:  # torch and pickle raise many kinds for bad files
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise CheckpointError(
@@ -211,39 +199,69 @@ class CheckpointFolder:
 
     def files(self) -> list[Path]:
         """Checkpoints, oldest first."""
-        numbered = {p: _NAME.fullmatch(p.name) for p in self.folder.glob("model_epoch_*.pyth")}
-        return sorted((p for p, m in numbered.items() if m), key=lambda p: int(p.stem[12:]))
+        found = self.folder.glob("model_epoch_*.pyth")
+        return sorted((p for p in found if _NAME.fullmatch(p.name)), key=_number)
 
     def save(self, state: dict[str, Any], *, epoch: int, is_best: bool) -> Path:
         """Writes the checkpoint of an epoch (counted from 1), and the best if it is that; then
         drops the oldest.
 
         Leftovers of a save that was killed are removed: only one process saves, so none is in use.
+        Later epochs, which were passed over when the run was taken up, are left alone.
+
+        Raises:
+            CheckpointError: it cannot be written; what was there before is as it was.
         """
-        for place in (self.folder, self.folder.parent):
-            for leftover in place.glob(f"{_TEMPORARY}model*.pyth-*"):
-                leftover.unlink(missing_ok=True)
         path = self.folder / f"model_epoch_{epoch:04d}.pyth"
         # The best first: a run killed in between goes on from before it and writes both again,
         # whereas the checkpoint alone would say that the best has been written.
         for place in (self.best, path) if is_best else (path,):
-            write_atomically(place, lambda stream: torch.save(state, stream))
-        for old in self.files()[: -self.keep]:
-            old.unlink()
+            try:
+                for folder in (self.folder, self.folder.parent):
+                    for leftover in folder.glob(f"{TEMPORARY}model*.pyth-*"):
+                        leftover.unlink(missing_ok=True)
+                _write(place, state)
+            except OSError as error:
+                raise CheckpointError(self._not_written(place, state, error)) from None
+        earlier = [p for p in self.files() if _number(p) <= epoch and not p.is_dir()]
+        for old in earlier[: -self.keep]:
+            old.unlink(missing_ok=True)
         return path
 
-    def load_last(self, warn: Callable[[str], None]) -> dict[str, Any] | None:
-        """The newest readable checkpoint; None when there is none at all.
+    def _not_written(self, place: Path, state: dict[str, Any], error: OSError) -> str:
+        """Why, how much room there is, what is left, and how to go on."""
+        counter = _Counter()
+        torch.save(state, counter)
+        try:
+            free = f"{shutil.disk_usage(self.best.parent).free / 1e6:,.2f} MB"
+        except OSError:
+            free = "an unknown amount"
+        way = _WAYS.get(error.errno or 0, "mend that")
+        told = (
+            f"{place} cannot be written: {error.strerror}. It takes {counter.count / 1e6:,.2f} MB, "
+            f"{free} is free there. "
+        )
+        last = next((p for p in reversed(self.files()) if _fault(p) is None), None)
+        if last is None:
+            return f"{told}No checkpoint was written before: {way}, and start again."
+        return (
+            f"{told}The last checkpoint, {last}, is whole: {way}, and the same command goes on "
+            "from it."
+        )
 
-        A damaged file is passed over with a warning.
+    def load_last(self, warn: Callable[[str], None]) -> dict[str, Any] | None:
+        """The newest checkpoint that is whole and what its name says; None when there are none.
+
+        Others are passed over with a warning.
 
         Raises:
-            CheckpointError: there are checkpoints, and all are damaged.
+            CheckpointError: there are checkpoints, and none can be used.
         """
         faults = []
         for path in reversed(self.files()):
             try:
                 state = read_checkpoint(path)
+                _check_name(path, state)
             except CheckpointError as error:
                 warn(f"{error} Going back to the checkpoint before it.")
                 faults.append(path.name)
@@ -251,11 +269,56 @@ class CheckpointFolder:
             return state
         if faults:
             raise CheckpointError(
-                f"No checkpoint in {self.folder} can be read ({', '.join(faults)}). To start "
-                f"afresh, remove them, "
-                "or set TRAIN.AUTO_RESUME False."
+                f"No checkpoint in {self.folder} can be used ({', '.join(faults)}). To start "
+                "afresh, remove them, or set OUT_DIR to a new folder."
             )
         return None
+
+
+def _write(place: Path, state: dict[str, Any]) -> None:
+    for last in (False, True):
+        try:
+            return write_atomically(place, lambda stream: torch.save(state, stream))
+        except FileNotFoundError:  # the folder was removed meanwhile
+            if last:
+                raise
+
+
+def _number(path: Path) -> int:
+    """The epoch that a checkpoint's name says."""
+    return int(path.stem[12:])
+
+
+def _check_name(path: Path, state: Mapping[str, Any]) -> None:
+    """Finds a file under another epoch's name, which would hide all that come between."""
+    progress = state.get("progress")
+    if not isinstance(progress, Mapping):
+        return  # of other software; who takes it up says what it lacks
+    epoch = progress.get("epoch", 0) + (progress.get("step", 0) > 0)
+    if epoch != _number(path):
+        raise CheckpointError(
+            f"{path} is named as that of epoch {_number(path)} and holds epoch {epoch}: move it "
+            f"away, or name it model_epoch_{epoch:04d}.pyth."
+        )
+
+
+def _fault(path: Path) -> CheckpointError | None:
+    """Why training cannot go on from a file."""
+    try:
+        _check_name(path, read_checkpoint(path))
+    except CheckpointError as error:
+        return error
+    return None
+
+
+class _Counter(io.BytesIO):
+    """A stream that keeps nothing but the number of bytes."""
+
+    count = 0
+
+    def write(self, piece: Any, /) -> int:
+        self.count += len(piece)
+        return len(piece)
 
 
 def _damaged_part(file: str) -> str | None:
@@ -288,9 +351,3 @@ def restore_random_state(state: Mapping[str, Any]) -> None:
     torch.set_rng_state(state["torch"])
     if "cuda" in state and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda"])
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

@@ -9,10 +9,15 @@ import math
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 import simplejson
 from tqdm import tqdm
+
+from lg.disk import GrowingFile
+
+if TYPE_CHECKING:
+    from lg.board import Board
 
 TAG = "json_stats: "
 
@@ -42,8 +47,9 @@ def read_json_lines(path: str | Path) -> list[dict[str, Any]]:
 class RunLog:
     """Console, log file and TensorBoard of one run.
 
-    The file is appended to. TensorBoard points beyond `first_step`, left by a run that went on from
-    an earlier checkpoint, are hidden.
+    The file is appended to, and made again where it was removed. TensorBoard points beyond
+    `first_step`, left by a run that went on from an earlier checkpoint, are hidden. What cannot be
+    shown or kept is missing there; a log never ends a run.
     """
 
     def __init__(
@@ -54,7 +60,7 @@ class RunLog:
         console: bool = True,
         file_name: str = "log.txt",
     ) -> None:
-        """Opens the log file.
+        """Opens nothing before there is something to write.
 
         Args:
             out_dir: the run's folder.
@@ -64,23 +70,22 @@ class RunLog:
         """
         self.out_dir = Path(out_dir)
         self.console = enabled and console
-        self._file: TextIO | None = None
-        self._board: Any = None
+        self._file = GrowingFile(self.out_dir / file_name) if enabled else None
+        self._board: Board | None = None
         self._bar: tqdm | None = None
+        self._faults: set[str] = set()  # what the user knows of
         self.enabled = enabled
-        if enabled:
-            self.out_dir.mkdir(parents=True, exist_ok=True)
-            path = self.out_dir / file_name
-            # A name or message may hold what UTF-8 cannot; a log never stops a run for that.
-            self._file = path.open("a", encoding="utf-8", errors="backslashreplace", buffering=1)
+        if enabled and _is_cut(self.out_dir / file_name):
+            self._write("")
 
     def open_board(self, first_step: int) -> None:
         """Starts TensorBoard; steps from `first_step` on of earlier runs in the folder are
         hidden."""
         if self.enabled:
-            from torch.utils.tensorboard import SummaryWriter  # slow to import
+            from lg.board import Board  # slow to import
 
-            self._board = SummaryWriter(str(self.out_dir / "tensorboard"), purge_step=first_step)
+            self._board = Board(self.out_dir / "tensorboard", first_step=first_step)
+            self._note(self._board.fault, "TensorBoard curves")
 
     def say(self, message: str) -> None:
         """A line for people: console and file."""
@@ -103,49 +108,67 @@ class RunLog:
     def points(self, step: int, values: Mapping[str, float]) -> None:
         """TensorBoard scalars, tag -> value."""
         if self._board is not None:
-            for tag, value in values.items():
-                self._board.add_scalar(tag, value, step)
+            self._note(self._board.add(step, values), "TensorBoard curves")
 
     def start_bar(self, title: str, *, total: int, done: int = 0) -> None:
         """Shows a progress bar where the console is a terminal."""
         if self.console and sys.stderr.isatty():
-            self._bar = tqdm(
-                total=total, initial=done, desc=title, leave=False, dynamic_ncols=True, unit="step"
-            )
+            shown = {"leave": False, "dynamic_ncols": True, "unit": "step"}
+            with contextlib.suppress(OSError):  # the terminal is gone
+                self._bar = tqdm(total=total, initial=done, desc=title, **shown)
 
     def advance(self, summary: str | None = None) -> None:
         """One step done; `summary`, when given, stands beside the bar, or on a line of its own
         where there is no bar."""
         if self._bar is not None:
-            self._bar.update()
-            if summary:
-                self._bar.set_postfix_str(summary)
+            try:
+                self._bar.update()
+                if summary:
+                    self._bar.set_postfix_str(summary)
+            except OSError:  # the terminal is gone
+                self._bar = None
         elif summary:
             self._print(summary)
 
     def end_bar(self) -> None:
         """Removes the bar."""
         if self._bar is not None:
-            self._bar.close()
+            with contextlib.suppress(OSError):
+                self._bar.close()
             self._bar = None
 
     def close(self) -> None:
-        """Flushes and closes everything."""
+        """Closes everything."""
         self.end_bar()
         if self._board is not None:
             self._board.close()
+            self._board = None
         if self._file is not None:
             self._file.close()
             self._file = None
 
     def _print(self, message: str, stream: TextIO | None = None) -> None:
         if self.console:
-            tqdm.write(message, file=stream or sys.stdout)
-            (stream or sys.stdout).flush()
+            with contextlib.suppress(OSError):  # a terminal that is gone, a file on a full disk
+                tqdm.write(message, file=stream or sys.stdout)
+                (stream or sys.stdout).flush()
 
     def _write(self, text: str) -> None:
         if self._file is not None:
-            self._file.write(text.rstrip("\n") + "\n")
+            # A name or message may hold what UTF-8 cannot; a log never stops a run for that.
+            piece = (text.rstrip("\n") + "\n").encode("utf-8", errors="backslashreplace")
+            self._note(self._file.append(piece), str(self._file.path))
+
+    def _note(self, fault: OSError | None, what: str) -> None:
+        """Says once what is not written, on standard error, whatever the console shows."""
+        if fault is not None and what not in self._faults:
+            self._faults.add(what)
+            with contextlib.suppress(OSError):
+                tqdm.write(
+                    f"Warning: {what} cannot be written ({fault.strerror or fault}); parts will be "
+                    "missing, and training goes on.",
+                    file=sys.stderr,
+                )
 
 
 def format_time(seconds: float) -> str:
@@ -158,6 +181,15 @@ def format_time(seconds: float) -> str:
     if hours:
         return f"{hours}h {minutes:02d}m"
     return f"{minutes}m {rest:02d}s" if minutes else f"{rest}s"
+
+
+def _is_cut(path: Path) -> bool:
+    """Whether the last line has no end, as a machine that lost its power may leave it."""
+    try:
+        with path.open("rb") as stream:
+            return stream.seek(0, 2) > 0 and stream.seek(-1, 2) >= 0 and stream.read(1) != b"\n"
+    except OSError:
+        return False
 
 
 def _decimals(value: Any) -> Any:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import pickle
+import shutil
 import signal
 import stat
 import zipfile
@@ -23,6 +25,7 @@ from lg.checkpoint import (
     write_atomically,
 )
 from tests.checkpoint_cases import same_state, saved, small_state
+from tests.fault_cases import files_up_to
 
 ROOT = Path(__file__).parents[1]
 
@@ -113,6 +116,165 @@ def test_cleaning_up_leaves_the_files_of_others(tmp_path: Path) -> None:
     other.touch()
     CheckpointFolder(tmp_path).save(small_state(), epoch=1, is_best=True)
     assert other.exists()
+
+
+# --- Disks that refuse -------------------------------------------------------------------------
+
+
+def large_state(value: float = 1.0) -> dict[str, Any]:
+    return {**small_state(value), "large": torch.full((50_000,), value)}  # 0.2 MB
+
+
+@pytest.mark.parametrize("limit", [0, 1_000, 100_000, 199_000])
+def test_what_the_disk_refuses_is_told_though_torch_says_something_else(
+    tmp_path: Path, limit: int
+) -> None:
+    path = saved(tmp_path / "a.pyth")
+    state = large_state()
+    with files_up_to(limit), pytest.raises(OSError, match=r"File too large.*a\.pyth'") as caught:
+        write_atomically(path, lambda stream: torch.save(state, stream))
+    assert caught.value.errno == errno.EFBIG and caught.value.filename == str(path)
+    assert os.listdir(tmp_path) == ["a.pyth"] and same_state(read_checkpoint(path), small_state())
+
+
+@pytest.mark.parametrize("is_best", [False, True])
+def test_a_save_that_fails_harms_nothing_and_says_how_to_go_on(
+    tmp_path: Path, is_best: bool
+) -> None:
+    folder = CheckpointFolder(tmp_path)
+    for epoch in (1, 2):
+        folder.save(small_state(epoch), epoch=epoch, is_best=True)
+    before = {p: p.read_bytes() for p in tmp_path.rglob("*.pyth")}
+    with files_up_to(100_000), pytest.raises(CheckpointError) as caught:
+        folder.save(large_state(), epoch=3, is_best=is_best)
+    free = shutil.disk_usage(tmp_path).free / 1e6
+    text = str(caught.value)
+    place = folder.best if is_best else folder.folder / "model_epoch_0003.pyth"
+    head, _, rest = text.partition(" MB is free there. ")
+    head, _, told = head.rpartition(" ")
+    size = saved(tmp_path / "size.bin", large_state()).stat().st_size
+    os.unlink(tmp_path / "size.bin")
+    assert head == f"{place} cannot be written: File too large. It takes {size / 1e6:.2f} MB,"
+    assert float(told.replace(",", "")) == pytest.approx(free, rel=0.05)
+    assert rest == (
+        f"The last checkpoint, {folder.files()[-1]}, is whole: raise the limit on the size of "
+        "files (ulimit -f), and the same command goes on from it."
+    )
+    assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
+    folder.save(large_state(), epoch=3, is_best=is_best)
+    assert len(folder.files()) == 2
+
+
+@pytest.mark.parametrize(
+    ("number", "advice"),
+    [
+        (errno.ENOSPC, "make room there (TRAIN.KEEP_CHECKPOINTS 1 needs the least), or move"),
+        (errno.EDQUOT, "make room there"),
+        (errno.EROFS, "make OUT_DIR writable"),
+        (errno.EACCES, "make OUT_DIR writable"),
+        (errno.EIO, "check the disk"),
+        (errno.ENAMETOOLONG, "mend that"),
+    ],
+)
+def test_each_fault_of_a_disk_has_its_advice(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, advice: str
+) -> None:
+    def refuse(path: Path, write: object) -> None:
+        raise OSError(number, os.strerror(number), str(path))
+
+    folder = CheckpointFolder(tmp_path)
+    monkeypatch.setattr("lg.checkpoint.write_atomically", refuse)
+    with pytest.raises(CheckpointError) as caught:
+        folder.save(small_state(), epoch=1, is_best=True)
+    text = str(caught.value)
+    assert text.startswith(f"{tmp_path}/model.pyth cannot be written: {os.strerror(number)}. It")
+    assert f"No checkpoint was written before: {advice}" in text
+    assert text.endswith(", and start again.") and "\n" not in text
+
+
+def test_only_what_is_whole_is_called_so(tmp_path: Path) -> None:
+    folder = CheckpointFolder(tmp_path, keep=3)
+    for epoch in (1, 2):
+        folder.save(small_state(epoch), epoch=epoch, is_best=False)
+    folder.files()[-1].write_bytes(b"PK")
+    with files_up_to(1_000), pytest.raises(CheckpointError, match=r"epoch_0001\.pyth, is whole: r"):
+        folder.save(large_state(), epoch=3, is_best=False)
+
+
+def test_a_folder_that_is_removed_is_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = CheckpointFolder(tmp_path / "run")
+    folder.save(small_state(1), epoch=1, is_best=True)
+    shutil.rmtree(tmp_path / "run")
+    assert same_state(read_checkpoint(folder.save(small_state(2), epoch=2, is_best=False)),
+        small_state(2))  # fmt: skip
+    replace = os.replace
+
+    def removed(old: str, new: Path) -> None:
+        monkeypatch.setattr(os, "replace", replace)
+        shutil.rmtree(tmp_path / "run")
+        replace(old, new)
+
+    monkeypatch.setattr(os, "replace", removed)  # in the middle of a save
+    folder.save(small_state(3), epoch=3, is_best=False)
+    assert [p.name for p in folder.files()] == ["model_epoch_0003.pyth"]
+
+
+# --- What stands among the checkpoints ---------------------------------------------------------
+
+
+def at(epoch: int, step: int = 0) -> dict[str, Any]:
+    """The state of a run with that many epochs and steps done."""
+    return {**small_state(epoch), "progress": {"epoch": epoch, "step": step}}
+
+
+def test_a_checkpoint_under_another_epochs_name_hides_none(tmp_path: Path) -> None:
+    folder = CheckpointFolder(tmp_path, keep=1)
+    path = folder.save(at(3), epoch=3, is_best=False)
+    strange = folder.folder / "model_epoch_9999.pyth"
+    shutil.copy(path, strange)
+    warnings: list[str] = []
+    state = folder.load_last(warnings.append)
+    assert state is not None and state["progress"]["epoch"] == 3
+    assert warnings == [
+        f"{strange} is named as that of epoch 9999 and holds epoch 3: move it away, or name it "
+        "model_epoch_0003.pyth. Going back to the checkpoint before it."
+    ]
+    folder.save(at(3, step=7), epoch=4, is_best=False)  # stays, though only one is kept
+    assert [p.name[12:16] for p in folder.files()] == ["0004", "9999"]
+    state = folder.load_last(warnings.append)
+    assert state is not None and state["progress"] == {"epoch": 3, "step": 7}
+
+
+def test_damaged_later_ones_do_not_push_out_what_is_saved(tmp_path: Path) -> None:
+    folder = CheckpointFolder(tmp_path, keep=3)
+    for epoch in (1, 2, 3):
+        folder.save(at(epoch), epoch=epoch, is_best=False)
+    for path in folder.files()[1:]:
+        path.write_bytes(b"")
+    folder.keep = 1
+    folder.save(at(1, step=2), epoch=2, is_best=False)
+    state = folder.load_last(lambda warning: None)
+    assert state is not None and state["progress"]["step"] == 2
+    assert [p.name[12:16] for p in folder.files()] == ["0002", "0003"]
+
+
+def test_folders_and_dangling_links_among_checkpoints_are_passed_over(tmp_path: Path) -> None:
+    folder = CheckpointFolder(tmp_path, keep=1)
+    folder.save(at(1), epoch=1, is_best=False)
+    (folder.folder / "model_epoch_0002.pyth").mkdir()
+    (folder.folder / "model_epoch_0003.pyth").symlink_to(tmp_path / "gone.pyth")
+    warnings: list[str] = []
+    state = folder.load_last(warnings.append)
+    assert state is not None and state["progress"]["epoch"] == 1
+    assert "0003.pyth does not exist" in warnings[0]
+    assert "0002.pyth cannot be read: Is a directory." in warnings[1] and len(warnings) == 2
+    with pytest.raises(CheckpointError, match=r"Is a directory\. .*0001\.pyth, is whole: move"):
+        folder.save(at(2), epoch=2, is_best=False)
+    folder.save(at(3), epoch=3, is_best=False)  # takes the link's place
+    assert [p.name[12:16] for p in folder.files()] == ["0002", "0003"]
+    assert not folder.files()[1].is_symlink() and folder.files()[0].is_dir()
 
 
 # --- Reading -----------------------------------------------------------------------------------

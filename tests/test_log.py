@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
+import sys
 from pathlib import Path
 
 import pytest
 
 from lg.log import RunLog, format_time, json_line, read_json_lines
+from tests.fault_cases import files_up_to
 
 
 def test_a_line_is_sorted_json_with_its_kind() -> None:
@@ -106,6 +109,94 @@ def test_text_that_is_no_unicode_does_not_stop_a_run(tmp_path: Path) -> None:
     assert (tmp_path / "log.txt").read_text() == "a folder named \\udcff\n"
 
 
+@pytest.mark.parametrize("how", ["removed", "rotated", "its folder removed"])
+def test_a_log_that_is_gone_is_opened_again(tmp_path: Path, how: str) -> None:
+    path = tmp_path / "run" / "log.txt"
+    log = RunLog(path.parent, console=False)
+    log.say("before")
+    if how == "its folder removed":
+        shutil.rmtree(path.parent)
+    elif how == "rotated":
+        path.rename(path.with_name("log.txt.1"))
+        path.write_text("of another hand\n")
+    else:
+        path.unlink()
+    log.say("after"), log.say("more")
+    log.close()
+    kept = "of another hand\n" if how == "rotated" else ""
+    assert path.read_text() == f"{kept}after\nmore\n"
+    if how == "rotated":
+        assert path.with_name("log.txt.1").read_text() == "before\n"
+
+
+def test_a_full_disk_is_told_once_and_stops_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    log = RunLog(tmp_path, console=False)
+    log.open_board(0)
+    with files_up_to(330):
+        for step in range(20):
+            log.stats("t", {"step": step}), log.points(step, {"loss": 1.0})
+    log.stats("t", {"step": 20}), log.points(20, {"loss": 1.0})  # there is room again
+    log.close()
+    out, err = capsys.readouterr()
+    assert out == "" and sorted(err.splitlines()) == [
+        f"Warning: {what} cannot be written (File too large); parts will be missing, and training "
+        "goes on."
+        for what in (tmp_path / "log.txt", "TensorBoard curves")
+    ]
+    lines = [json.loads(x[12:]) for x in (tmp_path / "log.txt").read_text().splitlines()]
+    assert [x["step"] for x in lines] == [*range(8), 20]  # none is cut
+    steps = [step for step, _ in scalars(tmp_path, "loss")]
+    assert 1 < len(steps) < 12 and steps == [*range(len(steps) - 1), 20]
+
+
+def test_a_log_that_cannot_be_opened_stops_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    log = RunLog(tmp_path / "file" / "run")
+    log.open_board(0)
+    log.say("said"), log.stats("t", {}), log.points(1, {"a": 1.0})
+    log.close()
+    out, err = capsys.readouterr()
+    assert out == "said\n" and len(err.splitlines()) == 2
+    assert err.count("cannot be written (Not a directory)") == 2
+
+
+def test_a_terminal_that_is_gone_stops_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Gone:
+        def write(self, text: str) -> int:
+            raise OSError(5, "Input/output error")
+
+        def flush(self) -> None:
+            raise OSError(5, "Input/output error")
+
+        def isatty(self) -> bool:
+            return True
+
+    log = RunLog(tmp_path)
+    for name in ("stdout", "stderr"):
+        monkeypatch.setattr(sys, name, Gone())
+    log.say("said"), log.warn("warned"), log.advance("a summary")
+    log.start_bar("epoch", total=2)
+    log.advance("a summary"), log.advance(), log.end_bar()
+    log.close()
+    assert (tmp_path / "log.txt").read_text() == "said\nWarning: warned\n"
+
+
+def test_a_cut_line_stands_alone(tmp_path: Path) -> None:
+    (tmp_path / "log.txt").write_text('json_stats: {"_type": "t", "a": 1}\njson_stats: {"_ty')
+    for _ in range(2):
+        log = RunLog(tmp_path, console=False)
+        log.stats("t", {"a": 2})
+        log.close()
+    assert [x["a"] for x in read_json_lines(tmp_path / "log.txt")] == [1, 2, 2]
+    assert len((tmp_path / "log.txt").read_text().splitlines()) == 4
+
+
 def test_nothing_of_the_environment_is_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -120,21 +211,36 @@ def test_nothing_of_the_environment_is_written(
         assert b"LG_TEST" not in path.read_bytes() and b"a-secret" not in path.read_bytes()
 
 
-def test_tensorboard_hides_what_a_resumed_run_does_again(tmp_path: Path) -> None:
+def scalars(out_dir: Path, tag: str) -> list[tuple[int, float]]:
+    """The points of a curve, as TensorBoard reads them."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+    board = EventAccumulator(str(out_dir / "tensorboard"))
+    board.Reload()
+    return [(event.step, event.value) for event in board.Scalars(tag)]
+
+
+def test_tensorboard_hides_what_a_resumed_run_does_again(tmp_path: Path) -> None:
     for first, last, value in ((0, 4, 1.0), (3, 6, 2.0)):
         log = RunLog(tmp_path, console=False)
         log.open_board(first)
         for step in range(first, last):
             log.points(step, {"iteration/loss": value, "test/top1_acc": 10 * value})
+        assert len(scalars(tmp_path, "iteration/loss")) == last  # though it may yet be killed
         log.close()
-    board = EventAccumulator(str(tmp_path / "tensorboard"))
-    board.Reload()
     for tag, factor in (("iteration/loss", 1), ("test/top1_acc", 10)):
-        points = [(e.step, e.value) for e in board.Scalars(tag)]
         wanted = [(0, 1.0), (1, 1.0), (2, 1.0), (3, 2.0), (4, 2.0), (5, 2.0)]
-        assert points == [(step, value * factor) for step, value in wanted]
+        assert scalars(tmp_path, tag) == [(step, value * factor) for step, value in wanted]
+
+
+def test_curves_go_on_when_their_folder_is_removed(tmp_path: Path) -> None:
+    log = RunLog(tmp_path, console=False)
+    log.open_board(1)
+    log.points(1, {"loss": 1.0})
+    shutil.rmtree(tmp_path / "tensorboard")
+    log.points(2, {"loss": 2.0}), log.points(3, {"loss": 3.0})
+    log.close()
+    assert scalars(tmp_path, "loss") == [(2, 2.0), (3, 3.0)]
 
 
 @pytest.mark.parametrize(

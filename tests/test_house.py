@@ -15,6 +15,7 @@ SEES_CONFIG = {
     "precompute_feature.py",
     "run_net.py",
     "lg/config.py",
+    "lg/builders/checkup.py",
     "lg/builders/data.py",
     "lg/builders/models.py",
     "lg/builders/training.py",

@@ -23,9 +23,12 @@ from lg.builders.training import (
     build_learning_rate,
     build_optimizer,
     build_precision,
+    build_resources,
     build_settings,
     check_training,
     check_world,
+    fetch_weights,
+    synchronize_batch_norms,
 )
 
 __all__ = [
@@ -38,6 +41,7 @@ __all__ = [
     "build_model",
     "build_optimizer",
     "build_precision",
+    "build_resources",
     "build_settings",
     "build_teacher",
     "build_test_data",
@@ -48,6 +52,8 @@ __all__ = [
     "check_world",
     "dataset_facts",
     "fetch_data",
+    "fetch_weights",
     "guide_name",
     "prepare_bank",
+    "synchronize_batch_norms",
 ]

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
+from torch import nn
 from yacs.config import CfgNode
 
+from lg.cluster import Resources
 from lg.config import ConfigError, dump_config
 from lg.device import Precision, allow_tf32, reuse_memory, select_device
-from lg.distributed import World
+from lg.distributed import World, in_turn
 from lg.guidance import GuidedStudent
 from lg.models.backbone import Backbone
+from lg.models.sync_batch_norm import synchronize_batch_norm, uses_batch_statistics
 from lg.optim import LearningRate, WeightAverage, make_optimizer, parameter_groups
-from lg.paths import is_local_file, is_url
+from lg.paths import is_local_file, is_url, local_path
 from lg.run import Settings
 
 
@@ -73,6 +78,27 @@ def build_device(cfg: CfgNode, world: World) -> torch.device:
         raise ConfigError(str(error)) from None
 
 
+def synchronize_batch_norms(
+    cfg: CfgNode, parts: Sequence[object], world: World, device: torch.device
+) -> None:
+    """With TRAIN.SYNC_BN, has the BatchNorms of student and guide see the whole batch.
+
+    Raises:
+        ConfigError: neither has any that looks at the batch.
+    """
+    models = [part for part in parts if isinstance(part, nn.Module) and uses_batch_statistics(part)]
+    if not cfg.TRAIN.SYNC_BN:
+        return
+    if not models:
+        raise ConfigError(
+            f"TRAIN.SYNC_BN is True, but MODEL.TYPE {cfg.MODEL.TYPE} and its guide have no "
+            "BatchNorm that looks at the batch: set it to False."
+        )
+    if world.size > 1:
+        for model in models:
+            synchronize_batch_norm(model, device)
+
+
 def build_precision(cfg: CfgNode, device: torch.device) -> Precision:
     """Full or mixed precision on a device."""
     try:
@@ -94,6 +120,32 @@ def build_settings(cfg: CfgNode) -> Settings:
         num_classes=cfg.MODEL.NUM_CLASSES,
         config_text=dump_config(cfg),
     )
+
+
+def build_resources(cfg: CfgNode) -> Resources:
+    """What a job on a cluster asks for."""
+    return Resources(
+        name=cfg.LAUNCH.NAME,
+        num_processes=cfg.NUM_GPUS,
+        max_per_node=cfg.MAX_GPUS_PER_NODE,
+        on_gpus=cfg.DEVICE in ("auto", "cuda"),
+        cpus=cfg.LAUNCH.CPUS_PER_GPU,
+        memory_gb=cfg.LAUNCH.MEM_PER_GPU,
+        minutes=cfg.LAUNCH.TIME_LIMIT,
+        max_retries=cfg.LAUNCH.MAX_RETRY,
+        partition=cfg.LAUNCH.PARTITION,
+        gpu_type=cfg.LAUNCH.GPU_TYPE,
+        comment=cfg.LAUNCH.COMMENT,
+        email=cfg.LAUNCH.EMAIL,
+    )
+
+
+def fetch_weights(cfg: CfgNode, world: World) -> None:
+    """Fetches the weights that training names by URL, once, so that all processes find them."""
+    with in_turn(world):
+        for _, path in _files_of_training(cfg):
+            if path and is_url(path):
+                local_path(path, cache=cfg.DOWNLOAD_CACHE)
 
 
 def check_world(cfg: CfgNode, world: World) -> None:
@@ -131,12 +183,7 @@ def check_training(cfg: CfgNode, *, trained_guide: bool = True) -> None:
             "guide first and name its "
             "model.pyth."
         )
-    keys = [("TRAIN.WEIGHTS", cfg.TRAIN.WEIGHTS), ("MODEL.PRETRAINED", cfg.MODEL.PRETRAINED)]
-    if guided and options.OFFLINE:
-        keys.append(("DISTILLATION.FEATURE_FILE", options.FEATURE_FILE))
-    elif guided:
-        keys.append(("DISTILLATION.TEACHER_WEIGHTS", options.TEACHER_WEIGHTS))
-    for key, path in keys:
+    for key, path in _files_of_training(cfg):
         if path and not is_url(path) and not is_local_file(path):
             first = (
                 "compute the features with precompute_feature.py"
@@ -146,3 +193,13 @@ def check_training(cfg: CfgNode, *, trained_guide: bool = True) -> None:
             raise ConfigError(
                 f"{key} is {path!r}, which does not exist. Check the path, or {first} first."
             )
+
+
+def _files_of_training(cfg: CfgNode) -> list[tuple[str, str | None]]:
+    """(key, path or URL) of the files that training reads besides its images."""
+    options = cfg.DISTILLATION
+    files = [("TRAIN.WEIGHTS", cfg.TRAIN.WEIGHTS), ("MODEL.PRETRAINED", cfg.MODEL.PRETRAINED)]
+    if options.ENABLE_INTER or options.ENABLE_LOGIT:
+        name = "FEATURE_FILE" if options.OFFLINE else "TEACHER_WEIGHTS"
+        files.append((f"DISTILLATION.{name}", options[name]))
+    return files

@@ -5,9 +5,11 @@ n counts the images of a set, K its classes.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextvars import ContextVar
 
 import numpy as np
 from PIL import Image
@@ -17,6 +19,42 @@ _NUM_PRINTS = 16  # images that stand for a set in its fingerprint
 
 class DataError(ValueError):
     """A data set that cannot be read as asked; the message says what to do about it."""
+
+
+# Faults of a set without which the rest of it can still be used; see `tolerating`.
+MISSING, EMPTY_CLASS, UNTRAINED_CLASS = "missing", "empty class", "untrained class"
+_tolerated: ContextVar[dict[str, list[str]] | None] = ContextVar("tolerated", default=None)
+
+
+@contextlib.contextmanager
+def tolerating(*kinds: str) -> Iterator[dict[str, list[str]]]:
+    """Within, faults of these kinds leave out what they concern in place of ending it all.
+
+    Args:
+        *kinds: MISSING: listed images that are not there stay listed. EMPTY_CLASS: a class without
+            images. UNTRAINED_CLASS: a class of the held-out split alone, whose images are left out.
+
+    Returns:
+        Their messages, by kind.
+    """
+    found: dict[str, list[str]] = {kind: [] for kind in kinds}
+    token = _tolerated.set({**(_tolerated.get() or {}), **found})
+    try:
+        yield found
+    finally:
+        _tolerated.reset(token)
+
+
+def found_fault(kind: str, text: str) -> None:
+    """Notes a fault that is tolerated.
+
+    Raises:
+        DataError: it is not.
+    """
+    tolerated = _tolerated.get()
+    if tolerated is None or kind not in tolerated:
+        raise DataError(text)
+    tolerated[kind].append(text)
 
 
 class ImageDataset(ABC):
@@ -155,16 +193,18 @@ def stratified_order(labels: np.ndarray, seed: int) -> np.ndarray:
 def fingerprint(dataset: ImageDataset) -> str:
     """SHA-256 of what a whole set holds and in which order: its labels, and a few of its images.
 
-    Of a subset, that of the full set.
-
-    Raises:
-        DataError: an image cannot be read.
+    Of a subset, that of the full set. An image that cannot be read counts as such: whether that is
+    a fault is for others to say.
     """
     full = dataset.full if isinstance(dataset, DatasetSubset) else dataset
     digest = hashlib.sha256(full.labels.astype("<i8").tobytes())
     for index in np.linspace(0, len(full) - 1, _NUM_PRINTS).astype(int):
-        image = full.image(int(index))
-        digest.update(repr(image.size).encode() + image.tobytes())
+        try:
+            image = full.image(int(index))
+        except DataError:
+            digest.update(b"unreadable")
+        else:
+            digest.update(repr(image.size).encode() + image.tobytes())
     return digest.hexdigest()
 
 

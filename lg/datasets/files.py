@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from lg.datasets.base import DataError, ImageDataset
+from lg.datasets.base import MISSING, DataError, ImageDataset, found_fault
 from lg.datasets.image import open_rgb
 
 
@@ -52,9 +52,10 @@ class FileDataset(ImageDataset):
         present = {os.path.join(folder, name) for folder in wanted for name in _listing(folder)}
         missing = [path for path in self.paths if path not in present]
         if missing:
-            raise DataError(
+            found_fault(
+                MISSING,
                 f"{self.name}, split {self.split!r}: {len(missing)} of its {len(self)} images are "
-                f"missing, the first is {missing[0]}; unpack the data set again"
+                f"missing, the first is {missing[0]}; unpack the data set again",
             )
 
 

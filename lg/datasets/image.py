@@ -14,6 +14,8 @@ from __future__ import annotations
 
 import io
 import os
+from collections.abc import Callable
+from typing import TypeVar
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
@@ -21,6 +23,11 @@ from PIL import Image, UnidentifiedImageError
 from lg.datasets.base import DataError
 
 EXIF_ORIENTATION = 0x0112  # the tag's number
+
+# What `open_with_traits` tells of a stored image beyond plain 8-bit RGB.
+TRAITS = ("palette", "gray", "16-bit", "CMYK", "transparent", "animated", "turned")
+
+_Result = TypeVar("_Result")
 
 # What turns a stored image upright, by the value of the tag. Source: EXIF 2.32, 4.6.4 A.
 UPRIGHT = {
@@ -43,11 +50,30 @@ def open_rgb(path: str | os.PathLike[str]) -> Image.Image:
     Raises:
         DataError: the file is missing, unreadable, empty, truncated, too large, or no image.
     """
+    return _opened(path, to_rgb)
+
+
+def open_with_traits(path: str | os.PathLike[str]) -> tuple[Image.Image, tuple[str, ...]]:
+    """As `open_rgb`, with those of TRAITS that the file has.
+
+    Raises:
+        DataError: as `open_rgb`.
+    """
+    return _opened(path, _with_traits)
+
+
+def _opened(path: str | os.PathLike[str], use: Callable[[Image.Image], _Result]) -> _Result:
+    """What `use` makes of an image file; what goes wrong is a DataError that names the file."""
     try:
         # Reading first tells a failing disk from a failing decoder, and closes the file.
         with open(path, "rb") as file:
             content = file.read()
     except FileNotFoundError:
+        if os.path.islink(path):
+            raise DataError(
+                f"{path}: the image is a link to {os.readlink(path)}, where nothing is; mend or "
+                "remove it"
+            ) from None
         raise DataError(f"{path}: the image is missing; unpack the data set again") from None
     except OSError as error:
         raise DataError(
@@ -58,7 +84,7 @@ def open_rgb(path: str | os.PathLike[str]) -> Image.Image:
         raise DataError(f"{path}: the image file is empty; fetch it again")
     try:
         with Image.open(io.BytesIO(content)) as image:
-            return to_rgb(image)
+            return use(image)
     except Image.DecompressionBombError as error:
         raise DataError(
             f"{path}: the image is too large to be safe ({error}); shrink it, or raise "
@@ -105,14 +131,41 @@ def _convert(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def _upright(image: Image.Image) -> Image.Image:
+def _with_traits(image: Image.Image) -> tuple[Image.Image, tuple[str, ...]]:
+    mode, raw_modes = image.mode, str(getattr(image, "tile", ""))
+    turned = _orientation(image) in UPRIGHT
+    rgb = to_rgb(image)
+    found = {
+        "palette": mode == "P",
+        "gray": mode in ("1", "L", "LA", "La"),
+        # Of 16-bit colours Pillow keeps 8 bits and tells of the others in its raw modes alone.
+        "16-bit": mode.startswith("I") or ";16" in raw_modes,
+        "CMYK": mode == "CMYK",
+        "transparent": image.has_transparency_data,
+        "animated": _has_more_frames(image),
+        "turned": turned or _orientation(image) in UPRIGHT,
+    }
+    return rgb, tuple(trait for trait in TRAITS if found[trait])
+
+
+def _has_more_frames(image: Image.Image) -> bool:
     try:
-        orientation = image.getexif().get(EXIF_ORIENTATION)
+        return bool(getattr(image, "is_animated", False))
+    except Exception:  # damage beyond the first frame, which alone is used
+        return True
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    orientation = _orientation(image)
+    return image.transpose(UPRIGHT[orientation]) if orientation in UPRIGHT else image
+
+
+def _orientation(image: Image.Image) -> int:
+    """The value of the EXIF tag, 1 (upright) where there is none."""
+    try:
+        return int(image.getexif().get(EXIF_ORIENTATION, 1))
     except Exception:  # a broken EXIF block breaks the parser in many ways; the image is fine
-        return image
-    if orientation not in UPRIGHT:
-        return image
-    return image.transpose(UPRIGHT[orientation])
+        return 1
 
 
 def _from_16_bits(image: Image.Image) -> Image.Image:

@@ -9,7 +9,13 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from lg.datasets.base import DataError, resolve_split
+from lg.datasets.base import (
+    EMPTY_CLASS,
+    UNTRAINED_CLASS,
+    DataError,
+    found_fault,
+    resolve_split,
+)
 from lg.datasets.files import FileDataset, require
 
 # What Pillow reads in every build, in lower case.
@@ -52,15 +58,17 @@ class ImageFolder(FileDataset):
         require([folder / "train", folder / split], name, remedy)
         class_names = _class_folders(folder / "train")
         present = class_names if split == "train" else _class_folders(folder / split)
-        unknown = [each for each in present if each not in set(class_names)]
-        if unknown:
-            raise DataError(
-                f"{name}: {folder / split} has the class {unknown[0]!r} which {folder / 'train'} "
-                "has not; a model cannot learn it, remove or rename the folder"
-            )
+        known = set(class_names)
+        for each in present:
+            if each not in known:
+                found_fault(
+                    UNTRAINED_CLASS,
+                    f"{name}: {folder / split} has the class {each!r} which {folder / 'train'} "
+                    "has not; a model cannot learn it, remove or rename the folder",
+                )
         labels: list[int] = []
         paths: list[str] = []
-        for each in present:
+        for each in filter(known.__contains__, present):
             files = _images_below(folder / split / each)
             labels += [class_names.index(each)] * len(files)
             paths += files
@@ -90,8 +98,9 @@ def _images_below(folder: Path) -> list[str]:
             if not each.startswith(".") and os.path.splitext(each)[1].lower() in SUFFIXES
         ]
     if not files:
-        raise DataError(
+        found_fault(
+            EMPTY_CLASS,
             f"image_folder: {folder} holds no image ({' '.join(SUFFIXES)}); add some or "
-            "remove the folder"
+            "remove the folder",
         )
     return sorted(files)

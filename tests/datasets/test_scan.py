@@ -1,0 +1,350 @@
+"""What images of a set are, and training that leaves out those that cannot be read."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import struct
+import zlib
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import lg
+from lg import builders, trainer
+from lg.builders import data as data_builders
+from lg.datasets import DataError, build_dataset, stratified_subset
+from lg.datasets.base import (
+    EMPTY_CLASS,
+    MISSING,
+    UNTRAINED_CLASS,
+    ImageDataset,
+    fingerprint,
+    tolerating,
+)
+from lg.datasets.digits import Digits
+from lg.datasets.image import open_with_traits
+from lg.datasets.scan import classes_lost, find_unreadable, leave_out, look_at, scan, skip_message
+from lg.distributed import World
+from lg.guidance import FeatureBank
+from tests.test_trainer import CONFIGS, TINY
+
+EXIF = Image.Exif()
+EXIF[0x0112] = 6  # turned by 90 degrees
+
+
+def picture(seed: int, width: int = 12, height: int = 9) -> Image.Image:
+    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    return Image.fromarray(pixels)
+
+
+def make_folder(root: Path, *, train: int = 6, val: int = 3) -> Path:
+    """Two classes of so many images a split."""
+    for number, split in enumerate(["train"] * train + ["val"] * val):
+        for label, name in enumerate(("cat", "dog")):
+            folder = root / split / name
+            folder.mkdir(parents=True, exist_ok=True)
+            picture(2 * number + label).save(folder / f"{number}.png")
+    return root
+
+
+def spoil(root: Path) -> list[str]:
+    """Three training images and a test image that cannot be read; their paths."""
+    bad = [root / "train/cat/1.png", root / "train/dog/0.png", root / "train/dog/link.png"]
+    bad[0].write_bytes(b"")
+    bad[1].write_text("no image\n" * 9)
+    bad[2].symlink_to("/nowhere/at/all.png")
+    tested = min((root / "val/dog").iterdir())
+    tested.write_bytes(tested.read_bytes()[:-100])
+    return [str(path) for path in (*bad, tested)]
+
+
+def config(root: Path, out_dir: Path, **changes: Any) -> Any:
+    values = {
+        **TINY,
+        "OUT_DIR": out_dir,
+        "MODEL.NUM_CLASSES": 2,
+        "TRAIN.DATASET": "image_folder",
+        "TEST.DATASET": "image_folder",
+        "DATA_LOADER.ROOT": root,
+        "TRAIN.FRACTION": 1.0,
+        "TRAIN.BATCH_SIZE": 4,
+        "OPTIM.MAX_EPOCH": 2,
+        **{key.replace("__", "."): value for key, value in changes.items()},
+    }
+    opts = [text for key, value in values.items() for text in (key, str(value))]
+    return lg.load_config(CONFIGS / "digits/vit_digits_base.yaml", opts)
+
+
+def deep_png() -> bytes:
+    """One pixel of 3 x 16 bits, which Pillow reads and does not write."""
+
+    def part(kind: bytes, content: bytes) -> bytes:
+        checksum = zlib.crc32(kind + content)
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", checksum)
+
+    head = part(b"IHDR", struct.pack(">IIBBBBB", 1, 1, 16, 2, 0, 0, 0))
+    pixels = part(b"IDAT", zlib.compress(b"\0" + struct.pack(">HHH", 1, 2, 65535)))
+    return b"\x89PNG\r\n\x1a\n" + head + pixels + part(b"IEND", b"")
+
+
+def test_the_traits_of_stored_images(tmp_path: Path) -> None:
+    image, levels = picture(0), np.arange(12, dtype=np.uint16).reshape(3, 4) * 5000
+    image.save(tmp_path / "plain.png")
+    image.convert("P").save(tmp_path / "palette.png")
+    image.convert("L").save(tmp_path / "gray.jpg")
+    Image.fromarray(levels).save(tmp_path / "deep.png")
+    (tmp_path / "deep_colours.png").write_bytes(deep_png())
+    image.convert("CMYK").save(tmp_path / "print.jpg")
+    image.convert("RGBA").save(tmp_path / "alpha.png")
+    frames = [picture(1), picture(2)]
+    image.save(tmp_path / "moving.gif", save_all=True, append_images=frames)
+    image.save(tmp_path / "turned.jpg", exif=EXIF)
+    image.save(tmp_path / "turned.png", exif=EXIF)
+    image.save(tmp_path / "turned.tif", exif=EXIF)
+    found = {path.name: open_with_traits(path)[1] for path in sorted(tmp_path.iterdir())}
+    assert found == {
+        "plain.png": (),
+        "palette.png": ("palette",),
+        "gray.jpg": ("gray",),
+        "deep.png": ("16-bit",),
+        "deep_colours.png": ("16-bit",),
+        "print.jpg": ("CMYK",),
+        "alpha.png": ("transparent",),
+        "moving.gif": ("palette", "animated"),
+        "turned.jpg": ("turned",),
+        "turned.png": ("turned",),
+        "turned.tif": ("turned",),
+    }
+
+
+def test_damage_after_the_first_frame_is_no_fault(tmp_path: Path) -> None:
+    path = tmp_path / "moving.gif"
+    picture(0).save(path, save_all=True, append_images=[picture(1), picture(2)])
+    path.write_bytes(path.read_bytes()[:-200])
+    image, traits = open_with_traits(path)
+    assert image.size == (12, 9) and "animated" in traits
+
+
+def test_facts_of_images(tmp_path: Path) -> None:
+    folder = make_folder(tmp_path) / "train/cat"
+    same = picture(3, 4, 6)
+    same.save(folder / "a.png")
+    same.save(folder / "b.bmp")
+    same.transpose(Image.Transpose.ROTATE_90).save(folder / "c.png", exif=EXIF)
+    Image.fromarray(np.asarray(same).reshape(4, 6, 3)).save(folder / "d.png")
+    paths = spoil(tmp_path)[:3]
+    train = build_dataset("image_folder", tmp_path, "train")
+    facts = scan(train, num_threads=3)
+    assert facts == [look_at(train, position) for position in range(len(train))]
+    by_name = {Path(train.describe(i)).name: fact for i, fact in enumerate(facts[:10])}
+    a, b, c, d = (by_name[name] for name in ("a.png", "b.bmp", "c.png", "d.png"))
+    assert (a.width, a.height, d.width, d.height) == (4, 6, 6, 4)
+    assert a.digest == b.digest == c.digest and len(a.digest) == 16
+    assert d.digest != a.digest, "the same pixels in another shape"
+    assert (a.traits, c.traits) == ((), ("turned",))
+    assert [fact.fault for fact in facts if fact.fault] == [
+        f"{paths[0]}: the image file is empty; fetch it again",
+        f"{paths[1]}: this is no image in a format that Pillow knows; remove or convert it",
+        f"{paths[2]}: the image is a link to /nowhere/at/all.png, where nothing is; mend or "
+        "remove it",
+    ]
+
+
+def test_a_set_in_one_file_is_not_opened(monkeypatch: pytest.MonkeyPatch) -> None:
+    digits = Digits(split="test")
+    facts = scan(digits, num_threads=2)
+    assert {(f.fault, f.width, f.height, f.traits) for f in facts} == {("", 8, 8, ())}
+    assert len({fact.digest for fact in facts}) == 597
+    monkeypatch.setattr(Digits, "image", lambda self, index: pytest.fail("opened"))
+    assert find_unreadable(digits, num_threads=1) == {}
+
+
+def test_leaving_out_keeps_places_in_the_full_set(tmp_path: Path) -> None:
+    paths = spoil(make_folder(tmp_path))
+    train = build_dataset("image_folder", tmp_path, "train")
+    unreadable = find_unreadable(train, num_threads=2)
+    assert {train.describe(i) for i in unreadable} == set(paths[:3]) and len(train) == 13
+    left = leave_out(train, unreadable)
+    assert left.indices.tolist() == [i for i in range(13) if i not in unreadable]
+    assert left.labels.tolist() == train.labels[left.indices].tolist()
+    part = stratified_subset(train, 0.7, seed=1)
+    bad = find_unreadable(part, num_threads=1)
+    again = leave_out(part, bad)
+    assert {i for i, fact in enumerate(scan(part, num_threads=1)) if fact.fault} == set(bad)
+    assert bad and set(again.indices) == set(part.indices) - set(unreadable)
+    assert [i for i in range(len(again)) if again.describe(i) in paths] == []
+    assert leave_out(part, {}) is part
+    assert pickle.loads(pickle.dumps(again)).indices.tolist() == again.indices.tolist()
+
+
+def test_what_is_said_of_images_that_are_left_out(tmp_path: Path) -> None:
+    bad = spoil(make_folder(tmp_path, train=2))
+    train = build_dataset("image_folder", tmp_path, "train")
+    unreadable = find_unreadable(train, num_threads=1)
+    assert classes_lost(train, unreadable) == []
+    said = (
+        "skipped 3 of the 5 images of image_folder/train, which cannot be read "
+        f"(DATA_LOADER.ON_ERROR skip). The first: {bad[0]}: the image file is empty; fetch it "
+        "again."
+    )
+    assert skip_message(train, unreadable) == said
+    (tmp_path / "train/cat/0.png").write_bytes(b"")
+    worse = find_unreadable(train, num_threads=1)
+    assert skip_message(train, worse).endswith(" With that, class 'cat' has no image left.")
+    (tmp_path / "train/dog/1.png").write_bytes(b"")
+    with pytest.raises(DataError, match=r"^none of the 5 images of image_folder/train can be read"):
+        leave_out(train, find_unreadable(train, num_threads=1))
+
+
+def test_faults_are_tolerated_one_kind_at_a_time(tmp_path: Path) -> None:
+    make_folder(tmp_path)
+    (tmp_path / "train/empty").mkdir()
+    (tmp_path / "val/wolf").mkdir()
+    picture(0).save(tmp_path / "val/wolf/a.png")
+    with pytest.raises(DataError, match=r"train/empty holds no image"):
+        build_dataset("image_folder", tmp_path, "train")
+    with tolerating(EMPTY_CLASS) as outer:
+        assert build_dataset("image_folder", tmp_path, "train").num_classes == 3
+        with pytest.raises(DataError, match="has the class 'wolf' which"):
+            build_dataset("image_folder", tmp_path, "val")
+        with tolerating(UNTRAINED_CLASS) as inner:
+            assert len(build_dataset("image_folder", tmp_path, "train")) == 12
+            assert (
+                build_dataset("image_folder", tmp_path, "val").labels.tolist() == [0] * 3 + [1] * 3
+            )
+    # The folder without images was listed twice.
+    assert [len(texts) for texts in (*outer.values(), *inner.values())] == [2, 1]
+    with pytest.raises(DataError, match="holds no image"):
+        build_dataset("image_folder", tmp_path, "train")
+
+
+def test_an_unreadable_image_has_a_fingerprint_too(tmp_path: Path) -> None:
+    path = make_folder(tmp_path) / "train/cat/0.png"
+    train = build_dataset("image_folder", tmp_path, "train")
+    whole, content = fingerprint(train), path.read_bytes()
+    path.write_bytes(content[:-60])
+    assert fingerprint(train) != whole
+    path.write_bytes(content)
+    assert fingerprint(train) == whole
+
+
+@pytest.mark.parametrize("backend", ["workers", "device"])
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_training_stops_at_the_first_bad_image(
+    tmp_path: Path, backend: str, num_workers: int
+) -> None:
+    path = make_folder(tmp_path / "set") / "train/dog/3.png"
+    path.write_bytes(path.read_bytes()[:-80])
+    changes = {"DATA_LOADER__BACKEND": backend, "DATA_LOADER__NUM_WORKERS": num_workers}
+    with pytest.raises(DataError) as caught:
+        trainer.train(config(tmp_path / "set", tmp_path / "run", **changes))
+    assert str(caught.value).startswith(f"{path}: the image is damaged") and "\n" not in str(
+        caught.value
+    )
+
+
+@pytest.mark.parametrize("backend", ["workers", "device"])
+def test_training_skips_and_counts(
+    tmp_path: Path, backend: str, capsys: pytest.CaptureFixture
+) -> None:
+    paths = spoil(make_folder(tmp_path / "set"))
+    changes = {"DATA_LOADER__ON_ERROR": "skip", "DATA_LOADER__BACKEND": backend}
+    cfg = config(tmp_path / "set", tmp_path / "run", **changes)
+    trainer.train(cfg)
+    said = capsys.readouterr()
+    warned = [line for line in said.err.splitlines() if line.startswith("Warning: skipped")]
+    assert [line.partition(", which")[0] for line in warned] == [
+        "Warning: skipped 3 of the 13 images of image_folder/train",
+        "Warning: skipped 1 of the 6 images of image_folder/val",
+    ]
+    assert paths[0] in warned[0] and paths[3] in warned[1]
+    assert "Top-1 of 5 images" in said.out
+    assert trainer.test(cfg).count == 5
+
+
+def test_skipping_gives_every_start_the_same_batches(tmp_path: Path) -> None:
+    spoil(make_folder(tmp_path / "set"))
+    cfg = config(tmp_path / "set", tmp_path / "run", DATA_LOADER__ON_ERROR="skip")
+    seen = []
+    for first in (0, 1):
+        data = builders.fetch_data(cfg, World())
+        device = builders.build_device(cfg, World())
+        loader = builders.build_train_loader(cfg, data[0], World(), device)
+        loader.start(0, first)
+        seen.append([next(loader) for _ in range(4 - first)])
+        loader.close()
+    for mine, theirs in zip(seen[0][1:], seen[1], strict=True):
+        assert mine.index.equal(theirs.index) and mine.images.equal(theirs.images)
+    assert {int(i) for batch in seen[0] for i in batch.index} <= set(data[0].indices.tolist())
+
+
+def test_missing_files_of_a_list_can_be_skipped(tmp_path: Path) -> None:
+    folder, entries = tmp_path / "chaoyang", []
+    for number in range(4):
+        (folder / "train").mkdir(parents=True, exist_ok=True)
+        picture(number).save(folder / f"train/{number}.png")
+        entries.append(f'{{"name": "train/{number}.png", "label": {number}}}')
+    (folder / "train.json").write_text(f"[{','.join(entries)}]")
+    os.unlink(folder / "train/2.png")
+    options = {"TRAIN__DATASET": "chaoyang", "MODEL__NUM_CLASSES": 4, "TRAIN__BATCH_SIZE": 3}
+    with pytest.raises(DataError, match=r"1 of its 4 images are missing"):
+        builders.build_train_data(config(tmp_path, tmp_path, **options))
+    cfg = config(tmp_path, tmp_path, DATA_LOADER__ON_ERROR="skip", **options)
+    assert builders.build_train_data(cfg).indices.tolist() == [0, 1, 3]
+    with tolerating(MISSING) as faults:
+        assert len(build_dataset("chaoyang", tmp_path, "train")) == 4
+    assert len(faults[MISSING]) == 1
+
+
+def test_stored_features_fit_a_set_with_gaps(tmp_path: Path) -> None:
+    import precompute_feature
+
+    spoil(make_folder(tmp_path / "set"))
+    weights, bank = tmp_path / "guide.pyth", tmp_path / "bank.npz"
+    options = {"DATA_LOADER__ON_ERROR": "skip", "DISTILLATION__ENABLE_INTER": True}
+    options |= {"CNN__DEPTH": 8, "DISTILLATION__INTER_TEACHER_INDEX": [0, 2]}
+    options |= {"DISTILLATION__INTER_STUDENT_INDEX": [0, 1]}
+    options |= {"DISTILLATION__TEACHER_WEIGHTS": weights, "TRAIN__MIXUP_ALPHA": 0.0}
+    options |= {"TRAIN__CUTMIX_ALPHA": 0.0, "DISTILLATION__TEACHER_IMG_SIZE": 16}
+    options |= {"DISTILLATION__OFFLINE": True, "DISTILLATION__FEATURE_FILE": bank}
+    cfg = config(tmp_path / "set", tmp_path / "run", **options)
+    model = builders.build_teacher(cfg, trained=False)
+    torch.save(lg.published_state_dict(model), weights)
+    precompute_feature.run(precompute_feature.parse_args(["--cfg", "x.yaml"]), cfg)
+    stored = FeatureBank(bank, [0, 2])
+    assert stored.provenance is not None and (stored.provenance.count, len(stored)) == (13, 10)
+    assert stored.indices.tolist() == builders.build_train_data(cfg).indices.tolist()
+    trainer.train(cfg)
+    assert (tmp_path / "run/model.pyth").is_file()
+
+
+def test_other_processes_are_told_by_the_main_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    make_folder(tmp_path)
+
+    def arrive(values: list, **_: Any) -> None:
+        assert values == [None]
+        values[0] = {4: "told"}
+
+    def scanned(dataset: ImageDataset, **_: Any) -> None:
+        pytest.fail("scanned by another than the main process")
+
+    fake = SimpleNamespace(
+        is_initialized=lambda: True,
+        get_rank=lambda: 1,
+        get_node_local_rank=lambda rank: rank,
+        get_backend=lambda: "gloo",
+        broadcast_object_list=arrive,
+    )
+    monkeypatch.setattr(data_builders, "dist", fake)
+    monkeypatch.setattr(data_builders, "find_unreadable", scanned)
+    cfg = config(tmp_path, tmp_path, DATA_LOADER__ON_ERROR="skip")
+    assert builders.build_train_data(cfg).indices.tolist() == [0, 1, 2, 3, *range(5, 12)]
+    assert capsys.readouterr().err == ""

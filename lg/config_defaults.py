@@ -133,17 +133,22 @@ DEFAULTS: dict[str, Any] = {
         "STRONG_AUGMENTATION": True,
         "AMP_DTYPE": "auto",  # (+) auto | bf16 | fp16; with MIXED_PRECISION
         # (+) none, or a mode of torch.compile: default | reduce-overhead | max-autotune (the last
-        # two with CUDA graphs on GPUs); the first step then waits for the compiler
+        # two with CUDA graphs on GPUs); the first step then waits for the compiler. max-autotune
+        # times kernels at each start, so that a resumed run may choose others: not bit-reproducible
         "COMPILE": "none",
         # (+) keep freed memory for the next step: on CPUs pyramids train up to 1.7 times as fast,
         # in up to 13 % more memory (Linux)
         "REUSE_MEMORY": True,
-        # (+) let GPUs round float32 products to TF32: faster, 10 bits of mantissa in place of 23
+        # (+) let GPUs (and CPUs that can) round the factors of float32 products to TF32, those of
+        # resizing images too: faster, 10 bits of mantissa in place of 23
         "TF32": False,
         # (+) part of the training set to use, stratified by class and stable in RNG_SEED, (0, 1]
         "FRACTION": 1.0,
         # (+) micro-batches a batch is split into, to save memory; divides BATCH_SIZE
         "ACCUM_STEPS": 1,
+        # (+) several processes: BatchNorm normalises with the statistics of the whole batch rather
+        # than of each process's share
+        "SYNC_BN": False,
         "HFLIP": 0.5,  # (+) probability of a horizontal flip; 0 for digits, letters and the like
         "KEEP_CHECKPOINTS": 2,  # (+) how many of the last checkpoints stay, >= 1
     },
@@ -156,11 +161,18 @@ DEFAULTS: dict[str, Any] = {
         "PER_CLASS": False,  # (+) --mode test also prints the accuracy of each class
     },
     "DATA_LOADER": {
-        # processes that read and augment images; 0: none; never more than the machine has cores
+        # processes that read and augment images, or threads that decode them (one at least); 0: no
+        # processes; never more than the machine has cores
         "NUM_WORKERS": 8,
         # (+) workers: processes read and augment images; device: images are decoded once, kept in
         # memory and augmented in batches where training runs; auto: device if they fit
         "BACKEND": "auto",
+        # (+) images that cannot be read. stop: the first one ends the run, naming its path; skip:
+        # all images are opened once at the start, and those are left out with a warning
+        "ON_ERROR": "stop",
+        # (+) seconds after which images that do not come, from worker processes or decoding
+        # threads, end the run; 0: never
+        "TIMEOUT": 600,
         "PIN_MEMORY": True,  # page-locked batches for faster copies to a GPU
         # (+) where the data sets are; image_folder: the folder that holds train/ and test/ or val/
         "ROOT": "data",
@@ -170,17 +182,19 @@ DEFAULTS: dict[str, Any] = {
         "BENCHMARK": True
     },  # time convolution algorithms first; faster, not bit-reproducible on GPUs
     "PREC_TIME": {"WARMUP_ITER": 3, "NUM_ITER": 30},  # --mode time: steps before and while timing
-    "LAUNCH": {  # submission to a cluster
-        "MODE": "local",  # local (also under torchrun)
-        "MAX_RETRY": 3,
+    "LAUNCH": {  # submission to a cluster, with MODE slurm
+        # local: here (also under torchrun); slurm: as a job, by submitit; submitit_local: as the
+        # same kind of job on this machine, to try it out
+        "MODE": "local",
+        "MAX_RETRY": 3,  # how often a job whose time is up goes back into the queue, >= 0
         "NAME": "pycls_job",
         "COMMENT": "",
-        "CPUS_PER_GPU": 10,
-        "MEM_PER_GPU": 60,  # GB
+        "CPUS_PER_GPU": 10,  # cores a process, >= 1
+        "MEM_PER_GPU": 60,  # GB a process, >= 1
         "PARTITION": "devlab",
-        "GPU_TYPE": "volta",
-        "TIME_LIMIT": 4200,  # minutes
-        "EMAIL": "",
+        "GPU_TYPE": "volta",  # feature that the machines must have; empty: any
+        "TIME_LIMIT": 4200,  # minutes, >= 1
+        "EMAIL": "",  # told when the job ends; empty: nobody
     },
     "DESC": "",  # free text, printed at the start
     "VERBOSE": True,  # write the resolved config and the model's complexity to the log

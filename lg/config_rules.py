@@ -84,11 +84,19 @@ TYPED_LISTS: dict[str, type] = {
     "PORT_RANGE": int,
 }
 
+# What timm 1.0.20 and later have by name; without identity, which is none.
+ACTIVATIONS = (
+    *("relu", "relu6", "leaky_relu", "prelu", "elu", "celu", "selu", "gelu", "gelu_tanh"),
+    *("quick_gelu", "silu", "swish", "mish", "sigmoid", "tanh"),
+    *("hard_sigmoid", "hard_swish", "hard_mish", "hardsigmoid", "hardswish"),
+)
+
 # "timm/NAME" stands for timm/ followed by a model name.
 CHOICES: dict[str, tuple[str, ...]] = {
     "MODEL.TYPE": MODEL_TYPES,
     "MODEL.LOSS_FUN": ("cross_entropy",),
     "CVT.QKV_PROJ_METHOD": ("dw_bn", "avg", "linear"),
+    "CNN.ACTIVATION_FUN": ACTIVATIONS,
     "RESNET.TRANS_FUN": ("basic_transform", "bottleneck_transform"),
     "DISTILLATION.INTER_TRANSFORM": ("linear", "attention", "similarity"),
     "DISTILLATION.INTER_LOSS": ("l2",),
@@ -102,10 +110,11 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "TRAIN.SPLIT": ("train",),
     "TRAIN.COMPILE": ("none", "default", "reduce-overhead", "max-autotune"),
     "DATA_LOADER.BACKEND": ("auto", "workers", "device"),
+    "DATA_LOADER.ON_ERROR": ("stop", "skip"),
     "TRAIN.AMP_DTYPE": ("auto", "bf16", "fp16"),
     "TEST.DATASET": ("", *DATASET_NAMES),
     "TEST.SPLIT": ("val", "test", "train"),
-    "LAUNCH.MODE": ("local",),
+    "LAUNCH.MODE": ("local", "slurm", "submitit_local"),
     "LOG_DEST": ("stdout", "file"),
     "DIST_BACKEND": ("nccl", "gloo"),
     "DEVICE": ("auto", "cpu", "cuda", "mps"),
@@ -137,7 +146,8 @@ RANGES: dict[str, Range] = {
         MODEL.IMG_SIZE MODEL.IN_CHANNELS MODEL.NUM_CLASSES CNN.DEPTH RESNET.NUM_GROUPS
         RESNET.WIDTH_PER_GROUP DISTILLATION.TEACHER_IMG_SIZE OPTIM.MAX_EPOCH TRAIN.BATCH_SIZE
         TRAIN.ACCUM_STEPS TRAIN.KEEP_CHECKPOINTS TEST.BATCH_SIZE TEST.PERIOD PREC_TIME.NUM_ITER
-        NUM_GPUS MAX_GPUS_PER_NODE LOG_PERIOD TRANSFORMER.PATCH_SIZE TRANSFORMER.PATCH_STRIDE
+        NUM_GPUS MAX_GPUS_PER_NODE LAUNCH.CPUS_PER_GPU LAUNCH.MEM_PER_GPU
+        LAUNCH.TIME_LIMIT LOG_PERIOD TRANSFORMER.PATCH_SIZE TRANSFORMER.PATCH_STRIDE
         TRANSFORMER.HIDDEN_DIM TRANSFORMER.DEPTH TRANSFORMER.NUM_HEADS T2T.TOKEN_DIM T2T.KERNEL_SIZE
         T2T.STRIDE PIT.STRIDE PVT.SR_RATIO CVT.KERNEL_QKV CVT.STRIDE_KV CVT.STRIDE_Q
         """,
@@ -149,7 +159,7 @@ RANGES: dict[str, Range] = {
         DISTILLATION.INTER_TEACHER_INDEX DISTILLATION.INTER_STUDENT_INDEX DISTILLATION.INTER_WEIGHT
         OPTIM.STEPS OPTIM.MIN_LR OPTIM.WEIGHT_DECAY OPTIM.WARMUP_EPOCHS OPTIM.EMA_ALPHA
         OPTIM.EMA_UPDATE_PERIOD OPTIM.CLIP_GRAD_NORM TRAIN.MIXUP_ALPHA TRAIN.CUTMIX_ALPHA
-        DATA_LOADER.NUM_WORKERS PREC_TIME.WARMUP_ITER
+        DATA_LOADER.NUM_WORKERS DATA_LOADER.TIMEOUT PREC_TIME.WARMUP_ITER LAUNCH.MAX_RETRY
         """,
     ),
     **_each(
@@ -492,10 +502,20 @@ COMBINATIONS: list[tuple[str, Callable[[Values], bool], str | Callable[[Values],
     ),
     (
         "NUM_GPUS",
-        lambda v: v["NUM_GPUS"] > v["MAX_GPUS_PER_NODE"],
+        lambda v: v["LAUNCH.MODE"] != "slurm" and v["NUM_GPUS"] > v["MAX_GPUS_PER_NODE"],
         lambda v: (
             f"it must not exceed MAX_GPUS_PER_NODE {v['MAX_GPUS_PER_NODE']}; for several machines "
-            f"use torchrun."
+            f"use torchrun or LAUNCH.MODE slurm."
+        ),
+    ),
+    (
+        "NUM_GPUS",
+        lambda v: (
+            v["NUM_GPUS"] > v["MAX_GPUS_PER_NODE"] and v["NUM_GPUS"] % v["MAX_GPUS_PER_NODE"] != 0
+        ),
+        lambda v: (
+            f"several machines get MAX_GPUS_PER_NODE {v['MAX_GPUS_PER_NODE']} processes each: it "
+            "must be a multiple of that."
         ),
     ),
     (

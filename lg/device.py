@@ -54,8 +54,9 @@ def reuse_memory() -> None:
     trim_threshold, mmap_threshold = -1, -3  # numbers of mallopt's parameters
     try:
         libc = ctypes.CDLL("libc.so.6")
-        libc.mallopt(mmap_threshold, 2**28)
-        libc.mallopt(trim_threshold, 2**31 - 1)
+        # Versions before 2.35 take 32 MB at most; one that refuses both is left as it is.
+        if libc.mallopt(mmap_threshold, 2**28) or libc.mallopt(mmap_threshold, 2**25):
+            libc.mallopt(trim_threshold, 2**31 - 1)
     except (OSError, AttributeError):
         pass
 

@@ -10,8 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lg.distributed import rows_of_all
+
 LOSS_TERMS = ("loss", "cls", "inter", "logit")
 COLUMNS = (*LOSS_TERMS, "top1_wrong", "top5_wrong", "count")
+_TERMS = len(LOSS_TERMS)
 
 
 NON_FINITE_ADVICE = (
@@ -81,7 +84,8 @@ class TrainMeter:
         self._pending.append(torch.cat([terms, (~hits).sum(dim=0).float(), count]))
 
     def collect(self, *, epoch: int, step: int) -> None:
-        """Reads all pending rows in one transfer.
+        """Reads all pending rows in one transfer, those of all processes, so that means are over
+        whole batches and a fault of one process stops all.
 
         Args:
             epoch: the epoch under way, counted from 0.
@@ -92,22 +96,24 @@ class TrainMeter:
         """
         if not self._pending:
             return
-        rows = torch.stack(self._pending).tolist()
+        mine = torch.stack(self._pending)
         self._pending.clear()
-        for offset, row in enumerate(rows, start=step - len(rows) + 1):
-            bad = [
-                f"{t} = {v}"
-                for t, v in zip(LOSS_TERMS, row[: len(LOSS_TERMS)], strict=True)
-                if not math.isfinite(v)
-            ]
-            if bad:
-                raise NonFiniteLossError(
-                    f"The loss is not finite in epoch {epoch + 1}, step {offset}: "
-                    f"{', '.join(bad)}. {NON_FINITE_ADVICE}"
-                )
-            weighted = [v * row[-1] for v in row[: len(LOSS_TERMS)]] + row[len(LOSS_TERMS) :]
-            self._totals = [a + b for a, b in zip(self._totals, weighted, strict=True)]
-            self._window.append(weighted)
+        steps = torch.stack(rows_of_all(mine), dim=1).tolist()  # [steps, processes, columns]
+        for number, rows in enumerate(steps, start=step - len(steps) + 1):
+            for row in rows:
+                self._check(row, f"epoch {epoch + 1}, step {number}")
+            weighted = [[v * r[-1] for v in r[:_TERMS]] + r[_TERMS:] for r in rows]
+            total = [sum(column) for column in zip(*weighted, strict=True)]
+            self._totals = [a + b for a, b in zip(self._totals, total, strict=True)]
+            self._window.append(total)
+
+    def _check(self, row: list[float], where: str) -> None:
+        terms = zip(LOSS_TERMS, row[:_TERMS], strict=True)
+        bad = [f"{term} = {value}" for term, value in terms if not math.isfinite(value)]
+        if bad:
+            raise NonFiniteLossError(
+                f"The loss is not finite in {where}: {', '.join(bad)}. {NON_FINITE_ADVICE}"
+            )
 
     def window(self) -> dict[str, float]:
         """Means over the steps since the last call; clears them."""

@@ -13,6 +13,7 @@ class Progress:
 
     epoch: int = 0  # epochs done
     step: int = 0  # steps done in the epoch under way
+    test_due: bool = False  # after the last epoch done, which has not been tested yet
     test_err: float = UNKNOWN_ERR  # top-1, last test
     ema_err: float = UNKNOWN_ERR
     best_err: float = float("inf")  # the least of both over all tests

@@ -173,6 +173,8 @@ class Reporter:
         )
         name = f"{'EMA ' if average else ''}{self.split}"
         accuracy, highest = 100 - result.top1_err, 100 - best["top1_err"]
+        if not self._train_line:  # training was before the run was taken up again
+            self._train_line = f"epoch {epoch + 1}/{self.max_epoch}"
         self._train_line += f"  {name} top-1 {accuracy:.2f} % (best {highest:.2f})"
 
     def end_epoch(self) -> None:

@@ -16,7 +16,7 @@ from lg.checkpoint import CheckpointFolder, random_state, restore_random_state
 from lg.datasets.cached_loader import CachedTestLoader, CachedTrainLoader
 from lg.datasets.loader import Batch, TrainLoader
 from lg.device import Precision
-from lg.distributed import World, gather_objects
+from lg.distributed import World, barrier, gather_objects
 from lg.guidance import GuidanceLoss, GuidedStudent
 from lg.log import RunLog
 from lg.metrics import NON_FINITE_ADVICE, NonFiniteLossError, TrainMeter
@@ -68,6 +68,12 @@ class Run:
     meter: TrainMeter = field(default_factory=TrainMeter)
     signals: list[int] = field(default_factory=list)  # asking to stop, in order of arrival
 
+    def close(self) -> None:
+        """Ends the processes and threads that read images."""
+        self.loader.close()
+        if isinstance(self.test_loader, CachedTestLoader):
+            self.test_loader.close()
+
     def save(self, *, is_best: bool = False) -> str:
         """Writes a checkpoint (the main process; the others hand in their random states).
 
@@ -85,6 +91,7 @@ class Run:
             path = str(
                 self.checkpoints.save(self.state(random_states), epoch=epoch, is_best=is_best)
             )
+        barrier()  # none ends before it is written
         return path
 
     def _check_weights(self) -> None:
@@ -118,7 +125,11 @@ class Run:
             "optimizer_state": self.optimizer.state_dict(),
             "scaler_state": self.precision.scaler.state_dict(),
             "rng_state": random_states,
-            "sampler_state": {"epoch": progress.epoch, "step": progress.step},
+            "sampler_state": {
+                "epoch": progress.epoch,
+                "step": progress.step,
+                "backend": self.loader.backend,
+            },
             "meter_state": self.meter.state(),
             "progress": asdict(progress),
         }
@@ -160,9 +171,12 @@ class Run:
             raise ValueError(
                 "its optimiser state is of other parameters; use the config it was written with"
             )
-        self.optimizer.load_state_dict(state["optimizer_state"])
-        for group, mine in zip(self.optimizer.param_groups, settings, strict=True):
-            group.update(mine)
+        # Settings first: where the optimiser keeps its state depends on them (`fused`).
+        saved = state["optimizer_state"]
+        groups = [
+            {**group, **mine} for group, mine in zip(saved["param_groups"], settings, strict=True)
+        ]
+        self.optimizer.load_state_dict({**saved, "param_groups": groups})
         if state["scaler_state"]:  # empty unless the run was in fp16
             self.precision.scaler.load_state_dict(state["scaler_state"])
         self.progress = Progress(**state["progress"])

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import os
+import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import numpy as np
 import torch
@@ -21,6 +22,7 @@ from torch.utils.data import DataLoader
 from yacs.config import CfgNode
 
 from lg import builders, distributed
+from lg.builders.checkup import check_up
 from lg.checkpoint import (
     BEST_NAME,
     CheckpointError,
@@ -34,6 +36,7 @@ from lg.datasets.cached_loader import CachedTestLoader
 from lg.datasets.loader import MIX, MODEL, Batch
 from lg.device import Precision
 from lg.distributed import World
+from lg.doctor import PROBLEM, report
 from lg.log import RunLog
 from lg.metrics import EvalResult, topk_hits
 from lg.progress import UNKNOWN_ERR
@@ -47,6 +50,7 @@ from lg.timing import complexity, measure, report_times
 _FREE = (
     "OUT_DIR",
     "DATA_LOADER.NUM_WORKERS",
+    "DATA_LOADER.TIMEOUT",
     "DATA_LOADER.PIN_MEMORY",
     "DATA_LOADER.DOWNLOAD",
     "TEST.BATCH_SIZE",
@@ -69,11 +73,11 @@ _FREE = (
 def train(cfg: CfgNode) -> None:
     """Trains what the config describes, from its last checkpoint if there is one; the entry of
     every process."""
-    builders.check_training(cfg)
-    world = distributed.join(backend=cfg.DIST_BACKEND, device=cfg.DEVICE)
-    try:
+    with _world(cfg) as world:
+        builders.check_training(cfg)
         builders.check_world(cfg, world)
         data = builders.fetch_data(cfg, world)
+        builders.fetch_weights(cfg, world)
         log = RunLog(cfg.OUT_DIR, enabled=world.is_main, console=cfg.LOG_DEST == "stdout")
         with contextlib.closing(log):
             if cfg.DESC:
@@ -92,9 +96,7 @@ def train(cfg: CfgNode) -> None:
                 with stop_signals(run):
                     _train_epochs(run)
             finally:
-                run.loader.close()
-    finally:
-        distributed.leave()
+                run.close()
 
 
 def train_epoch(run: Run) -> None:
@@ -145,6 +147,7 @@ def evaluate(
     num_classes: int,
     precision: Precision,
     weights: Mapping[str, Tensor] | None = None,
+    before_batch: Callable[[int], None] = lambda number: None,
 ) -> EvalResult:
     """Tests a model on every sample once, over all processes.
 
@@ -154,10 +157,12 @@ def evaluate(
         num_classes: K.
         precision: of the forward pass; also says where it runs.
         weights: used in place of the model's own, by name.
+        before_batch: called with the number of each batch.
     """
     model.eval()
     counts = torch.zeros(num_classes, 3, dtype=torch.int64, device=precision.device)
-    for batch in loader:
+    for number, batch in enumerate(loader):
+        before_batch(number)
         batch = batch.to(precision.device)
         # Scores, from the weights asked for.
         with precision.autocast():
@@ -175,25 +180,30 @@ def evaluate(
 
 def test(cfg: CfgNode) -> EvalResult:
     """Tests TEST.WEIGHTS (by default the best of OUT_DIR) on the test split and says the result."""
-    path = cfg.TEST.WEIGHTS or os.path.join(cfg.OUT_DIR, BEST_NAME)
-    if not cfg.TEST.WEIGHTS and not os.path.isfile(path):
-        raise ConfigError(
-            f"TEST.WEIGHTS is '' and there is no {path}; name the weights to test, or train first."
-        )
-    world = distributed.join(backend=cfg.DIST_BACKEND, device=cfg.DEVICE)
-    try:
+    with _world(cfg) as world:
+        path = cfg.TEST.WEIGHTS or os.path.join(cfg.OUT_DIR, BEST_NAME)
+        if not cfg.TEST.WEIGHTS and not os.path.isfile(path):
+            raise ConfigError(
+                f"TEST.WEIGHTS is '' and there is no {path}; name the weights to test, or train "
+                "first."
+            )
         dataset = builders.build_test_data(cfg)
         device = builders.build_device(cfg, world)
         model = builders.build_model(cfg, pretrained=False)
-        load_weights(model, path, cache=cfg.DOWNLOAD_CACHE)
+        with distributed.in_turn(world):  # it may have to be fetched
+            load_weights(model, path, cache=cfg.DOWNLOAD_CACHE)
         model.to(device)
         loader = builders.build_test_loader(cfg, dataset, world, device)
-        result = evaluate(
-            model,
-            loader,
-            num_classes=cfg.MODEL.NUM_CLASSES,
-            precision=builders.build_precision(cfg, device),
-        )
+        try:
+            result = evaluate(
+                model,
+                loader,
+                num_classes=cfg.MODEL.NUM_CLASSES,
+                precision=builders.build_precision(cfg, device),
+            )
+        finally:
+            if isinstance(loader, CachedTestLoader):
+                loader.close()
         names = dataset.class_names if cfg.TEST.PER_CLASS else None
         if world.is_main:
             print(
@@ -202,8 +212,6 @@ def test(cfg: CfgNode) -> EvalResult:
                 )
             )
         return result
-    finally:
-        distributed.leave()
 
 
 test.__test__ = False  # type: ignore[attr-defined]  # not a test case, whatever its name
@@ -214,31 +222,57 @@ def info(cfg: CfgNode) -> None:
     print("\n".join(builders.build_info(cfg)))
 
 
+def doctor(cfg: CfgNode) -> None:
+    """Says what would stop the config's training or spoil its result; ends with status 1 if
+    anything would."""
+    findings = check_up(cfg, build_run)
+    print("\n".join(report(findings)))
+    if any(each.level == PROBLEM for each in findings):
+        sys.exit(1)
+
+
 def time_steps(cfg: CfgNode) -> dict[str, float]:
     """Measures forward, backward, loader and full step of the config's training; says the table."""
-    builders.check_training(cfg, trained_guide=False)
-    world = distributed.join(backend=cfg.DIST_BACKEND, device=cfg.DEVICE)
-    try:
+    with _world(cfg) as world:
+        builders.check_training(cfg, trained_guide=False)
         builders.check_world(cfg, world)
         data = builders.fetch_data(cfg, world)
         log = RunLog(cfg.OUT_DIR, enabled=world.is_main)
         with contextlib.closing(log):
             run = build_run(cfg, data, world, log)
-            times = measure(run, warmup=cfg.PREC_TIME.WARMUP_ITER, repeats=cfg.PREC_TIME.NUM_ITER)
-            report_times(times, run)
+            try:
+                warmup, repeats = cfg.PREC_TIME.WARMUP_ITER, cfg.PREC_TIME.NUM_ITER
+                times = measure(run, warmup=warmup, repeats=repeats)
+                report_times(times, run)
+            finally:
+                run.close()
         return times
-    finally:
+
+
+@contextlib.contextmanager
+def _world(cfg: CfgNode) -> Iterator[World]:
+    """This process among all, for as long as it takes. After a fault it does not wait for the
+    others, who may wait for it: it just ends, and they notice."""
+    world = distributed.join(backend=cfg.DIST_BACKEND, device=cfg.DEVICE)
+    try:
+        yield world
+    except Interrupted:
         distributed.leave()
+        raise
+    distributed.leave()
 
 
 def _train_epochs(run: Run) -> None:
     progress, settings = run.progress, run.settings
     run.loader.start(progress.epoch, progress.step)
-    while progress.epoch < settings.max_epoch:
-        progress.test_err = progress.ema_err = UNKNOWN_ERR  # of the weights to come
-        train_epoch(run)
-        due = progress.epoch % settings.test_period == 0 or progress.epoch == settings.max_epoch
-        is_best = due and _test_epoch(run)
+    while progress.test_due or progress.epoch < settings.max_epoch:
+        if not progress.test_due:  # else the run was stopped in its test
+            progress.test_err = progress.ema_err = UNKNOWN_ERR  # of the weights to come
+            train_epoch(run)
+            last = progress.epoch == settings.max_epoch
+            progress.test_due = last or progress.epoch % settings.test_period == 0
+        is_best = progress.test_due and _test_epoch(run)
+        progress.test_due = False
         run.report.end_epoch()
         path = run.save(is_best=is_best)
         if progress.epoch < settings.max_epoch and asked_to_stop(run, None):
@@ -253,6 +287,12 @@ def _test_epoch(run: Run) -> bool:
     """Tests the student and its average; True when the better of the two is the best so far."""
     progress = run.progress
     distributed.broadcast_buffers(run.guided.student)  # test what is saved
+    shared = distributed.smallest(len(run.test_loader), run.device)  # batches that all have
+
+    def stop_if_asked(number: int) -> None:
+        if number < shared and asked_to_stop(run, number):
+            raise Interrupted(run.signals[0], run.save())
+
     errors = {}
     for kind, weights in (("test", None), ("ema", run.average.state if run.average else None)):
         if kind == "ema" and weights is None:
@@ -264,6 +304,7 @@ def _test_epoch(run: Run) -> bool:
             num_classes=run.settings.num_classes,
             precision=run.precision,
             weights=weights,
+            before_batch=stop_if_asked,
         )
         seconds = time.perf_counter() - started
         best = progress.best.setdefault(
@@ -294,6 +335,8 @@ def build_run(cfg: CfgNode, data: tuple, world: World, log: RunLog) -> Run:
     device = builders.build_device(cfg, world)
     if device.type == "cpu" and cfg.DEVICE == "auto":
         log.warn("No GPU found, so this runs on the CPU. DEVICE cpu says that this is wanted.")
+    if cfg.MODEL.NUM_CLASSES == 1:
+        log.warn("There is one class only, so labels teach nothing and every test is 100 %.")
     torch.backends.cudnn.benchmark = cfg.CUDNN.BENCHMARK
     torch.manual_seed(cfg.RNG_SEED)  # the same weights in every process ...
     guided, guide, loss = builders.build_guided(cfg)
@@ -305,6 +348,7 @@ def build_run(cfg: CfgNode, data: tuple, world: World, log: RunLog) -> Run:
     guided.to(device)
     if isinstance(guide, nn.Module):
         guide.to(device)
+    builders.synchronize_batch_norms(cfg, (guided, guide), world, device)
     module: nn.Module = guided
     precision = builders.build_precision(cfg, device)
     if cfg.TRAIN.COMPILE != "none":
@@ -382,6 +426,13 @@ def _resume(run: Run, *, auto: bool) -> None:
             run.log.warn(
                 f"The run had {len(state['rng_state'])} processes, now {run.world.size}: it goes "
                 f"on, not bit for bit."
+            )
+        before = state["sampler_state"].get("backend", run.loader.backend)
+        if before != run.loader.backend:
+            run.log.warn(
+                f"Images came by DATA_LOADER.BACKEND {before} before and now come by "
+                f"{run.loader.backend}, whose draws are others: the run goes on, not bit for bit. "
+                f"Set DATA_LOADER.BACKEND {before} for that."
             )
         progress = run.progress
         within = f" and {progress.step} steps" if progress.step else ""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import signal
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,7 @@ TINY = {
     "TRAIN.LABEL_SMOOTHING": 0.1,
     "TRAIN.KEEP_CHECKPOINTS": 2,
     "TEST.PERIOD": 1,
+    "TEST.BATCH_SIZE": 200,
     "DATA_LOADER.NUM_WORKERS": 0,
     "LOG_PERIOD": 3,
 }
@@ -174,6 +176,45 @@ def test_repeated_interruption_is_exact_too(
     trainer.train(cfg)
     assert_same(final_state(tmp_path), final_state(straight))
     assert_same(stats(tmp_path), stats(straight))
+
+
+@pytest.mark.parametrize("batch", [0, 2, 4])
+def test_a_stop_in_the_middle_of_a_test_is_exact_too(
+    straight: Path,
+    tmp_path: Path,
+    guide_file: Path,
+    batch: int,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Of the weights (batches 0 to 2) or of their average; the test is done again then."""
+    cfg, hits, asked = config(tmp_path, guide_file), trainer.topk_hits, []
+
+    def counted(*args: Any) -> Any:
+        asked.append(1)
+        if len(asked) == batch + 1:
+            signal.raise_signal(signal.SIGTERM)
+        return hits(*args)
+
+    monkeypatch.setattr(trainer, "topk_hits", counted)
+    with pytest.raises(Interrupted):
+        trainer.train(cfg)
+    assert len(asked) == batch + 1
+    monkeypatch.undo()
+    capsys.readouterr()
+    trainer.train(cfg)
+    assert re.search(r"^epoch 1/3  digits/test top-1 ", capsys.readouterr().out, re.MULTILINE)
+    assert_same(final_state(tmp_path), final_state(straight))
+
+
+def test_images_that_come_another_way_than_before_are_announced(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer.train(config(tmp_path, None, OPTIM__MAX_EPOCH=1))
+    monkeypatch.setattr("lg.builders.data.free_memory", lambda device: 0)
+    trainer.train(config(tmp_path, None, OPTIM__MAX_EPOCH=2))
+    said = "Images came by DATA_LOADER.BACKEND device before and now come by workers, whose draws"
+    assert said in capsys.readouterr().err
 
 
 def test_another_seed_gives_another_run(straight: Path, tmp_path: Path, guide_file: Path) -> None:

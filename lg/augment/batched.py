@@ -95,9 +95,9 @@ class BatchTestTransform:
         self.image_size = image_size
 
     def prepare(self, image: Image.Image) -> Image.Image:
-        """Small images are kept small, others in the size they are tested in."""
+        """Small images are kept small, large or very oblong ones in the size they are tested in."""
         size = self.image_size
-        if image.width * image.height <= size * size:
+        if image.width * image.height <= size * size and max(image.size) <= 4 * size:
             return image
         return image.resize((size, size), Image.Resampling.BICUBIC)
 
@@ -202,4 +202,5 @@ def _shift(images: Tensor, draws: Draws) -> Tensor:
     number = torch.arange(len(images), device=device)[:, None, None]
     taken = images[number, rows.clamp(0, size - 1), columns.clamp(0, size - 1)]
     inside = (rows >= 0) & (rows < size) & (columns >= 0) & (columns < size)
-    return (taken * inside[..., None]).permute(0, 3, 1, 2)
+    # Contiguous, as every other source of images gives them: a compiled student is of one layout.
+    return (taken * inside[..., None]).permute(0, 3, 1, 2).contiguous()

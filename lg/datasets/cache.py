@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
-from lg.datasets.base import ImageDataset
+from lg.datasets.base import DataError, ImageDataset
 from lg.device import to_device
 
 _SAMPLE = 16  # images from which the size of all is estimated
@@ -19,11 +20,21 @@ _SAMPLE = 16  # images from which the size of all is estimated
 Prepare = Callable[[Image.Image], Image.Image]
 
 
+class StuckError(DataError):
+    """An image that does not come; the thread that waits for it cannot be ended."""
+
+
 class ImageCache:
     """The images of a set as [H, W, 3] uint8 tensors, decoded by threads when first asked for."""
 
     def __init__(
-        self, dataset: ImageDataset, prepare: Prepare, *, device: torch.device, num_threads: int
+        self,
+        dataset: ImageDataset,
+        prepare: Prepare,
+        *,
+        device: torch.device,
+        num_threads: int,
+        timeout: float = 0,
     ) -> None:
         """Decodes nothing yet.
 
@@ -32,8 +43,9 @@ class ImageCache:
             prepare: Gives an image the form in which it is kept.
             device: Where the images are kept.
             num_threads: Threads that read and decode, at least 1.
+            timeout: Seconds after which an image that has not come is a fault; 0: never.
         """
-        self.dataset, self.device = dataset, device
+        self.dataset, self.device, self.timeout = dataset, device, timeout
         self._prepare = prepare
         self._images: list[Tensor | Future[Tensor] | None] = [None] * len(dataset)
         self._threads = ThreadPoolExecutor(max(1, num_threads), thread_name_prefix="images")
@@ -49,6 +61,7 @@ class ImageCache:
 
         Raises:
             DataError: One cannot be read.
+            StuckError: One has not come in time.
         """
         self.prefetch(positions)
         return [self._arrived(position) for position in positions]
@@ -61,8 +74,18 @@ class ImageCache:
         image = self._images[position]
         assert image is not None, "prefetch() comes first"
         if isinstance(image, Future):
-            self._images[position] = image = to_device(image.result(), self.device)
+            self._images[position] = image = to_device(self._wait(image, position), self.device)
         return image
+
+    def _wait(self, image: Future[Tensor], position: int) -> Tensor:
+        try:
+            return image.result(self.timeout or None)
+        except TimeoutError:
+            raise StuckError(
+                f"{self.dataset.describe(position)}: the image has not come for "
+                f"{self.timeout:g} s; check the disk or network that it is on, or raise "
+                "DATA_LOADER.TIMEOUT"
+            ) from None
 
     def _decode(self, position: int) -> Tensor:
         return torch.from_numpy(np.array(self._prepare(self.dataset.image(position))))
@@ -76,7 +99,7 @@ def cache_bytes(dataset: ImageDataset, prepare: Prepare) -> int:
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that are free on a GPU, or in this machine or its container."""
+    """Bytes that are free on a GPU, or in this machine and its container (control groups v2)."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
@@ -84,8 +107,11 @@ def free_memory(device: torch.device) -> int:
         with open("/proc/meminfo") as file:
             lines = dict(line.split(":") for line in file)
         limits.append(1024 * int(lines["MemAvailable"].split()[0]))
-        with open("/sys/fs/cgroup/memory.max") as file:
-            limits.append(int(file.read()))
+        most, used = (
+            int(Path("/sys/fs/cgroup", name).read_text())
+            for name in ("memory.max", "memory.current")
+        )
+        limits.append(max(0, most - used))
     except (OSError, ValueError, KeyError):
         pass  # no such system, or no limit
     return min(limits)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from lg.augment.batched import BatchTestTransform, BatchTransform, views
 from lg.augment.view import View
+from lg.datasets.base import DataError
 from lg.datasets.cache import ImageCache
 from lg.datasets.loader import SAMPLE, Batch, TrainBatches, shares
 from lg.device import to_device
@@ -28,6 +29,7 @@ class CachedTrainLoader:
     On a GPU the next batch is made on a stream of its own while the step of the last one runs.
     """
 
+    backend = "device"  # as DATA_LOADER.BACKEND names it
     num_prefetched = 1
 
     def __init__(
@@ -42,7 +44,7 @@ class CachedTrainLoader:
         self.device = device
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._due: Iterator[tuple[int, int, list[int]]] | None = None
-        self._ready: Batch | None = None
+        self._ready: Batch | DataError | None = None
 
     def __str__(self) -> str:
         return (
@@ -72,6 +74,8 @@ class CachedTrainLoader:
             self._make_ahead()
         if self._ready is None:
             raise StopIteration
+        if isinstance(self._ready, DataError):
+            raise self._ready
         batch, current = self._ready, torch.cuda.current_stream(self.device)
         current.wait_stream(self._stream)
         for tensor in (batch.images, batch.labels):
@@ -83,7 +87,10 @@ class CachedTrainLoader:
         assert self._due is not None and self._stream is not None
         due = next(self._due, None)
         with torch.cuda.stream(self._stream):
-            self._ready = self._make(*due) if due is not None else None
+            try:
+                self._ready = self._make(*due) if due is not None else None
+            except DataError as error:  # raised when its batch is due
+                self._ready = error
 
     def _make(self, epoch: int, step: int, positions: list[int]) -> Batch:
         images = self.cache.take(positions)
@@ -124,6 +131,10 @@ class CachedTestLoader:
 
     def __len__(self) -> int:
         return len(self._shares)
+
+    def close(self) -> None:
+        """Ends the threads that decode."""
+        self.cache.close()
 
     def __iter__(self) -> Iterator[Batch]:
         for number, positions in enumerate(self._shares):

@@ -159,12 +159,30 @@ class TrainLoader:
     A sample that cannot be read is a DataError when its batch is due.
     """
 
+    backend = "workers"  # as DATA_LOADER.BACKEND names it
+
     def __init__(
-        self, samples: TrainSamples, batches: TrainBatches, *, num_workers: int, pin_memory: bool
+        self,
+        samples: TrainSamples,
+        batches: TrainBatches,
+        *,
+        num_workers: int,
+        pin_memory: bool,
+        timeout: float = 0,
     ) -> None:
+        """Starts nothing yet.
+
+        Args:
+            samples: the images.
+            batches: which of them when.
+            num_workers: processes that read them; 0: this one.
+            pin_memory: whether batches are put into page-locked memory, with a GPU.
+            timeout: seconds after which a batch that does not come from them is a RuntimeError; 0:
+                never.
+        """
         self.batches = batches
         self._loader: DataLoader[Batch] | None = _data_loader(
-            samples, num_workers, pin_memory, batch_sampler=batches
+            samples, num_workers, pin_memory, timeout, batch_sampler=batches
         )
         self._iterator: Iterator[Batch] | None = None
         # Batches that workers make ready ahead of time; torch's default is two a worker.
@@ -202,13 +220,14 @@ def test_loader(
     rank: int = 0,
     world_size: int = 1,
     first: int = 0,
+    timeout: float = 0,
 ) -> DataLoader[Batch]:
     """Batches of one process's share of the samples from `first` on, in order; over all processes
     every sample comes exactly once."""
     batches = shares(
         len(samples), batch_size=batch_size, rank=rank, world_size=world_size, first=first
     )
-    return _data_loader(samples, num_workers, pin_memory, batch_sampler=batches)
+    return _data_loader(samples, num_workers, pin_memory, timeout, batch_sampler=batches)
 
 
 test_loader.__test__ = False  # type: ignore[attr-defined]
@@ -233,7 +252,7 @@ def usable_workers(wanted: int) -> int:
 
 
 def _data_loader(
-    samples: Dataset, num_workers: int, pin_memory: bool, *, batch_sampler: object
+    samples: Dataset, num_workers: int, pin_memory: bool, timeout: float, *, batch_sampler: object
 ) -> DataLoader[Batch]:
     num_workers = usable_workers(num_workers)
     return _Batches(
@@ -243,6 +262,7 @@ def _data_loader(
         pin_memory=pin_memory and torch.cuda.is_available(),
         collate_fn=_collate,
         persistent_workers=num_workers > 0,
+        timeout=timeout if num_workers else 0,
         worker_init_fn=_start_worker,
         generator=torch.Generator(),  # else each pass would draw from the model's generator
     )

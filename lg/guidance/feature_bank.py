@@ -100,7 +100,7 @@ class FeatureBank:
         if lacking and not differing:
             differing.append(
                 f"it lacks {lacking} of the {len(indices)} training images (it was computed with "
-                "another TRAIN.FRACTION or RNG_SEED)"
+                "another TRAIN.FRACTION or RNG_SEED, or other images skipped)"
             )
         if differing:
             raise self._file.error(

@@ -144,8 +144,12 @@ def _begin(folder: Path, provenance: Provenance, count: int) -> tuple[list[np.me
         progress = json.loads((folder / _PROGRESS).read_text())
         if progress["provenance"] == provenance.to_json() and progress["count"] == count:
             done = int(progress["done"])
+        shapes = provenance.array_shapes(count)
+        for name, shape in zip(provenance.array_names(), shapes, strict=True):
+            if np.lib.format.open_memmap(folder / name, mode="r").shape != tuple(shape):
+                done = 0
     except (OSError, ValueError, KeyError, TypeError):
-        pass  # nothing begun, or nothing to trust
+        done = 0  # nothing begun, or nothing to trust
     if not done and folder.exists():
         shutil.rmtree(folder)
     folder.mkdir(parents=True, exist_ok=True)

@@ -1,0 +1,29 @@
+"""Trains under torchrun; at the first start the second process is killed in its third epoch.
+
+`killed_once.py CONFIG OUT_DIR [KEY VALUE ...]`
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from typing import Any
+
+import torch
+
+import lg
+from lg import trainer
+
+if __name__ == "__main__":
+    config, out_dir, *opts = sys.argv[1:]
+    torch.set_num_threads(1)
+    update, first_start = trainer.update_weights, os.environ["TORCHELASTIC_RESTART_COUNT"] == "0"
+
+    def watched(run: Any) -> None:
+        update(run)
+        if first_start and run.world.rank == 1 and run.progress.epoch == 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    trainer.update_weights = watched  # type: ignore[attr-defined]
+    trainer.train(lg.load_config(config, [*opts, "OUT_DIR", out_dir]))

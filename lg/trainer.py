@@ -30,6 +30,7 @@ from lg.checkpoint import (
     load_weights,
     write_atomically,
 )
+from lg.claim import claim
 from lg.compiling import compile_student
 from lg.config import ConfigError, changed_keys
 from lg.datasets.cached_loader import CachedTestLoader
@@ -73,11 +74,13 @@ _FREE = (
 def train(cfg: CfgNode) -> None:
     """Trains what the config describes, from its last checkpoint if there is one; the entry of
     every process."""
-    with _world(cfg) as world:
+    with _world(cfg) as world, contextlib.ExitStack() as held:
         builders.check_training(cfg)
         builders.check_world(cfg, world)
         data = builders.fetch_data(cfg, world)
         builders.fetch_weights(cfg, world)
+        if world.is_main:
+            held.enter_context(claim(cfg.OUT_DIR))
         log = RunLog(cfg.OUT_DIR, enabled=world.is_main, console=cfg.LOG_DEST == "stdout")
         with contextlib.closing(log):
             if cfg.DESC:

@@ -301,8 +301,8 @@ def _validate(cfg: CfgNode, settings: Mapping[str, Setting]) -> None:
     for key, choices in CHOICES.items():
         given = values[key] if isinstance(values[key], list) else [values[key]]
         for one in given:
-            named = "timm/NAME" in choices and str(one).startswith("timm/") and len(one) > 5
-            if one in choices or named:
+            named = "timm/NAME" in choices and one.startswith("timm/") and len(one) > 5
+            if one in choices or (named and one.isprintable()):
                 continue
             near = difflib.get_close_matches(str(one), choices, 1, 0.5)
             hint = f" Did you mean {near[0]}?" if near else ""

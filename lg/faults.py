@@ -101,4 +101,4 @@ def is_out_of_memory(error: Exception) -> bool:
 
 def _first_line(error: Exception) -> str:
     lines = str(error).strip().splitlines()
-    return lines[0].rstrip(".") if lines else type(error).__name__
+    return lines[0][:160].rstrip(".") if lines else type(error).__name__

@@ -257,6 +257,7 @@ def _world(cfg: CfgNode) -> Iterator[World]:
     """This process among all, for as long as it takes. After a fault it does not wait for the
     others, who may wait for it: it just ends, and they notice."""
     world = distributed.join(backend=cfg.DIST_BACKEND, device=cfg.DEVICE)
+    builders.build_device(cfg, world)  # NCCL exchanges between the devices that are chosen
     try:
         yield world
     except Interrupted:

@@ -81,7 +81,7 @@ def timm_model(
     candidates = _named_blocks(net, name, block_names) if block_names else _find_blocks(net)
     try:
         layouts = probe_layouts(net, candidates, image_shape=(in_channels, img_size, img_size))
-    except (RuntimeError, AssertionError, ValueError, IndexError) as error:
+    except (RuntimeError, AssertionError, ValueError, IndexError, ZeroDivisionError) as error:
         raise _size_error(name, img_size, error) from error
     blocks = {
         block: layout
@@ -269,8 +269,9 @@ def _named_blocks(net: nn.Module, model: str, patterns: Sequence[str]) -> list[s
     names = [name for name, _ in net.named_modules() if name]
     idle = [p for p in patterns if not any(fits(name, p) for name in names)]
     if idle:
+        shown = ", ".join(p if p.isprintable() else repr(p) for p in idle)
         raise ValueError(
-            f"MODEL.BLOCKS names {', '.join(idle)}, but timm/{model} has no such module. "
+            f"MODEL.BLOCKS names {shown}, but timm/{model} has no such module. "
             f"It has {_outline(net)}"
         )
     return [name for name in names if any(fits(name, pattern) for pattern in patterns)]

@@ -241,7 +241,7 @@ class CheckpointFolder:
             f"{place} cannot be written: {error.strerror}. It takes {counter.count / 1e6:,.2f} MB, "
             f"{free} is free there. "
         )
-        last = next((p for p in reversed(self.files()) if _fault(p) is None), None)
+        last = next((p for p in reversed(self.files()) if _is_whole(p)), None)
         if last is None:
             return f"{told}No checkpoint was written before: {way}, and start again."
         return (
@@ -260,13 +260,10 @@ class CheckpointFolder:
         faults = []
         for path in reversed(self.files()):
             try:
-                state = read_checkpoint(path)
-                _check_name(path, state)
+                return _read_own(path)
             except CheckpointError as error:
                 warn(f"{error} Going back to the checkpoint before it.")
                 faults.append(path.name)
-                continue
-            return state
         if faults:
             raise CheckpointError(
                 f"No checkpoint in {self.folder} can be used ({', '.join(faults)}). To start "
@@ -289,26 +286,26 @@ def _number(path: Path) -> int:
     return int(path.stem[12:])
 
 
-def _check_name(path: Path, state: Mapping[str, Any]) -> None:
-    """Finds a file under another epoch's name, which would hide all that come between."""
+def _read_own(path: Path) -> dict[str, Any]:
+    """Reads a run's checkpoint; finds one under another epoch's name, which would hide all that
+    come between. What other software wrote has no progress; who takes it up says what it lacks."""
+    state = read_checkpoint(path)
     progress = state.get("progress")
-    if not isinstance(progress, Mapping):
-        return  # of other software; who takes it up says what it lacks
-    epoch = progress.get("epoch", 0) + (progress.get("step", 0) > 0)
-    if epoch != _number(path):
-        raise CheckpointError(
-            f"{path} is named as that of epoch {_number(path)} and holds epoch {epoch}: move it "
-            f"away, or name it model_epoch_{epoch:04d}.pyth."
-        )
+    if isinstance(progress, Mapping):
+        epoch = progress.get("epoch", 0) + (progress.get("step", 0) > 0)
+        if epoch != _number(path):
+            raise CheckpointError(
+                f"{path} is named as that of epoch {_number(path)} and holds epoch {epoch}: move "
+                f"it away, or name it model_epoch_{epoch:04d}.pyth."
+            )
+    return state
 
 
-def _fault(path: Path) -> CheckpointError | None:
-    """Why training cannot go on from a file."""
+def _is_whole(path: Path) -> bool:
     try:
-        _check_name(path, read_checkpoint(path))
-    except CheckpointError as error:
-        return error
-    return None
+        return bool(_read_own(path))
+    except CheckpointError:
+        return False
 
 
 class _Counter(io.BytesIO):

@@ -25,6 +25,12 @@ from lg.optim import LearningRate, WeightAverage
 from lg.progress import Progress
 from lg.report import Reporter
 
+# What `Run.state` writes and `Run.restore` reads.
+_NEEDED = (
+    *("cfg", "model_state", "ema_state", "guidance_state", "optimizer_state"),
+    *("scaler_state", "rng_state", "sampler_state", "meter_state", "progress"),
+)
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -141,11 +147,7 @@ class Run:
         Raises:
             ValueError: the state is of another model, or lacks what training needs.
         """
-        missing = [
-            k
-            for k in ("guidance_state", "optimizer_state", "scaler_state", "rng_state", "progress")
-            if k not in state
-        ]
+        missing = [k for k in _NEEDED if k not in state]
         if missing:
             raise ValueError(
                 f"it has no {', '.join(missing)}, so training cannot go on from it; give it as "
@@ -164,7 +166,8 @@ class Run:
                 }
             )
         settings = [
-            {k: v for k, v in g.items() if k != "params"} for g in self.optimizer.param_groups
+            {k: v for k, v in g.items() if k not in ("params", "lr")}
+            for g in self.optimizer.param_groups
         ]
         names = [g["parameter_names"] for g in settings]
         if [g.get("parameter_names") for g in state["optimizer_state"]["param_groups"]] != names:

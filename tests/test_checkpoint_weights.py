@@ -235,7 +235,7 @@ def test_a_damaged_checkpoint_is_passed_over_with_a_warning(tmp_path: Path) -> N
     assert "model_epoch_0003.pyth" in warnings[0] and "model_epoch_0002.pyth" in warnings[1]
     assert "Going back to the checkpoint before it." in warnings[0]
     folder.files()[0].write_bytes(b"")
-    with pytest.raises(CheckpointError, match=r"No checkpoint in .*0003.*0002.*0001.*AUTO_RESUME"):
+    with pytest.raises(CheckpointError, match=r"No checkpoint in .*0003.*0002.*0001.*OUT_DIR"):
         folder.load_last(warnings.append)
 
 

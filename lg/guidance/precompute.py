@@ -7,7 +7,9 @@ data and machine give the same bytes, killed or not.
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import shutil
 import sys
 import time
@@ -21,8 +23,8 @@ import torch
 from tqdm import tqdm
 
 from lg.augment.view import View, shifted
-from lg.checkpoint import remove_leftovers, write_atomically
 from lg.datasets.loader import Batch
+from lg.disk import remove_leftovers, write_atomically
 from lg.guidance.bank_file import INDICES, PROVENANCE, BankError, Provenance
 from lg.guidance.teacher import FrozenTeacher
 
@@ -162,7 +164,21 @@ def _begin(folder: Path, provenance: Provenance, count: int) -> tuple[list[np.me
         else:
             dtype = np.dtype(provenance.dtype)
             arrays.append(np.lib.format.open_memmap(file, mode="w+", dtype=dtype, shape=shape))
+            _reserve(file)
     return arrays, done
+
+
+def _reserve(file: Path) -> None:
+    """Takes the room on the disk now: where it runs out later, writing into mapped memory ends the
+    process without a word."""
+    if not hasattr(os, "posix_fallocate"):  # macOS
+        return
+    with open(file, "r+b") as stream:
+        try:
+            os.posix_fallocate(stream.fileno(), 0, file.stat().st_size)
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+                raise OSError(error.errno, error.strerror, str(file)) from None
 
 
 def _stored(maps: torch.Tensor, dtype: np.dtype) -> np.ndarray:

@@ -1,0 +1,189 @@
+"""Faults of files and disks, for benchmarks/faults.py."""
+
+from __future__ import annotations
+
+import itertools
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from benchmarks import fault_runs as runs
+from lg.checkpoint import CheckpointError, CheckpointFolder, read_checkpoint
+
+if TYPE_CHECKING:
+    from benchmarks.faults import Bench
+
+
+def damaged(bench: Bench, count: int) -> None:
+    """The newest checkpoint truncated, or one bit of it flipped, at a random place."""
+    for fault, (number, backend) in itertools.product(
+        ("truncated checkpoint", "flipped bit in a checkpoint"),
+        enumerate(itertools.islice(itertools.cycle(bench.whole), count)),
+    ):
+        out_dir = bench.folder / f"damaged_{number}"
+        shutil.copytree(bench.whole[backend], out_dir)
+        last = CheckpointFolder(out_dir).files()[-1]
+        content = bytearray(last.read_bytes())
+        place = bench.random.randrange(len(content))
+        if fault.startswith("truncated"):
+            del content[place:]
+        else:
+            content[place] ^= 1 << bench.random.randrange(8)
+        last.write_bytes(content)
+        (out_dir / "model.pyth").write_bytes(content)
+        wrong = None
+        try:  # by those who only want the weights
+            state = read_checkpoint(out_dir / "model.pyth")
+        except CheckpointError:
+            bench.refused[fault] += 1
+        else:  # a byte that holds nothing, such as those that align the tensors
+            if not runs.same(
+                {k: v for k, v in state.items() if k != "cfg"}, bench.wanted[backend][1]
+            ):
+                wrong = f"{fault} at {place} was read as if it were whole"
+        shutil.copy(bench.whole[backend] / "model.pyth", out_dir)
+        job = bench.job(out_dir, backend, 0)
+        bench.count(fault, wrong or bench.go_on(job, out_dir, backend))
+
+
+def strange(bench: Bench) -> None:
+    """Checkpoints of another run, or with other contents: refused in one line, in both uses."""
+    out_dir = bench.folder / "strange"
+    for fault, changes, edit, said in _strange_cases():
+        shutil.copytree(bench.whole["device"], out_dir)
+        for path in (out_dir / "model.pyth", *CheckpointFolder(out_dir).files()):
+            state = read_checkpoint(path)
+            edit(state)
+            torch.save(state, path)
+        jobs = {
+            "resume": bench.job(out_dir, "device", 0, **changes),
+            "test": runs.testing(out_dir / "model.pyth", bench.guide, **changes),
+        }
+        for use, job in jobs.items():
+            before = sorted(p.name for p in out_dir.rglob("*.pyth"))
+            wrong = _not_one_line(bench.finish(job), said)
+            if before != sorted(p.name for p in out_dir.rglob("*.pyth")):
+                wrong = wrong or "files were changed"
+            bench.count(f"{fault}, {use}", wrong)
+        shutil.rmtree(out_dir)
+
+
+def _strange_cases() -> Iterator[tuple[str, dict[str, Any], Callable[[Any], object], str]]:
+    """Fault, changed settings, what is done to the state, a word of the message."""
+
+    def nothing(state: dict[str, Any]) -> None:
+        pass
+
+    def classes(state: dict[str, Any]) -> None:
+        for part in ("model_state", "ema_state"):
+            state[part] |= {"head.weight": torch.zeros(12, 24), "head.bias": torch.zeros(12)}
+
+    def lacking(state: dict[str, Any]) -> None:
+        for part in ("model_state", "ema_state"):
+            del state[part]["norm.weight"]
+
+    def extra(state: dict[str, Any]) -> None:
+        for part in ("model_state", "ema_state"):
+            state[part]["teacher.weight"] = torch.ones(1)
+
+    yield "another model", {"TRANSFORMER__HIDDEN_DIM": 32}, nothing, "of another shape"
+    yield "another class count", {}, classes, "head.weight is [12, 24], the model has [10, 24]"
+    yield "a missing key", {}, lacking, "norm.weight"
+    yield "an extra key", {}, extra, "teacher.weight"
+    yield "no weights", {}, lambda state: state.pop("model_state"), "model_state"
+
+
+def _not_one_line(end: runs.End, said: str) -> str | None:
+    """What is wrong with a refusal."""
+    errors = [line for line in end.err.splitlines() if not line.startswith("Warning: ")]
+    if end.status == 1 and len(errors) == 1 and errors[0].startswith("Error: ") and said in end.err:
+        return None
+    return f"exit status {end.status}, not one line with {said!r}: {end.err[-300:]}"
+
+
+def removed(bench: Bench, count: int) -> None:
+    """OUT_DIR or the log removed while training."""
+    for fault in ("OUT_DIR removed", "log.txt removed"):
+        for _ in range(count):
+            out_dir, backend, job = bench.next_run()
+            child = bench.start(job)
+            gone = out_dir if fault.startswith("OUT_DIR") else out_dir / "log.txt"
+            assert bench.watch.wait(child, "step", bench.random.randint(1, 26))
+            time.sleep(bench.random.uniform(0, bench.seconds["step"]))
+            gone.rename(bench.folder / f"gone_{bench.random.random()}")
+            end = child.end()
+            if not (out_dir / "model.pyth").exists():  # the best was before
+                shutil.copy(bench.whole[backend] / "model.pyth", out_dir)
+            wrong = runs.verdict(end, out_dir, bench.wanted[backend])
+            if not wrong and "Finished" not in (out_dir / "log.txt").read_text():
+                wrong = "the log does not go on"
+            bench.count(fault, wrong)
+            shutil.rmtree(out_dir)
+
+
+def second_run(bench: Bench, count: int) -> None:
+    """A second run in the OUT_DIR of one that is under way."""
+    for _ in range(count):
+        out_dir, backend, job = bench.next_run()
+        child = bench.start(job)
+        assert bench.watch.wait(child, "step", bench.random.randint(1, 26))
+        child.send(signal.SIGSTOP)
+        end = runs.finished(job, bench.folder / "says_second")
+        child.send(signal.SIGCONT)
+        wrong = _not_one_line(end, "another run is under way")
+        bench.count(
+            "second run in one OUT_DIR",
+            wrong or runs.verdict(child.end(), out_dir, bench.wanted[backend]),
+        )
+
+
+def disks(bench: Bench) -> None:
+    """A small file system that fills up in the middle of a save; one that is read-only."""
+    mount = bench.folder / "disk"
+    mount.mkdir()
+    size = (bench.whole["device"] / "model.pyth").stat().st_size
+    for number in range(12):
+        room = int(size * (0.2 + number / 3))  # four files of that size are all that it takes
+        _, backend, _ = bench.next_run()
+        out_dir = mount / "out"
+        job = bench.job(out_dir, backend, 0)
+        _shell("mount", "-t", "tmpfs", "-o", f"size={room}", "lg_faults", str(mount))
+        try:
+            end = bench.finish(job)
+            if end.status == 0:
+                break
+            wrong = _not_one_line(end, "cannot be written: No space left on device")
+            wrong = wrong or _not_whole(out_dir, end)
+            _shell("mount", "-o", "remount,size=64m", str(mount))
+            bench.count("disk full in a save", wrong or bench.go_on(job, out_dir, backend))
+            bench.finish(job)  # one that is whole, to be read only
+            _shell("mount", "-o", "remount,ro", str(mount))
+            for again in (job, bench.job(mount / "new", backend, 0)):
+                wrong = _not_one_line(bench.finish(again), "Read-only file system")
+                if bench.watch.counts[1]:
+                    wrong = wrong or "trained before it was found"
+                bench.count("OUT_DIR read-only", wrong)
+        finally:
+            _shell("umount", str(mount))
+
+
+def _not_whole(out_dir: Path, end: runs.End) -> str | None:
+    """What is wrong with what a full disk leaves."""
+    if left := runs.leftovers(out_dir):
+        return f"left {', '.join(left)}"
+    files = CheckpointFolder(out_dir).files()
+    for path in (*files, *out_dir.glob("model.pyth")):
+        read_checkpoint(path)
+    if files and f"The last checkpoint, {files[-1]}, is whole" not in end.err:
+        return f"does not name {files[-1]}: {end.err[-300:]}"
+    return None
+
+
+def _shell(*command: str) -> None:
+    subprocess.run(command, check=True)

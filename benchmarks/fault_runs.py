@@ -1,0 +1,306 @@
+"""Short guided runs that can be watched and killed from outside.
+
+Each run is the command line's own `main`, in a child of a process that has everything imported, so
+that a run takes about a second. Which phase it is in stands in memory that both share.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import multiprocessing
+import os
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+import sklearn.datasets  # noqa: E402, F401  # slow, so before the runs start
+import torch  # noqa: E402
+
+import lg  # noqa: E402
+import lg.board  # noqa: E402, F401
+import precompute_feature  # noqa: E402
+import run_net  # noqa: E402
+from lg import checkpoint, trainer  # noqa: E402
+from lg.checkpoint import CheckpointFolder, read_checkpoint  # noqa: E402
+from lg.guidance import precompute as precomputing  # noqa: E402
+from lg.log import RunLog  # noqa: E402
+
+PHASES = ("start-up", "step", "log", "save", "test", "precompute")
+EPOCHS = 4
+TINY = {
+    "DEVICE": "cpu",
+    "TRANSFORMER.HIDDEN_DIM": 24,
+    "TRANSFORMER.DEPTH": 2,
+    "TRANSFORMER.NUM_HEADS": 2,
+    "TRANSFORMER.DROP_RATE": 0.1,
+    "OPTIM.MAX_EPOCH": EPOCHS,
+    "OPTIM.BASE_LR": 0.01,
+    "OPTIM.WARMUP_EPOCHS": 1,
+    "OPTIM.EMA_UPDATE_PERIOD": 1,
+    "OPTIM.EMA_ALPHA": 0.01,
+    "TRAIN.FRACTION": 0.1,
+    "TRAIN.BATCH_SIZE": 30,
+    "TRAIN.STRONG_AUGMENTATION": True,
+    "TRAIN.MIXUP_ALPHA": 0.4,
+    "TEST.PERIOD": 1,
+    "LOG_PERIOD": 1,
+    "DISTILLATION.INTER_STUDENT_INDEX": [0, 1],
+    "DISTILLATION.INTER_TEACHER_INDEX": [0, 2],
+}
+
+
+class Job(NamedTuple):
+    """A command: the script's `main` and its arguments."""
+
+    main: Callable[[], None]
+    argv: list[str]
+
+
+class End(NamedTuple):
+    """How a run ended: exit status as a shell counts it, and what it said."""
+
+    status: int
+    out: str
+    err: str
+
+
+def arguments(changes: dict[str, Any]) -> list[str]:
+    return [text for key, value in changes.items() for text in (key, str(value))]
+
+
+def training(out_dir: Path, guide: Path, **changes: Any) -> Job:
+    """The guided run; keys of `changes` have __ for a dot."""
+    values = {**TINY, "OUT_DIR": out_dir, "DISTILLATION.TEACHER_WEIGHTS": guide}
+    values |= {key.replace("__", "."): value for key, value in changes.items()}
+    config = str(ROOT / "configs/digits/vit_digits_ours.yaml")
+    argv = ["run_net.py", "--mode", "train", "--cfg", config, *arguments(values)]
+    return Job(run_net.main, argv)
+
+
+def testing(weights: Path, guide: Path, **changes: Any) -> Job:
+    """The test of a file of weights."""
+    job = training(weights.parent / "test", guide, TEST__WEIGHTS=weights, **changes)
+    return Job(job.main, [*job.argv[:2], "test", *job.argv[3:]])
+
+
+def guide_training(out_dir: Path) -> Job:
+    """The guide's own run: a few epochs."""
+    config = str(ROOT / "configs/digits/r-8_digits.yaml")
+    values = {"DEVICE": "cpu", "OUT_DIR": out_dir, "OPTIM.MAX_EPOCH": 3, "TRAIN.FRACTION": 0.1}
+    values |= {"OPTIM.WARMUP_EPOCHS": 1, "TRAIN.BATCH_SIZE": 30, "DATA_LOADER.NUM_WORKERS": 0}
+    argv = ["run_net.py", "--mode", "train", "--cfg", config, *arguments(values)]
+    return Job(run_net.main, argv)
+
+
+def precompute(bank: Path, guide: Path, workers: int) -> Job:
+    """The guide's maps of 300 images in small batches."""
+    config = str(ROOT / "configs/digits/vit_digits_ours_offline.yaml")
+    values = {"DEVICE": "cpu", "DISTILLATION.TEACHER_WEIGHTS": guide, "TEST.BATCH_SIZE": 10}
+    values |= {"DATA_LOADER.NUM_WORKERS": workers}
+    argv = ["precompute_feature.py", "--cfg", config, "--out", str(bank), "--shifts", "3"]
+    return Job(precompute_feature.main, [*argv, *arguments(values)])
+
+
+class Watch:
+    """What runs are doing, seen from the process that started them."""
+
+    def __init__(self) -> None:
+        self.phase = multiprocessing.RawValue(ctypes.c_int, 0)
+        self.counts = multiprocessing.RawArray(ctypes.c_long, len(PHASES))
+        self.seconds = multiprocessing.RawArray(ctypes.c_double, len(PHASES))
+        self._aim = multiprocessing.RawArray(ctypes.c_long, 2)  # a phase, and which time
+        self.is_aimed = multiprocessing.RawValue(ctypes.c_bool, False)
+
+    def clear(self, phase: str = "start-up", count: int = 1) -> None:
+        """Before a run, which is to wait a moment when a phase begins for the `count`-th time."""
+        self.phase.value, self.is_aimed.value = 0, False
+        self._aim[:] = PHASES.index(phase), count
+        self.counts[:] = self.seconds[:] = [0] * len(PHASES)
+        self.counts[0] = 1  # a run begins by starting up
+
+    def inside(self, owner: Any, name: str, phase: str) -> None:
+        """Has a function say that it runs; what it calls may say otherwise."""
+        function, number = getattr(owner, name), PHASES.index(phase)
+
+        def watched(*args: Any, **kwargs: Any) -> Any:
+            before, started = self.phase.value, time.perf_counter()
+            self.phase.value = number
+            self.counts[number] += 1
+            if [number, self.counts[number]] == self._aim[:]:
+                while not self.is_aimed.value and time.perf_counter() < started + 0.1:
+                    pass  # some phases are shorter than it takes to see that they have begun
+            try:
+                return function(*args, **kwargs)
+            finally:
+                self.seconds[number] += time.perf_counter() - started
+                self.phase.value = before
+
+        setattr(owner, name, watched)
+
+    def wrap(self) -> None:
+        """Puts itself around what a run does; in the child that is to be watched."""
+        started, step = time.perf_counter(), trainer.train_epoch
+
+        def train_epoch(run: Any) -> None:
+            if not self.counts[1]:
+                self.seconds[0] = time.perf_counter() - started
+            self.phase.value = 1  # from here on, whatever is nothing else belongs to the steps
+            step(run)
+
+        trainer.train_epoch = train_epoch
+        self.inside(trainer, "accumulate_gradients", "step")
+        self.inside(trainer, "update_weights", "step")
+        for name in ("stats", "points", "say"):
+            self.inside(RunLog, name, "log")
+        self.inside(checkpoint, "write_atomically", "save")
+        self.inside(trainer, "evaluate", "test")
+        self.inside(precomputing, "precompute", "precompute")
+
+    def wait(self, child: Child, phase: str, count: int) -> bool:
+        """Until a phase has begun that often; False when the run ends before."""
+        number = PHASES.index(phase)
+        while self.counts[number] < count:
+            if child.has_ended():
+                return False
+        return True
+
+
+class Child:
+    """A run under way."""
+
+    def __init__(
+        self,
+        job: Job,
+        folder: Path,
+        watch: Watch | None = None,
+        aim: tuple[str, int] = ("start-up", 1),
+    ) -> None:
+        """Starts it; what it says goes to files in `folder`."""
+        self._says = folder / "out.txt", folder / "err.txt"
+        folder.mkdir(parents=True, exist_ok=True)
+        if watch is not None:
+            watch.clear(*aim)
+        sys.stdout.flush(), sys.stderr.flush()
+        self._status: int | None = None
+        self.pid = os.fork()
+        if self.pid == 0:
+            self._run(job, watch)
+
+    def _run(self, job: Job, watch: Watch | None) -> None:
+        status = 70
+        try:
+            for number, path in enumerate(self._says, start=1):
+                with open(path, "wb") as stream:
+                    os.dup2(stream.fileno(), number)
+            precomputing._SAVE_PERIOD = 0.01  # a restart is to find something to go on from
+            if watch is not None:
+                watch.wrap()
+            sys.argv = job.argv
+            status = _status_of(job.main)
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            with contextlib.suppress(OSError):
+                sys.stdout.flush(), sys.stderr.flush()
+            os._exit(status)
+
+    def has_ended(self) -> bool:
+        if self._status is None:
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
+            if pid:
+                self._status = os.waitstatus_to_exitcode(status)
+        return self._status is not None
+
+    def send(self, signum: int) -> None:
+        if self._status is None:
+            os.kill(self.pid, signum)
+
+    def end(self) -> End:
+        """Waits for it."""
+        if self._status is None:
+            self._status = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+        status = self._status if self._status >= 0 else 128 - self._status
+        out, err = (path.read_text(errors="replace") for path in self._says)
+        return End(status, out, err)
+
+
+def _status_of(main: Callable[[], None]) -> int:
+    try:
+        main()
+    except SystemExit as end:
+        if isinstance(end.code, str):
+            print(end.code, file=sys.stderr)
+            return 1
+        return end.code or 0
+    return 0
+
+
+def finished(job: Job, folder: Path, watch: Watch | None = None) -> End:
+    """Runs a job to its end."""
+    return Child(job, folder, watch).end()
+
+
+def killed(job: Job, folder: Path, watch: Watch, aim: tuple[str, int], delay: float) -> str | None:
+    """Starts a run and kills it with SIGKILL.
+
+    Args:
+        job: the run.
+        folder: of what it says.
+        watch: what it is seen by.
+        aim: a phase, and which time.
+        delay: seconds after that has begun.
+
+    Returns:
+        The phase that it died in; None when it ended before.
+    """
+    child = Child(job, folder, watch, aim)
+    if watch.wait(child, *aim):
+        until = time.perf_counter() + delay
+        watch.is_aimed.value = True
+        while time.perf_counter() < until:
+            pass
+        child.send(signal.SIGKILL)
+    end = child.end()
+    if end.status == 128 + signal.SIGKILL:
+        return PHASES[watch.phase.value]
+    assert end.status == 0, end.err  # nothing else may have ended it
+    return None
+
+
+def result(out_dir: Path) -> list[dict[str, Any]]:
+    """The best and the last checkpoint of a run, without the config that names its folder."""
+    paths = (out_dir / "model.pyth", CheckpointFolder(out_dir).files()[-1])
+    return [{k: v for k, v in read_checkpoint(path).items() if k != "cfg"} for path in paths]
+
+
+def same(left: Any, right: Any) -> bool:
+    """Equal to the bit, through dicts and lists."""
+    if isinstance(left, torch.Tensor):
+        return isinstance(right, torch.Tensor) and torch.equal(left, right)
+    if isinstance(left, dict):
+        return [*left] == [*right] and all(same(left[key], right[key]) for key in left)
+    if isinstance(left, (list, tuple)):
+        return len(left) == len(right) and all(map(same, left, right))
+    return left == right and type(left) is type(right)
+
+
+def leftovers(folder: Path) -> list[str]:
+    """Temporary files."""
+    return [str(path.relative_to(folder)) for path in folder.rglob("*.partial*")]
+
+
+def verdict(end: End, out_dir: Path, wanted: list[dict[str, Any]]) -> str | None:
+    """What is wrong with a run that has ended; None when it is as one that nothing disturbed."""
+    if end.status != 0:
+        return f"exit status {end.status}: {end.err[-300:]}"
+    if left := leftovers(out_dir):
+        return f"left {', '.join(left)}"
+    return None if same(result(out_dir), wanted) else "other weights than the undisturbed run"

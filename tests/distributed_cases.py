@@ -163,7 +163,7 @@ def entry(case: str, folder: str) -> None:
 
 if __name__ == "__main__":
     name, processes, where = sys.argv[1:]
-    lg.launch.GRACE = 4  # type: ignore[attr-defined]  # seconds; 10 would just take longer
+    lg.launch.GRACE = 2  # type: ignore[attr-defined]  # seconds; 10 would just take longer
     lg.launch.launch(
         entry,
         (name, where),

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import lg
-from lg import trainer
+from lg import distributed, trainer
 from lg.distributed import World, in_turn, rows_of_all
 from lg.log import read_json_lines
 from tests.distributed_cases import gradients
@@ -197,3 +197,15 @@ def test_a_world_of_one_needs_nobody() -> None:
     assert rows_of_all(rows) == [rows]
     with in_turn(World()):
         assert np.isfinite(rows.numpy()).all()
+
+
+def test_gloo_takes_the_network_that_leads_to_the_other_machines(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    on_linux = sys.platform.startswith("linux")
+    monkeypatch.delenv("GLOO_SOCKET_IFNAME", raising=False)
+    distributed._choose_interface("127.0.0.1")
+    assert os.environ.pop("GLOO_SOCKET_IFNAME", None) == ("lo" if on_linux else None)
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "mine")
+    distributed._choose_interface("127.0.0.1")
+    assert os.environ["GLOO_SOCKET_IFNAME"] == "mine"

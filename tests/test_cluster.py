@@ -122,17 +122,13 @@ def test_a_preempted_job_saves_and_goes_on_to_the_same_weights(tmp_path: Path) -
         str(out_dir),
     ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    said = subprocess.run(
-        [*command, "LAUNCH.MODE", "submitit_local"],
-        env=environment,
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
-    assert said.stdout.startswith("Submitted job "), said.stderr
+    said = tmp_path / "said"  # a file: the job keeps a pipe open as long as it runs
+    with said.open("w") as stream:
+        submitting = [*command, "LAUNCH.MODE", "submitit_local"]
+        subprocess.run(submitting, env=environment, cwd=ROOT, stdout=stream, timeout=60, check=True)
+    assert said.read_text().startswith("Submitted job ")
     log = out_dir / "log.txt"
-    job = int(said.stdout.split()[2].rstrip("."))
+    job = int(said.read_text().split()[2].rstrip("."))
     wait_for(lambda: log.exists() and "epoch 3/60" in output(out_dir))
     signal_tasks(job)
     wait_for(lambda: "Finished 60 epochs" in log.read_text())

@@ -9,7 +9,7 @@ demo: $(VENV)/.ready
 	$(BIN)/python benchmarks/digits_demo.py
 
 test: lint types
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: $(VENV)/.ready
 	$(BIN)/ruff check .

@@ -19,12 +19,15 @@ setup(
     extras_require={
         "slurm": ["submitit>=1.5,<2"],
         "dev": [
+            "hypothesis>=6.100,<7",
             "mypy>=1.11,<3",
-            "pytest>=8,<10",
+            "pytest>=9.0.3,<10",
             "pytest-timeout>=2.3,<3",
+            "pytest-xdist>=3.5,<4",
             "ruff>=0.6,<1",
-            "types-PyYAML",
-            "types-simplejson",
+            "submitit>=1.5,<2",
+            "types-PyYAML>=6.0.12,<7",
+            "types-simplejson>=3.19,<5",
         ],
     },
 )

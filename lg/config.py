@@ -11,6 +11,7 @@ import ast
 import contextlib
 import difflib
 import os
+import re
 import reprlib
 from collections.abc import Iterator, Mapping, Sequence
 from functools import reduce
@@ -28,6 +29,11 @@ from lg.paths import is_url, local_path
 
 BASE_KEY = "_BASE_"
 _COMMAND_LINE = "the command line"
+# What a terminal obeys, or begins a line of its own in the script of a cluster's job; and halves of
+# characters, but for those that stand for bytes of a file name that is no UTF-8.
+_UNFIT = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udc7f\udd00-\udfff]")
+_UNFIT_FREE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+_FREE_TEXT = ("DESC",)
 _NULL = ("null", "Null", "NULL", "None", "~")
 
 
@@ -87,8 +93,15 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
 
 
 def changed_keys(old_text: str, new_text: str) -> list[str]:
-    """How two dumped configs differ: "KEY: old -> new" for each key, in order."""
-    old, new = (dict(flatten(yaml.safe_load(text))) for text in (old_text, new_text))
+    """How two dumped configs differ: "KEY: old -> new" for each key, in order.
+
+    Of an old one that is no config, as a file from elsewhere may have it, it says just that.
+    """
+    try:
+        old = dict(flatten(yaml.safe_load(old_text)))
+    except Exception:  # see _read_yaml
+        return ["what they were cannot be read"]
+    new = dict(flatten(yaml.safe_load(new_text)))
     keys = dict.fromkeys([*new, *old])
     return [f"{k}: {old.get(k)} -> {new.get(k)}" for k in keys if old.get(k) != new.get(k)]
 
@@ -286,8 +299,10 @@ def _type_fault(key: str, value: Any) -> str | None:
         return " or ".join(wanted)
     if any(type(v) is int and abs(v) >= 2**63 for v in values):
         return "whole numbers below 2^63"
-    nul = any(type(v) is str and "\0" in v for v in values)
-    return "text without NUL characters" if nul else None
+    text = "".join(v for v in values if type(v) is str)
+    if (_UNFIT_FREE if key in _FREE_TEXT else _UNFIT).search(text):
+        return "text without control characters, such as line breaks, or halves of characters"
+    return None
 
 
 def _validate(cfg: CfgNode, settings: Mapping[str, Setting]) -> None:

@@ -129,6 +129,7 @@ def _at_least(low: float) -> Range:
     return (lambda v: low <= v < math.inf), f"at least {low}"
 
 
+_BLOCKS = ((lambda v: 1 <= v <= 10_000), "at least 1 and at most 10,000")
 _POSITIVE = ((lambda v: 0 < v < math.inf), "greater than 0 and finite")
 _FRACTION = ((lambda v: 0 <= v < 1), "at least 0 and below 1")
 _SHARE = ((lambda v: 0 <= v <= 1), "between 0 and 1")
@@ -143,12 +144,12 @@ RANGES: dict[str, Range] = {
     **_each(
         _at_least(1),
         """
-        MODEL.IMG_SIZE MODEL.IN_CHANNELS MODEL.NUM_CLASSES CNN.DEPTH RESNET.NUM_GROUPS
+        MODEL.IMG_SIZE MODEL.IN_CHANNELS MODEL.NUM_CLASSES RESNET.NUM_GROUPS
         RESNET.WIDTH_PER_GROUP DISTILLATION.TEACHER_IMG_SIZE OPTIM.MAX_EPOCH TRAIN.BATCH_SIZE
         TRAIN.ACCUM_STEPS TRAIN.KEEP_CHECKPOINTS TEST.BATCH_SIZE TEST.PERIOD PREC_TIME.NUM_ITER
         NUM_GPUS MAX_GPUS_PER_NODE LAUNCH.CPUS_PER_GPU LAUNCH.MEM_PER_GPU
         LAUNCH.TIME_LIMIT LOG_PERIOD TRANSFORMER.PATCH_SIZE TRANSFORMER.PATCH_STRIDE
-        TRANSFORMER.HIDDEN_DIM TRANSFORMER.DEPTH TRANSFORMER.NUM_HEADS T2T.TOKEN_DIM T2T.KERNEL_SIZE
+        TRANSFORMER.HIDDEN_DIM TRANSFORMER.NUM_HEADS T2T.TOKEN_DIM T2T.KERNEL_SIZE
         T2T.STRIDE PIT.STRIDE PVT.SR_RATIO CVT.KERNEL_QKV CVT.STRIDE_KV CVT.STRIDE_Q
         """,
     ),
@@ -159,7 +160,7 @@ RANGES: dict[str, Range] = {
         DISTILLATION.INTER_TEACHER_INDEX DISTILLATION.INTER_STUDENT_INDEX DISTILLATION.INTER_WEIGHT
         OPTIM.STEPS OPTIM.MIN_LR OPTIM.WEIGHT_DECAY OPTIM.WARMUP_EPOCHS OPTIM.EMA_ALPHA
         OPTIM.EMA_UPDATE_PERIOD OPTIM.CLIP_GRAD_NORM TRAIN.MIXUP_ALPHA TRAIN.CUTMIX_ALPHA
-        DATA_LOADER.NUM_WORKERS DATA_LOADER.TIMEOUT PREC_TIME.WARMUP_ITER LAUNCH.MAX_RETRY
+        DATA_LOADER.NUM_WORKERS PREC_TIME.WARMUP_ITER LAUNCH.MAX_RETRY
         """,
     ),
     **_each(
@@ -187,6 +188,12 @@ RANGES: dict[str, Range] = {
         """
         CNN.BN_MOMENTUM OPTIM.LR_MULT OPTIM.WARMUP_FACTOR TRAIN.FRACTION
         """,
+    ),
+    **_each(_BLOCKS, "CNN.DEPTH TRANSFORMER.DEPTH"),
+    # Python's clocks count no further than some hundred years.
+    "DATA_LOADER.TIMEOUT": (
+        (lambda v: 0 <= v <= 10**8),
+        "at least 0 and at most 100,000,000",
     ),
     "RNG_SEED": ((lambda v: 0 <= v < 2**32), "at least 0 and below 2^32"),
     "PORT_RANGE": ((lambda v: 1 <= v <= 65535), "two ports between 1 and 65535"),

@@ -10,6 +10,7 @@ import contextlib
 import os
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 
 import numpy as np
@@ -366,6 +367,8 @@ def build_run(cfg: CfgNode, data: tuple, world: World, log: RunLog) -> Run:
             warn=log.warn,
         )
     if world.size > 1:
+        # Of 1x1 convolutions and tokens of one: a layout that costs nothing here.
+        warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
         module = DistributedDataParallel(
             module, device_ids=[device.index] if device.type == "cuda" else None
         )

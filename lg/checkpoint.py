@@ -230,15 +230,13 @@ class CheckpointFolder:
 
     def _not_written(self, place: Path, state: dict[str, Any], error: OSError) -> str:
         """Why, how much room there is, what is left, and how to go on."""
-        counter = _Counter()
-        torch.save(state, counter)
         try:
             free = f"{shutil.disk_usage(self.best.parent).free / 1e6:,.2f} MB"
         except OSError:
             free = "an unknown amount"
         way = _WAYS.get(error.errno or 0, "mend that")
         told = (
-            f"{place} cannot be written: {error.strerror}. It takes {counter.count / 1e6:,.2f} MB, "
+            f"{place} cannot be written: {error.strerror}. It takes {size_of(state) / 1e6:,.2f} MB, "
             f"{free} is free there. "
         )
         last = next((p for p in reversed(self.files()) if _is_whole(p)), None)
@@ -306,6 +304,13 @@ def _is_whole(path: Path) -> bool:
         return bool(_read_own(path))
     except CheckpointError:
         return False
+
+
+def size_of(state: dict[str, Any]) -> int:
+    """Bytes of the file that a checkpoint makes."""
+    counter = _Counter()
+    torch.save(state, counter)
+    return counter.count
 
 
 class _Counter(io.BytesIO):

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import io
 import math
 import time
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
 
-from lg.checkpoint import random_state
+from lg.checkpoint import random_state, size_of
 from lg.datasets.cache import free_memory
 from lg.datasets.loader import MIX
 from lg.device import peak_memory_mb, synchronize
@@ -57,9 +55,9 @@ def try_steps(run: Run) -> Trial:
         total = torch.cuda.mem_get_info(run.device)[1] // 2**20
     else:
         total = free_memory(torch.device("cpu")) // 2**20 + peak
-    stream = _Counter()
-    torch.save(run.state([random_state()]), stream)  # type: ignore[arg-type]
-    return Trial(losses, step_seconds, test_seconds, peak, total, stream.count)
+    return Trial(
+        losses, step_seconds, test_seconds, peak, total, size_of(run.state([random_state()]))
+    )
 
 
 def cost(
@@ -181,17 +179,3 @@ def _test(run: Run) -> float:
 def _size(count: int) -> str:
     """Bytes in words."""
     return f"{count / 1e9:,.1f} GB" if count >= 1e9 else f"{count / 1e6:,.1f} MB"
-
-
-class _Counter(io.RawIOBase):
-    """A stream that keeps nothing but the number of bytes."""
-
-    count = 0
-
-    def writable(self) -> bool:
-        return True
-
-    def write(self, data: Any) -> int:
-        written = memoryview(data).nbytes
-        self.count += written
-        return written

@@ -29,7 +29,7 @@ from lg.builders.models import build_guided, build_info, build_model, build_teac
 from lg.builders.training import build_device, build_precision, check_training, check_world
 from lg.checkpoint import load_weights, read_checkpoint
 from lg.datasets.base import EMPTY_CLASS, MISSING, UNTRAINED_CLASS, ImageDataset, tolerating
-from lg.datasets.cached_loader import CachedTestLoader, CachedTrainLoader
+from lg.datasets.cached_loader import CachedTrainLoader
 from lg.datasets.loader import usable_workers
 from lg.datasets.scan import is_of_files, leave_out, scan
 from lg.distributed import World
@@ -246,9 +246,7 @@ def _check_run(cfg: CfgNode, data: tuple, build_run: BuildRun, record: Record) -
             _check_resume(cfg, run, record)
     finally:
         if run is not None:
-            run.loader.close()
-            if isinstance(run.test_loader, CachedTestLoader):
-                run.test_loader.cache.close()
+            run.close()
             del run
         gc.collect()  # worker processes end with their loader
 

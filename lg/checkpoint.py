@@ -234,10 +234,10 @@ class CheckpointFolder:
             free = f"{shutil.disk_usage(self.best.parent).free / 1e6:,.2f} MB"
         except OSError:
             free = "an unknown amount"
-        way = _WAYS.get(error.errno or 0, "mend that")
+        way, needed = _WAYS.get(error.errno or 0, "mend that"), f"{size_of(state) / 1e6:,.2f} MB"
         told = (
-            f"{place} cannot be written: {error.strerror}. It takes {size_of(state) / 1e6:,.2f} MB, "
-            f"{free} is free there. "
+            f"{place} cannot be written: {error.strerror}. It takes {needed}, {free} is free "
+            "there. "
         )
         last = next((p for p in reversed(self.files()) if _is_whole(p)), None)
         if last is None:

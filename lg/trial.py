@@ -101,7 +101,7 @@ def cost(
     lines = [
         f"about {trial.step_seconds:.2g} s a step of {batch_size:,} images: "
         f"{format_time(training)} for the {num_steps:,} steps of {max_epoch:,} epochs, "
-        f"{format_time(testing)} for the tests, {(training + testing) / 3600:.2g} hours in all."
+        f"{format_time(testing)} for the tests, {format_time(training + testing)} in all."
         f"{shared}",
         f"{trial.peak_mb:,} of {trial.total_mb:,} MiB of memory taken at most ({device}).",
         f"{images}.{kept}",

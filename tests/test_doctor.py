@@ -138,7 +138,7 @@ def test_time_and_memory_are_reckoned() -> None:
     # 900 steps of 0.5 s; 4 tests, the weights and their average, of 20 batches of 0.25 s.
     assert lines == [
         "about 0.5 s a step of 32 images: 7m 30s for the 900 steps of 10 epochs, 40s for the "
-        "tests, 0.14 hours in all. Measured in one of 2 processes, which exchange gradients on "
+        "tests, 8m 10s in all. Measured in one of 2 processes, which exchange gradients on "
         "top of it.",
         "900 of 4,000 MiB of memory taken at most (cpu).",
         "images are read. They take about 2.5 GB.",

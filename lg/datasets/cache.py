@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
+from concurrent import futures
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
@@ -80,7 +81,7 @@ class ImageCache:
     def _wait(self, image: Future[Tensor], position: int) -> Tensor:
         try:
             return image.result(self.timeout or None)
-        except TimeoutError:
+        except futures.TimeoutError:  # Python 3.10 has another one of that name
             raise StuckError(
                 f"{self.dataset.describe(position)}: the image has not come for "
                 f"{self.timeout:g} s; check the disk or network that it is on, or raise "

@@ -152,10 +152,12 @@ def test_any_number_of_processes_tests_every_image_once(trained: Path) -> None:
     command = [sys.executable, "run_net.py", "--mode", "test", "--cfg", CONFIG, *opts]
     alone = trainer.test(lg.load_config(CONFIG, opts))
     assert alone.count == 597
-    assert run(*command, "NUM_GPUS", "3").stdout == (
+    said = run(*command, "NUM_GPUS", "3").stdout.splitlines()
+    told = [line for line in said if not line.startswith("[Gloo]")]  # older ones speak up
+    assert told == [
         f"digits/test: top-1 {100 - alone.top1_err:.2f} %, top-5 {100 - alone.top5_err:.2f} % of "
-        "597 images\n"
-    )
+        "597 images"
+    ]
 
 
 def test_another_number_of_processes_goes_on_and_says_what_that_means(

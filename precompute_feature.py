@@ -16,6 +16,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lg.errors import ConfigError, UserError
+
 if TYPE_CHECKING:  # torch is imported when there is something to do, so that --help is quick
     from yacs.config import CfgNode
 
@@ -68,14 +70,11 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def main() -> None:
     args = parse_args()
-    from lg.checkpoint import CheckpointError
-    from lg.config import ConfigError, load_config
-    from lg.datasets.base import DataError
-    from lg.guidance import BankError
+    from lg.config import load_config
 
     try:
         run(args, load_config(args.cfg, args.opts))
-    except (BankError, CheckpointError, ConfigError, DataError, OSError) as error:
+    except (UserError, OSError) as error:
         sys.exit(f"Error: {error}")
     except KeyboardInterrupt:
         sys.exit(130)
@@ -89,7 +88,6 @@ def run(args: argparse.Namespace, cfg: CfgNode) -> None:
     from lg import builders
     from lg.augment.recipe import TestTransform
     from lg.augment.view import plain_views
-    from lg.config import ConfigError
     from lg.datasets.loader import TestSamples, test_loader
     from lg.distributed import World
     from lg.guidance import FrozenTeacher
@@ -168,7 +166,6 @@ def choose(args: argparse.Namespace, cfg: CfgNode) -> tuple[Backbone, dict[str, 
     """The guide with its weights, what the config says about the bank, and where it goes."""
     from lg import builders
     from lg.checkpoint import load_weights
-    from lg.config import ConfigError
 
     options = cfg.DISTILLATION
     if options.ENABLE_INTER:

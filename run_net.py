@@ -15,6 +15,8 @@ import os
 import sys
 from typing import TYPE_CHECKING
 
+from lg.errors import StuckError, UserError
+
 if TYPE_CHECKING:  # torch is imported when there is something to do, so that --help is quick
     from yacs.config import CfgNode
 
@@ -37,15 +39,14 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
         "opts",
         nargs=argparse.REMAINDER,
         metavar="KEY VALUE",
-        help="overrides, such as TRAIN.BATCH_SIZE 64; lg/config_defaults.py lists every key",
+        help="overrides, such as TRAIN.BATCH_SIZE 64; lg/config/defaults.py lists every key",
     )
     return parser.parse_args(arguments)
 
 
 def run(mode: str, cfg: CfgNode) -> None:
     """What each process does; a fault that a user can mend ends it with one line."""
-    from lg import faults, trainer
-    from lg.datasets.cache import StuckError
+    from lg import errors, trainer
     from lg.signals import Interrupted
 
     modes = {
@@ -60,7 +61,7 @@ def run(mode: str, cfg: CfgNode) -> None:
     except Interrupted as stop:
         sys.exit(stop.code)
     except Exception as error:
-        faults.tell(
+        errors.tell(
             error,
             batch_size=cfg.TRAIN.BATCH_SIZE,
             accum_steps=cfg.TRAIN.ACCUM_STEPS,
@@ -74,24 +75,24 @@ def run(mode: str, cfg: CfgNode) -> None:
 
 def main() -> None:
     args = parse_args()
-    from lg.config import ConfigError, load_config
+    from lg.config import load_config
 
     try:
         cfg = load_config(args.cfg, args.opts)
         work = (run, (args.mode, cfg))
         if cfg.LAUNCH.MODE != "local" and args.mode in ("train", "test", "time"):
             from lg.builders import build_resources
-            from lg.cluster import submit
+            from lg.distributed.cluster import submit
 
             folder, asked = f"{cfg.OUT_DIR}/jobs", build_resources(cfg)
             print(submit(*work, mode=cfg.LAUNCH.MODE, folder=folder, resources=asked))
             return
-        from lg.launch import launch
+        from lg.distributed.launch import launch
 
         ports = (cfg.PORT_RANGE[0], cfg.PORT_RANGE[1])
         count = 1 if args.mode in ("info", "doctor") else cfg.NUM_GPUS
         launch(*work, num_processes=count, host=cfg.HOST, port_range=ports)
-    except (ConfigError, OSError) as error:
+    except (UserError, OSError) as error:
         # Under torchrun all processes come here; one says it.
         sys.exit(f"Error: {error}" if os.environ.get("RANK", "0") == "0" else 1)
     except KeyboardInterrupt:  # before training took over the signal, or after

@@ -59,7 +59,7 @@ def main() -> None:
 
 def train(name: str, *, seed: int, out: Path) -> dict[str, Any]:
     """Trains one config and returns what its log says."""
-    from lg.log import read_json_lines
+    from lg.logs.log import read_json_lines
 
     folder = (out / f"seed{seed}").resolve()
     guide = str(folder / "r-8_digits" / "model.pyth")

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from benchmarks import fault_runs as runs
-from lg.checkpoint import CheckpointError, CheckpointFolder, read_checkpoint
+from lg.checkpoint import CheckpointFolder, read_checkpoint
+from lg.errors import CheckpointError
 
 if TYPE_CHECKING:
     from benchmarks.faults import Bench

@@ -25,13 +25,13 @@ import sklearn.datasets  # noqa: E402, F401  # slow, so before the runs start
 import torch  # noqa: E402
 
 import lg  # noqa: E402
-import lg.board  # noqa: E402, F401
+import lg.logs.tensorboard  # noqa: E402, F401
 import precompute_feature  # noqa: E402
 import run_net  # noqa: E402
 from lg import checkpoint, trainer  # noqa: E402
 from lg.checkpoint import CheckpointFolder, read_checkpoint  # noqa: E402
 from lg.guidance import precompute as precomputing  # noqa: E402
-from lg.log import RunLog  # noqa: E402
+from lg.logs.log import RunLog  # noqa: E402
 
 PHASES = ("start-up", "step", "log", "save", "test", "precompute")
 EPOCHS = 4

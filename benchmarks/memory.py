@@ -106,14 +106,14 @@ def our_steps(cfg: Any, images: Any, labels: Any, steps: int) -> None:
     import numpy as np
     import torch
 
-    from lg import builders, trainer
+    from lg import builders
     from lg.datasets.loader import Batch
     from lg.distributed import World
-    from lg.log import RunLog
+    from lg.logs.log import RunLog
     from lg.step import accumulate_gradients, update_weights
 
     data = builders.fetch_data(cfg, World())
-    run = trainer.build_run(cfg, data, World(), RunLog(cfg.OUT_DIR, enabled=False))
+    run = builders.build_run(cfg, data, World(), RunLog(cfg.OUT_DIR, enabled=False))
     run.module.train()
     batch = Batch(images, labels, torch.arange(len(labels)), torch.zeros(len(labels), 5))
     for _ in range(steps):

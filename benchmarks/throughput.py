@@ -189,8 +189,8 @@ def prepare(
     from lg import trainer
     from lg.device import synchronize
     from lg.distributed import World
-    from lg.log import RunLog
-    from lg.timing import complexity
+    from lg.logs.log import RunLog
+    from lg.tools.timing import complexity
 
     runs = {}
     folder = tempfile.mkdtemp()
@@ -200,7 +200,7 @@ def prepare(
     for kind, extra in kinds.items():
         cfg = lg.load_config(config, [*opts, *extra, "OUT_DIR", folder])
         data = lg.builders.fetch_data(cfg, World())
-        runs[kind] = trainer.build_run(cfg, data, World(), RunLog(folder, enabled=False))
+        runs[kind] = lg.builders.build_run(cfg, data, World(), RunLog(folder, enabled=False))
         runs[kind].module.train()
         runs[kind].loader.start(0, 0)
     plain = runs["unguided"]

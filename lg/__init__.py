@@ -12,7 +12,7 @@ from typing import Any
 __version__ = "0.1.0"
 
 _HOMES = {
-    "load_config": "lg.config",
+    "load_config": "lg.config.load",
     "build_model": "lg.builders",
     "build_guided": "lg.builders",
     "feature_maps": "lg.models.taps",

@@ -23,8 +23,9 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from lg.disk import TEMPORARY, write_atomically
-from lg.disk import remove_leftovers as remove_leftovers
+from lg.errors import CheckpointError
+from lg.files.atomic import TEMPORARY, write_atomically
+from lg.files.atomic import remove_leftovers as remove_leftovers
 from lg.models.published import load_published_state_dict
 from lg.paths import local_path
 
@@ -59,10 +60,6 @@ _NUMPY_NUMBERS: list[Any] = [
     np.dtype,
     *(type(np.dtype(kind)) for kind in ("f2", "f4", "f8", "i4", "i8")),
 ]
-
-
-class CheckpointError(ValueError):
-    """A file that cannot be used as a checkpoint: names the file, what is wrong and the fix."""
 
 
 def read_checkpoint(path: str | os.PathLike[str], *, cache: str = DEFAULT_CACHE) -> dict[str, Any]:

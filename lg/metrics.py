@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lg.distributed import rows_of_all
+from lg.errors import NonFiniteLossError
 
 LOSS_TERMS = ("loss", "cls", "inter", "logit")
 COLUMNS = (*LOSS_TERMS, "top1_wrong", "top5_wrong", "count")
@@ -21,10 +22,6 @@ NON_FINITE_ADVICE = (
     "Training stops; the last checkpoint is from before. Lower OPTIM.BASE_LR, lengthen "
     "OPTIM.WARMUP_EPOCHS, set OPTIM.CLIP_GRAD_NORM, or set TRAIN.MIXED_PRECISION False."
 )
-
-
-class NonFiniteLossError(RuntimeError):
-    """A loss or weight became infinite or NaN: names epoch, step and term."""
 
 
 def topk_hits(logits: Tensor, labels: Tensor, ks: Sequence[int] = (1, 5)) -> Tensor:

@@ -17,13 +17,14 @@ from lg.datasets.cached_loader import CachedTestLoader, CachedTrainLoader
 from lg.datasets.loader import Batch, TrainLoader
 from lg.device import Precision
 from lg.distributed import World, barrier, gather_objects
+from lg.errors import NonFiniteLossError
 from lg.guidance import GuidanceLoss, GuidedStudent
-from lg.log import RunLog
-from lg.metrics import NON_FINITE_ADVICE, NonFiniteLossError, TrainMeter
+from lg.logs.log import RunLog
+from lg.logs.reporter import Reporter
+from lg.metrics import NON_FINITE_ADVICE, TrainMeter
 from lg.models.published import load_published_state_dict, published_name, published_state_dict
 from lg.optim import LearningRate, WeightAverage
 from lg.progress import Progress
-from lg.report import Reporter
 
 # What `Run.state` writes and `Run.restore` reads.
 _NEEDED = (

@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterator
 
 from lg import distributed
-from lg.cluster import cluster_signals
+from lg.distributed.cluster import cluster_signals
 from lg.run import Run
 
 _SAME = 1.0  # seconds within which signals are one request

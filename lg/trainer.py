@@ -10,7 +10,6 @@ import contextlib
 import os
 import sys
 import time
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 
 import numpy as np
@@ -18,35 +17,27 @@ import torch
 import yaml
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from yacs.config import CfgNode
 
 from lg import builders, distributed
-from lg.builders.checkup import check_up
-from lg.checkpoint import (
-    BEST_NAME,
-    CheckpointError,
-    CheckpointFolder,
-    load_weights,
-    write_atomically,
-)
-from lg.claim import claim
-from lg.compiling import compile_student
-from lg.config import ConfigError, changed_keys
+from lg.checkpoint import BEST_NAME, load_weights, write_atomically
+from lg.config import changed_keys
 from lg.datasets.cached_loader import CachedTestLoader
-from lg.datasets.loader import MIX, MODEL, Batch
+from lg.datasets.loader import MIX, Batch
 from lg.device import Precision
 from lg.distributed import World
-from lg.doctor import PROBLEM, report
-from lg.log import RunLog
+from lg.errors import CheckpointError, ConfigError
+from lg.files.lock import claim
+from lg.logs.log import RunLog
+from lg.logs.reporter import result_lines
 from lg.metrics import EvalResult, topk_hits
 from lg.progress import UNKNOWN_ERR
-from lg.report import Reporter, result_lines
 from lg.run import Run
 from lg.signals import Interrupted, asked_to_stop, stop_signals
 from lg.step import accumulate_gradients, update_weights
-from lg.timing import complexity, measure, report_times
+from lg.tools.doctor import PROBLEM, check_up, report
+from lg.tools.timing import complexity, measure, report_times
 
 # Keys whose change between runs is no change of the training or of what it is measured on.
 _FREE = (
@@ -86,7 +77,7 @@ def train(cfg: CfgNode) -> None:
         with contextlib.closing(log):
             if cfg.DESC:
                 log.say(cfg.DESC)
-            run = build_run(cfg, data, world, log)
+            run = builders.build_run(cfg, data, world, log)
             _resume(run, auto=cfg.TRAIN.AUTO_RESUME)
             if world.is_main:
                 write_atomically(
@@ -229,7 +220,7 @@ def info(cfg: CfgNode) -> None:
 def doctor(cfg: CfgNode) -> None:
     """Says what would stop the config's training or spoil its result; ends with status 1 if
     anything would."""
-    findings = check_up(cfg, build_run)
+    findings = check_up(cfg)
     print("\n".join(report(findings)))
     if any(each.level == PROBLEM for each in findings):
         sys.exit(1)
@@ -243,7 +234,7 @@ def time_steps(cfg: CfgNode) -> dict[str, float]:
         data = builders.fetch_data(cfg, world)
         log = RunLog(cfg.OUT_DIR, enabled=world.is_main)
         with contextlib.closing(log):
-            run = build_run(cfg, data, world, log)
+            run = builders.build_run(cfg, data, world, log)
             try:
                 warmup, repeats = cfg.PREC_TIME.WARMUP_ITER, cfg.PREC_TIME.NUM_ITER
                 times = measure(run, warmup=warmup, repeats=repeats)
@@ -332,77 +323,6 @@ def _test_epoch(run: Run) -> bool:
     is_best = min(errors.values()) < progress.best_err
     progress.best_err = min(*errors.values(), progress.best_err)
     return is_best
-
-
-def build_run(cfg: CfgNode, data: tuple, world: World, log: RunLog) -> Run:
-    """Everything a run consists of, on its device, with the random streams seeded."""
-    train_data, test_data = data
-    device = builders.build_device(cfg, world)
-    if device.type == "cpu" and cfg.DEVICE == "auto":
-        log.warn("No GPU found, so this runs on the CPU. DEVICE cpu says that this is wanted.")
-    if cfg.MODEL.NUM_CLASSES == 1:
-        log.warn("There is one class only, so labels teach nothing and every test is 100 %.")
-    torch.backends.cudnn.benchmark = cfg.CUDNN.BENCHMARK
-    torch.manual_seed(cfg.RNG_SEED)  # the same weights in every process ...
-    guided, guide, loss = builders.build_guided(cfg)
-    if cfg.TRAIN.WEIGHTS:
-        load_weights(guided.student, cfg.TRAIN.WEIGHTS, cache=cfg.DOWNLOAD_CACHE)
-    stream = np.random.SeedSequence((cfg.RNG_SEED, MODEL, world.rank)).generate_state(1)[0]
-    torch.manual_seed(int(stream))  # ... and another stream for dropout and the like in each
-    builders.prepare_bank(cfg, guide, train_data, device)
-    guided.to(device)
-    if isinstance(guide, nn.Module):
-        guide.to(device)
-    builders.synchronize_batch_norms(cfg, (guided, guide), world, device)
-    module: nn.Module = guided
-    precision = builders.build_precision(cfg, device)
-    if cfg.TRAIN.COMPILE != "none":
-        count = cfg.TRAIN.BATCH_SIZE // (world.size * cfg.TRAIN.ACCUM_STEPS)
-        module = compile_student(
-            guided,
-            cfg.TRAIN.COMPILE,
-            example=torch.zeros(count, 3, cfg.MODEL.IMG_SIZE, cfg.MODEL.IMG_SIZE, device=device),
-            precision=precision,
-            say=log.say,
-            warn=log.warn,
-        )
-    if world.size > 1:
-        # Of 1x1 convolutions and tokens of one: a layout that costs nothing here.
-        warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
-        module = DistributedDataParallel(
-            module, device_ids=[device.index] if device.type == "cuda" else None
-        )
-    loader = builders.build_train_loader(cfg, train_data, world, device)
-    log.say(f"DATA_LOADER.BACKEND {cfg.DATA_LOADER.BACKEND}: {loader}.")
-    report = Reporter(
-        log=log,
-        device=device,
-        split=f"{test_data.name}/{test_data.split}",
-        steps_per_epoch=loader.steps_per_epoch,
-        max_epoch=cfg.OPTIM.MAX_EPOCH,
-        batch_size=cfg.TRAIN.BATCH_SIZE,
-        inter=cfg.DISTILLATION.ENABLE_INTER,
-        logit=cfg.DISTILLATION.ENABLE_LOGIT,
-    )
-    return Run(
-        guided=guided,
-        module=module,
-        guide=guide,
-        loss=loss,
-        mixing=builders.build_mixing(cfg),
-        optimizer=builders.build_optimizer(cfg, guided),
-        learning_rate=builders.build_learning_rate(cfg),
-        average=builders.build_average(cfg, guided.student),
-        precision=precision,
-        loader=loader,
-        test_loader=builders.build_test_loader(cfg, test_data, world, device),
-        device=device,
-        world=world,
-        log=log,
-        report=report,
-        checkpoints=CheckpointFolder(cfg.OUT_DIR, keep=cfg.TRAIN.KEEP_CHECKPOINTS),
-        settings=builders.build_settings(cfg),
-    )
 
 
 def _resume(run: Run, *, auto: bool) -> None:

@@ -17,13 +17,8 @@ import numpy as np
 import pytest
 import torch
 
-from lg.checkpoint import (
-    CheckpointError,
-    CheckpointFolder,
-    choose_weights,
-    read_checkpoint,
-    write_atomically,
-)
+from lg.checkpoint import CheckpointFolder, choose_weights, read_checkpoint, write_atomically
+from lg.errors import CheckpointError
 from tests.checkpoint_cases import same_state, saved, small_state
 from tests.fault_cases import files_up_to
 

@@ -15,7 +15,6 @@ import torch
 
 import lg
 from lg.checkpoint import (
-    CheckpointError,
     CheckpointFolder,
     choose_weights,
     load_weights,
@@ -23,6 +22,7 @@ from lg.checkpoint import (
     read_checkpoint,
     restore_random_state,
 )
+from lg.errors import CheckpointError
 from lg.models import timm_model
 from tests.checkpoint_cases import same_state, saved, small_state
 

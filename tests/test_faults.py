@@ -18,10 +18,11 @@ import torch
 
 import lg
 import run_net
-from lg import claim as claiming
-from lg.checkpoint import CheckpointError, CheckpointFolder, read_checkpoint
-from lg.claim import claim
-from lg.disk import write_atomically
+from lg.checkpoint import CheckpointFolder, read_checkpoint
+from lg.errors import CheckpointError
+from lg.files import lock as claiming
+from lg.files.atomic import write_atomically
+from lg.files.lock import claim
 
 ROOT = Path(__file__).parents[1]
 

@@ -14,11 +14,12 @@ ROOT = Path(__file__).parents[1]
 SEES_CONFIG = {
     "precompute_feature.py",
     "run_net.py",
-    "lg/config.py",
-    "lg/builders/checkup.py",
     "lg/builders/data.py",
     "lg/builders/models.py",
+    "lg/builders/run.py",
     "lg/builders/training.py",
+    "lg/config/load.py",
+    "lg/tools/doctor/checkup.py",
     "lg/trainer.py",
 }
 

@@ -7,7 +7,8 @@ import math
 import pytest
 import torch
 
-from lg.metrics import EvalResult, NonFiniteLossError, TrainMeter, topk_hits
+from lg.errors import NonFiniteLossError
+from lg.metrics import EvalResult, TrainMeter, topk_hits
 
 
 def naive_hit(scores: list[float], label: int, k: int) -> bool:

@@ -15,9 +15,9 @@ import lg
 import precompute_feature
 from lg import builders, trainer
 from lg.augment.recipe import TestTransform
-from lg.config import ConfigError
 from lg.datasets.loader import TestSamples
-from lg.guidance import BankError, FeatureBank
+from lg.errors import BankError, ConfigError
+from lg.guidance import FeatureBank
 from lg.signals import Interrupted
 from tests.test_trainer import CONFIGS, TINY, assert_same, final_state, stats, stop_after
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import lg
-from lg.config import ConfigError
+from lg.errors import ConfigError
 from lg.paths import is_url, local_path
 
 
@@ -81,7 +81,7 @@ def test_what_cannot_be_fetched_is_named(server: str, tmp_path: Path) -> None:
 def test_a_config_by_url_finds_its_base_beside_it(
     server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(lg.config.DEFAULTS, "DOWNLOAD_CACHE", str(tmp_path))
+    monkeypatch.setitem(lg.config.load.DEFAULTS, "DOWNLOAD_CACHE", str(tmp_path))
     cfg = lg.load_config(f"{server}/configs/run.yaml")
     assert (cfg.RNG_SEED, cfg.LOG_PERIOD, cfg.OUT_DIR) == (7, 3, "work_dirs/run")
     with pytest.raises(ConfigError, match=r"Cannot read the config http.*/none\.yaml: .*404"):

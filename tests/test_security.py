@@ -26,10 +26,10 @@ from torchvision.datasets import utils
 import lg
 from lg import builders, trainer
 from lg.augment.view import View
-from lg.checkpoint import CheckpointError
-from lg.datasets import DataError, build_dataset
+from lg.datasets import build_dataset
 from lg.datasets.loader import Batch
-from lg.guidance import BankError, FeatureBank, FrozenTeacher
+from lg.errors import BankError, CheckpointError, DataError
+from lg.guidance import FeatureBank, FrozenTeacher
 from lg.guidance.bank_file import Provenance
 from lg.guidance.precompute import precompute
 from lg.models import resnet

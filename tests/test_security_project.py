@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 import lg
-from lg.config import ConfigError
-from lg.log import json_line, read_json_lines
+from lg.errors import ConfigError
+from lg.logs.log import json_line, read_json_lines
 from tests.test_security import DIGITS, ROOT, SMALL
 from tests.test_security import mark_fixture as mark_fixture
 

@@ -14,11 +14,10 @@ import torch
 import lg
 from lg import trainer
 from lg.builders import check_world
-from lg.checkpoint import CheckpointError, read_checkpoint
-from lg.config import ConfigError
+from lg.checkpoint import read_checkpoint
 from lg.distributed import World
-from lg.log import read_json_lines
-from lg.metrics import NonFiniteLossError
+from lg.errors import CheckpointError, ConfigError, NonFiniteLossError
+from lg.logs.log import read_json_lines
 from lg.signals import Interrupted
 
 CONFIGS = Path(__file__).parents[1] / "configs"

@@ -17,6 +17,7 @@ from lg.builders.models import (
     guide_name,
     prepare_bank,
 )
+from lg.builders.run import build_run
 from lg.builders.training import (
     build_average,
     build_device,
@@ -42,6 +43,7 @@ __all__ = [
     "build_optimizer",
     "build_precision",
     "build_resources",
+    "build_run",
     "build_settings",
     "build_teacher",
     "build_test_data",

@@ -14,11 +14,9 @@ from yacs.config import CfgNode
 from lg.augment.batched import BatchTestTransform, BatchTransform
 from lg.augment.mixing import Mixing
 from lg.augment.recipe import TestTransform, TrainTransform
-from lg.config import ConfigError
 from lg.datasets import build_dataset
 from lg.datasets.base import (
     MISSING,
-    DataError,
     DatasetSubset,
     ImageDataset,
     fingerprint,
@@ -38,6 +36,7 @@ from lg.datasets.loader import (
 )
 from lg.datasets.scan import find_unreadable, leave_out, skip_message
 from lg.distributed import World, in_turn
+from lg.errors import ConfigError, DataError
 
 _Value = TypeVar("_Value")
 

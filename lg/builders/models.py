@@ -10,19 +10,19 @@ import torch
 from yacs.config import CfgNode
 
 from lg.builders.data import dataset_facts
-from lg.checkpoint import CheckpointError, foreign_weights, load_weights, read_checkpoint
-from lg.config import ConfigError
-from lg.config_rules import FAMILIES
+from lg.builders.families import build_family, single
+from lg.checkpoint import foreign_weights, load_weights, read_checkpoint
+from lg.config.rules import FAMILIES
 from lg.datasets.base import ImageDataset
+from lg.errors import CheckpointError, ConfigError
 from lg.guidance import FeatureBank, FrozenTeacher, GuidanceLoss, GuidedStudent, NoTeacher
-from lg.info import describe, measure_model
 from lg.models.backbone import Backbone
-from lg.models.families import build_family, single
 from lg.models.published import weights_hash
 from lg.models.resnet import resnet
 from lg.models.taps import map_shapes
 from lg.models.timm_models import timm_model
 from lg.paths import is_local_file
+from lg.tools.info import describe, measure_model
 
 Guide = FrozenTeacher | FeatureBank | NoTeacher
 

@@ -8,13 +8,14 @@ import torch
 from torch import nn
 from yacs.config import CfgNode
 
-from lg.cluster import Resources
-from lg.config import ConfigError, dump_config
+from lg.config import dump_config
 from lg.device import Precision, allow_tf32, reuse_memory, select_device
 from lg.distributed import World, in_turn
+from lg.distributed.cluster import Resources
+from lg.distributed.sync_batch_norm import synchronize_batch_norm, uses_batch_statistics
+from lg.errors import ConfigError
 from lg.guidance import GuidedStudent
 from lg.models.backbone import Backbone
-from lg.models.sync_batch_norm import synchronize_batch_norm, uses_batch_statistics
 from lg.optim import LearningRate, WeightAverage, make_optimizer, parameter_groups
 from lg.paths import is_local_file, is_url, local_path
 from lg.run import Settings

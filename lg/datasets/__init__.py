@@ -6,15 +6,16 @@ import difflib
 import os
 from collections.abc import Callable
 
-from lg.datasets.base import DataError, ImageDataset, stratified_subset
+from lg.datasets.base import ImageDataset, stratified_subset
 from lg.datasets.chaoyang import Chaoyang
 from lg.datasets.cifar100 import CIFAR100
 from lg.datasets.digits import Digits
 from lg.datasets.flowers import Flowers
 from lg.datasets.image_folder import ImageFolder
 from lg.datasets.tiny_imagenet import TinyImageNet
+from lg.errors import DataError
 
-__all__ = ["DATASETS", "DataError", "ImageDataset", "build_dataset", "stratified_subset"]
+__all__ = ["DATASETS", "ImageDataset", "build_dataset", "stratified_subset"]
 
 # Each is a class, called as (root, split, download).
 DATASETS: dict[str, Callable[..., ImageDataset]] = {

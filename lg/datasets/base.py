@@ -14,11 +14,9 @@ from contextvars import ContextVar
 import numpy as np
 from PIL import Image
 
+from lg.errors import DataError
+
 _NUM_PRINTS = 16  # images that stand for a set in its fingerprint
-
-
-class DataError(ValueError):
-    """A data set that cannot be read as asked; the message says what to do about it."""
 
 
 # Faults of a set without which the rest of it can still be used; see `tolerating`.

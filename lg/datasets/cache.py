@@ -13,16 +13,13 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from lg.datasets.base import DataError, ImageDataset
+from lg.datasets.base import ImageDataset
 from lg.device import to_device
+from lg.errors import StuckError
 
 _SAMPLE = 16  # images from which the size of all is estimated
 
 Prepare = Callable[[Image.Image], Image.Image]
-
-
-class StuckError(DataError):
-    """An image that does not come; the thread that waits for it cannot be ended."""
 
 
 class ImageCache:

@@ -15,10 +15,10 @@ from torch import Tensor
 
 from lg.augment.batched import BatchTestTransform, BatchTransform, views
 from lg.augment.view import View
-from lg.datasets.base import DataError
 from lg.datasets.cache import ImageCache
 from lg.datasets.loader import SAMPLE, Batch, TrainBatches, shares
 from lg.device import to_device
+from lg.errors import DataError
 
 _LOOKAHEAD = 2  # batches whose images are decoded ahead of time
 

@@ -12,8 +12,9 @@ import json
 import os
 from pathlib import Path, PurePosixPath
 
-from lg.datasets.base import DataError, resolve_split
+from lg.datasets.base import resolve_split
 from lg.datasets.files import FileDataset, read_text, require
+from lg.errors import DataError
 
 FOLDER = "chaoyang"
 ADDRESS = "https://bupt-ai-cz.github.io/HSA-NRL/"

@@ -13,9 +13,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from lg.datasets.base import DataError, ImageDataset, resolve_split
+from lg.datasets.base import ImageDataset, resolve_split
 from lg.datasets.files import fetch, require
 from lg.datasets.safe_pickle import load_table
+from lg.errors import DataError
 
 FOLDER = "cifar-100-python"
 ADDRESS = "https://www.cs.toronto.edu/~kriz/cifar-100-python.tar.gz"

@@ -11,8 +11,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from lg.datasets.base import MISSING, DataError, ImageDataset, found_fault
+from lg.datasets.base import MISSING, ImageDataset, found_fault
 from lg.datasets.image import open_rgb
+from lg.errors import DataError
 
 
 class FileDataset(ImageDataset):

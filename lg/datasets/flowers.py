@@ -13,8 +13,9 @@ from pathlib import Path
 
 import numpy as np
 
-from lg.datasets.base import DataError, resolve_split
+from lg.datasets.base import resolve_split
 from lg.datasets.files import FileDataset, fetch, require
+from lg.errors import DataError
 
 FOLDER = "flowers"
 TORCHVISION_FOLDER = "flowers-102"

@@ -20,7 +20,7 @@ from typing import TypeVar
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from lg.datasets.base import DataError
+from lg.errors import DataError
 
 EXIF_ORIENTATION = 0x0112  # the tag's number
 

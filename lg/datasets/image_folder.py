@@ -9,14 +9,9 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from lg.datasets.base import (
-    EMPTY_CLASS,
-    UNTRAINED_CLASS,
-    DataError,
-    found_fault,
-    resolve_split,
-)
+from lg.datasets.base import EMPTY_CLASS, UNTRAINED_CLASS, found_fault, resolve_split
 from lg.datasets.files import FileDataset, require
+from lg.errors import DataError
 
 # What Pillow reads in every build, in lower case.
 SUFFIXES = (

@@ -21,7 +21,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from lg.augment.view import View
-from lg.datasets.base import DataError, ImageDataset
+from lg.datasets.base import ImageDataset
+from lg.errors import DataError
 
 # Second entry of every seed, so that no two uses share a stream.
 ORDER, SAMPLE, MIX, MODEL = 1, 2, 3, 4

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from lg.datasets.base import DataError
+from lg.errors import DataError
 
 
 class _Sealed:

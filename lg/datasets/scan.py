@@ -16,9 +16,10 @@ from typing import TypeVar
 import numpy as np
 from tqdm import tqdm
 
-from lg.datasets.base import DataError, DatasetSubset, ImageDataset
+from lg.datasets.base import DatasetSubset, ImageDataset
 from lg.datasets.files import FileDataset
 from lg.datasets.image import open_with_traits
+from lg.errors import DataError
 
 _Result = TypeVar("_Result")
 

@@ -10,8 +10,9 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from lg.datasets.base import DataError, resolve_split
+from lg.datasets.base import resolve_split
 from lg.datasets.files import FileDataset, read_text, require
+from lg.errors import DataError
 
 FOLDER = "tiny-imagenet-200"
 ADDRESS = "http://cs231n.stanford.edu/tiny-imagenet-200.zip"

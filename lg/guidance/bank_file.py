@@ -19,13 +19,11 @@ from typing import IO
 
 import numpy as np
 
+from lg.errors import BankError
+
 PROVENANCE = "provenance.json"
 INDICES = "indices.npy"
 _LOCAL_HEADER = 30  # bytes before the name in a zip entry; the lengths of name and extra end it
-
-
-class BankError(ValueError):
-    """A feature file that cannot be used: names the file, what is wrong and the fix."""
 
 
 @dataclass(frozen=True)

@@ -24,8 +24,9 @@ from tqdm import tqdm
 
 from lg.augment.view import View, shifted
 from lg.datasets.loader import Batch
-from lg.disk import remove_leftovers, write_atomically
-from lg.guidance.bank_file import INDICES, PROVENANCE, BankError, Provenance
+from lg.errors import BankError
+from lg.files.atomic import remove_leftovers, write_atomically
+from lg.guidance.bank_file import INDICES, PROVENANCE, Provenance
 from lg.guidance.teacher import FrozenTeacher
 
 _PROGRESS = "progress.json"

@@ -12,10 +12,11 @@ import torch
 from PIL import Image
 
 from lg.augment.batched import BatchTestTransform, BatchTransform, normalise
-from lg.datasets.base import DataError, ImageDataset
+from lg.datasets.base import ImageDataset
 from lg.datasets.cache import ImageCache, cache_bytes, free_memory
 from lg.datasets.cached_loader import CachedTestLoader, CachedTrainLoader
 from lg.datasets.loader import Batch, TrainBatches
+from lg.errors import DataError
 
 CPU = torch.device("cpu")
 

@@ -12,9 +12,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lg.datasets import DataError, build_dataset
+from lg.datasets import build_dataset
 from lg.datasets.cifar100 import CIFAR100
 from lg.datasets.safe_pickle import _STAND_INS
+from lg.errors import DataError
 
 NAMES = ["apple", "bear", "cup"]
 LABELS = [2, 0, 1, 1]

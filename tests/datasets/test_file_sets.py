@@ -13,8 +13,9 @@ import pytest
 from PIL import Image
 from scipy.io import savemat
 
-from lg.datasets import DataError, build_dataset
+from lg.datasets import build_dataset
 from lg.datasets.flowers import CLASS_NAMES
+from lg.errors import DataError
 
 
 def draw(path: Path, brightness: int) -> None:

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lg.datasets.base import DataError
 from lg.datasets.image import open_rgb, to_rgb
+from lg.errors import DataError
 
 GRAY = np.array([[0, 51, 102], [153, 204, 255]], dtype=np.uint8)
 

@@ -21,7 +21,7 @@ from PIL import Image
 
 from lg.augment.recipe import TestTransform, TrainTransform
 from lg.datasets import loader as loader_module
-from lg.datasets.base import DataError, DatasetSubset, ImageDataset
+from lg.datasets.base import DatasetSubset, ImageDataset
 from lg.datasets.image import open_rgb
 from lg.datasets.loader import (
     Batch,
@@ -32,6 +32,7 @@ from lg.datasets.loader import (
     test_loader,
     usable_workers,
 )
+from lg.errors import DataError
 
 SEED = 3
 

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 import lg
-from lg.datasets import DATASETS, DataError, ImageDataset, build_dataset
+from lg.datasets import DATASETS, ImageDataset, build_dataset
+from lg.errors import DataError
 
 
 def test_names() -> None:

@@ -18,7 +18,7 @@ from PIL import Image
 import lg
 from lg import builders, trainer
 from lg.builders import data as data_builders
-from lg.datasets import DataError, build_dataset, stratified_subset
+from lg.datasets import build_dataset, stratified_subset
 from lg.datasets.base import (
     EMPTY_CLASS,
     MISSING,
@@ -31,6 +31,7 @@ from lg.datasets.digits import Digits
 from lg.datasets.image import open_with_traits
 from lg.datasets.scan import classes_lost, find_unreadable, leave_out, look_at, scan, skip_message
 from lg.distributed import World
+from lg.errors import DataError
 from lg.guidance import FeatureBank
 from tests.test_trainer import CONFIGS, TINY
 

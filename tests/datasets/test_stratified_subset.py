@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lg.datasets import DataError, ImageDataset, stratified_subset
+from lg.datasets import ImageDataset, stratified_subset
 from lg.datasets.base import DatasetSubset
+from lg.errors import DataError
 
 
 class Numbers(ImageDataset):

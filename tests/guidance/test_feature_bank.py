@@ -23,7 +23,8 @@ from lg.augment.view import View, padded_crop, plain_views, shifted
 from lg.datasets import build_dataset
 from lg.datasets.base import fingerprint, stratified_subset
 from lg.datasets.loader import Batch, TestSamples, test_loader
-from lg.guidance import BankError, FeatureBank, FrozenTeacher
+from lg.errors import BankError
+from lg.guidance import FeatureBank, FrozenTeacher
 from lg.guidance.bank_file import Provenance
 from lg.guidance.feature_bank import from_nearest, replay
 from lg.guidance.precompute import check_space, precompute

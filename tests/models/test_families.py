@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 import lg
-from lg.checkpoint import CheckpointError
+from lg.errors import CheckpointError
 from lg.models import Backbone, convit, cvt, feature_maps, pit, pvt, pvtv2, t2t
 from lg.models.convit import GatedAttention
 from lg.models.t2t import PerformerAttention, sinusoid

@@ -11,7 +11,8 @@ import torch
 
 import lg
 from lg.builders import build_teacher
-from lg.checkpoint import CheckpointError, foreign_weights, read_checkpoint
+from lg.checkpoint import foreign_weights, read_checkpoint
+from lg.errors import CheckpointError
 from lg.models import Backbone, timm_model
 
 NAMES = ["vit_tiny_patch16_224", "resnet18", "convnext_atto", "levit_128s", "pvt_v2_b0"]

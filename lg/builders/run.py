@@ -1,0 +1,101 @@
+"""Builds a whole training run from the config."""
+
+from __future__ import annotations
+
+import warnings
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from yacs.config import CfgNode
+
+from lg.builders.compiling import compile_student
+from lg.builders.data import build_mixing, build_test_loader, build_train_loader
+from lg.builders.models import build_guided, prepare_bank
+from lg.builders.training import (
+    build_average,
+    build_device,
+    build_learning_rate,
+    build_optimizer,
+    build_precision,
+    build_settings,
+    synchronize_batch_norms,
+)
+from lg.checkpoint import CheckpointFolder, load_weights
+from lg.datasets.loader import MODEL
+from lg.distributed import World
+from lg.logs.log import RunLog
+from lg.logs.reporter import Reporter
+from lg.run import Run
+
+
+def build_run(cfg: CfgNode, data: tuple, world: World, log: RunLog) -> Run:
+    """Everything a run consists of, on its device, with the random streams seeded."""
+    train_data, test_data = data
+    device = build_device(cfg, world)
+    if device.type == "cpu" and cfg.DEVICE == "auto":
+        log.warn("No GPU found, so this runs on the CPU. DEVICE cpu says that this is wanted.")
+    if cfg.MODEL.NUM_CLASSES == 1:
+        log.warn("There is one class only, so labels teach nothing and every test is 100 %.")
+    torch.backends.cudnn.benchmark = cfg.CUDNN.BENCHMARK
+    torch.manual_seed(cfg.RNG_SEED)  # the same weights in every process ...
+    guided, guide, loss = build_guided(cfg)
+    if cfg.TRAIN.WEIGHTS:
+        load_weights(guided.student, cfg.TRAIN.WEIGHTS, cache=cfg.DOWNLOAD_CACHE)
+    stream = np.random.SeedSequence((cfg.RNG_SEED, MODEL, world.rank)).generate_state(1)[0]
+    torch.manual_seed(int(stream))  # ... and another stream for dropout and the like in each
+    prepare_bank(cfg, guide, train_data, device)
+    guided.to(device)
+    if isinstance(guide, nn.Module):
+        guide.to(device)
+    synchronize_batch_norms(cfg, (guided, guide), world, device)
+    module: nn.Module = guided
+    precision = build_precision(cfg, device)
+    if cfg.TRAIN.COMPILE != "none":
+        count = cfg.TRAIN.BATCH_SIZE // (world.size * cfg.TRAIN.ACCUM_STEPS)
+        module = compile_student(
+            guided,
+            cfg.TRAIN.COMPILE,
+            example=torch.zeros(count, 3, cfg.MODEL.IMG_SIZE, cfg.MODEL.IMG_SIZE, device=device),
+            precision=precision,
+            say=log.say,
+            warn=log.warn,
+        )
+    if world.size > 1:
+        # Of 1x1 convolutions and tokens of one: a layout that costs nothing here.
+        warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
+        module = DistributedDataParallel(
+            module, device_ids=[device.index] if device.type == "cuda" else None
+        )
+    loader = build_train_loader(cfg, train_data, world, device)
+    log.say(f"DATA_LOADER.BACKEND {cfg.DATA_LOADER.BACKEND}: {loader}.")
+    report = Reporter(
+        log=log,
+        device=device,
+        split=f"{test_data.name}/{test_data.split}",
+        steps_per_epoch=loader.steps_per_epoch,
+        max_epoch=cfg.OPTIM.MAX_EPOCH,
+        batch_size=cfg.TRAIN.BATCH_SIZE,
+        inter=cfg.DISTILLATION.ENABLE_INTER,
+        logit=cfg.DISTILLATION.ENABLE_LOGIT,
+    )
+    return Run(
+        guided=guided,
+        module=module,
+        guide=guide,
+        loss=loss,
+        mixing=build_mixing(cfg),
+        optimizer=build_optimizer(cfg, guided),
+        learning_rate=build_learning_rate(cfg),
+        average=build_average(cfg, guided.student),
+        precision=precision,
+        loader=loader,
+        test_loader=build_test_loader(cfg, test_data, world, device),
+        device=device,
+        world=world,
+        log=log,
+        report=report,
+        checkpoints=CheckpointFolder(cfg.OUT_DIR, keep=cfg.TRAIN.KEEP_CHECKPOINTS),
+        settings=build_settings(cfg),
+    )

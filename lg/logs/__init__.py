@@ -1,0 +1,1 @@
+"""What a run writes for people: log lines, JSON statistics and TensorBoard curves."""

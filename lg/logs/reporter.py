@@ -1,0 +1,215 @@
+"""What is said when: the stats, curves and lines of training and testing, under the names of the
+published logs."""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass, field
+
+import torch
+
+from lg.device import peak_memory_mb
+from lg.logs.log import RunLog, format_time
+from lg.metrics import EvalResult
+from lg.progress import Progress
+
+
+@dataclass
+class Reporter:
+    """Turns numbers into log lines; keeps the clock of the epoch under way.
+
+    Attributes:
+        log: where everything goes.
+        split: name of the test split, such as cifar100/test.
+        steps_per_epoch: optimiser steps.
+        max_epoch: epochs in all.
+        batch_size: images a step, over all processes.
+    """
+
+    log: RunLog
+    device: torch.device
+    split: str
+    steps_per_epoch: int
+    max_epoch: int
+    batch_size: int
+    inter: bool
+    logit: bool
+    _steps: int = 0
+    _started: float = field(default_factory=time.perf_counter)
+    _last: float = 0.0
+    _difference: float = 0.0  # seconds of the last step
+    _train_line: str = ""
+
+    def start_epoch(self, epoch: int, step: int) -> None:
+        """Starts the clock at `step` of an epoch (both counted from 0)."""
+        self._steps, self._started = 0, time.perf_counter()
+        self._last = self._started
+        self.log.start_bar(
+            f"epoch {epoch + 1}/{self.max_epoch}", total=self.steps_per_epoch, done=step
+        )
+
+    def count_step(self) -> None:
+        """Counts a step; at log points, after the device has been waited for."""
+        now = time.perf_counter()
+        self._difference, self._last = now - self._last, now
+        self._steps += 1
+
+    def iteration(self, means: dict[str, float], *, progress: Progress, lr: float) -> None:
+        """A log point within an epoch."""
+        epoch, step = progress.epoch, progress.step
+        total = epoch * self.steps_per_epoch + step
+        average = (time.perf_counter() - self._started) / self._steps
+        eta = average * (self.steps_per_epoch * self.max_epoch - total)
+        losses = {"cls_loss": means["cls"], "loss": means["loss"]}
+        if self.inter:
+            losses["inter_distill_loss"] = means["inter"]
+        if self.logit:
+            losses["logit_distill_loss"] = means["logit"]
+        self.log.stats(
+            "train_iter",
+            {
+                "epoch": f"{epoch + 1}/{self.max_epoch}",
+                "iter": f"{step}/{self.steps_per_epoch}",
+                "total_iter": total,
+                "time_avg": average,
+                "time_diff": self._difference,
+                "images_per_second": self.batch_size / average,
+                "eta": format_time(eta),
+                "top1_err": means["top1_err"],
+                "top5_err": means["top5_err"],
+                **losses,
+                "lr": lr,
+                "mem": peak_memory_mb(self.device),
+            },
+        )
+        self.log.points(
+            total,
+            {
+                **{f"iteration/{name}": value for name, value in losses.items()},
+                "iteration/top1_acc": 100 - means["top1_err"],
+                "iteration/top5_acc": 100 - means["top5_err"],
+            },
+        )
+        self.log.advance(
+            f"epoch {epoch + 1}/{self.max_epoch} step {step}/{self.steps_per_epoch}  loss "
+            f"{means['loss']:.4f}  "
+            f"{self.batch_size / average:,.0f} images/s  eta {format_time(eta)}"
+        )
+
+    def train_epoch(self, means: dict[str, float], *, epoch: int, lr: float) -> None:
+        """The end of an epoch's training; `epoch` counts from 0."""
+        self.log.end_bar()
+        seconds = time.perf_counter() - self._started
+        average = seconds / max(self._steps, 1)
+        eta = average * self.steps_per_epoch * (self.max_epoch - epoch - 1)
+        self.log.stats(
+            "train_epoch",
+            {
+                "epoch": f"{epoch + 1}/{self.max_epoch}",
+                "time_avg": average,
+                "time_epoch": seconds,
+                "eta": format_time(eta),
+                "top1_err": means["top1_err"],
+                "top5_err": means["top5_err"],
+                "loss": means["loss"],
+                "lr": lr,
+                "mem": peak_memory_mb(self.device),
+            },
+        )
+        self.log.points(
+            epoch + 1,
+            {
+                "epoch/loss": means["loss"],
+                "epoch/learning_rate": lr,
+                "epoch/top1_acc": 100 - means["top1_err"],
+                "epoch/top5_acc": 100 - means["top5_err"],
+            },
+        )
+        parts = [f"cls {means['cls']:.4f}"] + [
+            f"{n} {means[n]:.4f}" for n in ("inter", "logit") if getattr(self, n)
+        ]
+        self._train_line = (
+            f"epoch {epoch + 1}/{self.max_epoch}  loss {means['loss']:.4f} ({', '.join(parts)})  "
+            f"train top-1 "
+            f"{100 - means['top1_err']:.2f} %  {self.batch_size / average:,.0f} images/s  "
+            f"{peak_memory_mb(self.device):,} MB  eta {format_time(eta)}"
+        )
+
+    def test_epoch(
+        self,
+        result: EvalResult,
+        best: dict[str, float],
+        *,
+        epoch: int,
+        seconds: float,
+        batches: int,
+        average: bool,
+    ) -> None:
+        """The end of a test during training; `average` says whether the weight average was
+        tested."""
+        self.log.stats(
+            "test_ema_epoch" if average else "test_epoch",
+            {
+                "epoch": f"{epoch + 1}/{self.max_epoch}",
+                "time_avg": seconds / batches,
+                "time_epoch": seconds,
+                "top1_err": result.top1_err,
+                "top5_err": result.top5_err,
+                "min_top1_err": best["top1_err"],
+                "min_top5_err": best["top5_err"],
+                "mem": peak_memory_mb(self.device),
+            },
+        )
+        prefix = "test_ema" if average else "test"
+        self.log.points(
+            epoch + 1,
+            {
+                f"{prefix}/top1_acc": 100 - result.top1_err,
+                f"{prefix}/top5_acc": 100 - result.top5_err,
+                f"{prefix}/max_top1_acc": 100 - best["top1_err"],
+                f"{prefix}/max_top5_acc": 100 - best["top5_err"],
+            },
+        )
+        name = f"{'EMA ' if average else ''}{self.split}"
+        accuracy, highest = 100 - result.top1_err, 100 - best["top1_err"]
+        if not self._train_line:  # training was before the run was taken up again
+            self._train_line = f"epoch {epoch + 1}/{self.max_epoch}"
+        self._train_line += f"  {name} top-1 {accuracy:.2f} % (best {highest:.2f})"
+
+    def end_epoch(self) -> None:
+        """Says the epoch's line."""
+        self.log.say(self._train_line)
+
+    def finished(
+        self, test_err: float, ema_err: float, best: dict[str, tuple[float, int]], *, count: int
+    ) -> None:
+        """The last line of a run: accuracies and where they were measured."""
+        parts = [f"last {100 - test_err:.2f} %", _best(best["test"])]
+        if "ema" in best:
+            parts += [f"EMA last {100 - ema_err:.2f} %", f"EMA {_best(best['ema'])}"]
+        told = "; ".join(f"{part} on {self.split}" for part in parts)
+        self.log.say(f"Finished {self.max_epoch} epochs. Top-1 of {count:,} images: {told}.")
+
+
+def _best(error_and_epoch: tuple[float, int]) -> str:
+    error, epoch = error_and_epoch
+    return f"best {100 - error:.2f} % (epoch {epoch})"
+
+
+def result_lines(
+    result: EvalResult, *, split: str, class_names: list[str] | None = None
+) -> list[str]:
+    """A test's result for people; with names, also each class's accuracy."""
+    lines = [
+        f"{split}: top-1 {100 - result.top1_err:.2f} %, top-5 {100 - result.top5_err:.2f} % of "
+        f"{result.count:,} images"
+    ]
+    if class_names:
+        width = max(map(len, class_names))
+        for name, count, accuracy in zip(
+            class_names, result.class_counts, result.class_top1_acc, strict=True
+        ):
+            shown = "no images" if math.isnan(accuracy) else f"{accuracy:6.2f} % of {count:,}"
+            lines.append(f"  {name:<{width}}  {shown}")
+    return lines

@@ -1,0 +1,50 @@
+"""What the tests of configs share."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+import lg
+from lg.config import flatten
+from lg.errors import ConfigError
+
+REFERENCE = Path(__file__).parents[1] / "reference"
+PUBLISHED_DEFAULTS = yaml.safe_load((REFERENCE / "config_defaults.yaml").read_text())
+PUBLISHED_CONFIGS = json.loads((REFERENCE / "original_configs.json").read_text())
+
+Write = Callable[..., Path]
+
+
+def writer(folder: Path) -> Write:
+    """What writes a config file in a folder and returns its path."""
+
+    def write_file(text: str | bytes = "", name: str = "run.yaml") -> Path:
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(text if isinstance(text, bytes) else text.encode())
+        return path
+
+    return write_file
+
+
+def fault(path: str | os.PathLike[str], *opts: Any) -> str:
+    """The message of the ConfigError that loading raises: short, on one line, no traceback."""
+    with pytest.raises(ConfigError) as caught:
+        lg.load_config(path, opts)
+    text = str(caught.value)
+    assert 0 < len(text) < 600 and "\n" not in text and "Traceback" not in text
+    # Nor does Python add one: what went wrong inside is not shown with it.
+    assert caught.value.__cause__ is None
+    assert caught.value.__context__ is None or caught.value.__suppress_context__
+    return text
+
+
+def leaf(cfg: Any, key: str) -> Any:
+    return dict(flatten(cfg))[key]

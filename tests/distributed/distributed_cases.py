@@ -1,0 +1,173 @@
+"""What several processes do together, for tests/distributed/test_world.py.
+
+`python distributed_cases.py CASE PROCESSES FOLDER`: each process leaves its number in
+FOLDER/RANK.pid and what it found in FOLDER/RANK.pt.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch.nn.parallel import DistributedDataParallel
+
+import lg
+import lg.distributed.launch
+from lg import builders, distributed
+from lg.datasets.loader import Batch, TrainBatches
+from lg.device import Precision
+from lg.step import accumulate_gradients, update_weights
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+CPU = torch.device("cpu")
+SIZES = {
+    "DEVICE": "cpu",
+    "MODEL.IMG_SIZE": 32,
+    "MODEL.NUM_CLASSES": 5,
+    "TRANSFORMER.PATCH_SIZE": [3, 3, 3],
+    "TRANSFORMER.PATCH_STRIDE": [2, 2, 2],
+    "TRANSFORMER.PATCH_PADDING": [1, 1, 1],
+    "TRANSFORMER.HIDDEN_DIM": [8, 16, 16],
+    "TRANSFORMER.DEPTH": [1, 1, 1],
+    "TRANSFORMER.NUM_HEADS": [1, 2, 2],
+    "TRANSFORMER.DROP_PATH_RATE": 0.0,
+    "CNN.DEPTH": 8,
+    "DISTILLATION.INTER_STUDENT_INDEX": [0, 1, 2],
+    "DISTILLATION.INTER_TEACHER_INDEX": [0, 1, 2],
+    "DISTILLATION.TEACHER_BN": "batch",
+    "DISTILLATION.TEACHER_WEIGHTS": None,
+    "TRAIN.SYNC_BN": True,
+    "TRAIN.BATCH_SIZE": 12,
+}
+NUM_IMAGES = 12
+
+
+def config(**changes: Any) -> Any:
+    values = SIZES | {key.replace("__", "."): value for key, value in changes.items()}
+    opts = [text for key, value in values.items() for text in (key, str(value))]
+    return lg.load_config(CONFIGS / "cvt/cvt-13_c100_ours.yaml", opts)
+
+
+def guided_run(world: distributed.World, *, accum_steps: int, precision: Precision) -> Any:
+    """CvT with BatchNorm, guided through linear heads by a ResNet with the batch's statistics."""
+    cfg = config(TRAIN__ACCUM_STEPS=accum_steps)
+    torch.manual_seed(0)
+    guided, guide, loss = builders.build_guided(cfg)
+    guided.double()
+    guide.double()
+    builders.synchronize_batch_norms(cfg, (guided, guide), world, CPU)
+    module = DistributedDataParallel(guided) if world.size > 1 else guided
+    return SimpleNamespace(
+        guided=guided,
+        module=module,
+        guide=guide,
+        loss=loss,
+        precision=precision,
+        optimizer=builders.build_optimizer(cfg, guided),
+        settings=SimpleNamespace(accum_steps=accum_steps, clip_norm=0.0),
+    )
+
+
+def share_of_batch(world: distributed.World) -> tuple[Batch, torch.Tensor]:
+    random = torch.Generator().manual_seed(1)
+    images = torch.randn(NUM_IMAGES, 3, 32, 32, generator=random, dtype=torch.float64)
+    targets = torch.rand(NUM_IMAGES, 5, generator=random, dtype=torch.float64).softmax(dim=1)
+    index, view = torch.arange(NUM_IMAGES), torch.zeros(NUM_IMAGES, 5)
+    batch = Batch(images, targets.argmax(dim=1), index, view)
+    share = slice(world.rank, NUM_IMAGES, world.size)
+    return Batch(*(column[share] for column in batch)), targets[share]
+
+
+def gradients(world: distributed.World) -> dict[str, Any]:
+    """Gradients and stored statistics after one batch, all of it at once or in two parts."""
+    found = {}
+    for accum_steps in (1, 2):
+        run = guided_run(world, accum_steps=accum_steps, precision=Precision(CPU))
+        losses, _ = accumulate_gradients(run, *share_of_batch(world))
+        found[accum_steps] = {
+            "loss": distributed.sum_over_processes(losses["loss"].clone()) / world.size,
+            "gradients": {n: p.grad for n, p in run.guided.named_parameters()},
+            "buffers": dict(run.guided.named_buffers()),
+        }
+    return found
+
+
+def overflow(world: distributed.World) -> dict[str, Any]:
+    """A step of which one process alone has a gradient that is not finite."""
+    precision = Precision(CPU)
+    precision.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    run = guided_run(world, accum_steps=1, precision=precision)
+    before = {n: p.detach().clone() for n, p in run.guided.named_parameters()}
+    batch, targets = share_of_batch(world)
+    if world.rank == world.size - 1:
+        batch.images[0, 0, 0, 0] = torch.inf
+    accumulate_gradients(run, batch, targets)
+    update_weights(run)
+    same = all(torch.equal(before[n], p) for n, p in run.guided.named_parameters())
+    return {"same": same, "scale": precision.scaler.get_scale()}
+
+
+def shares(world: distributed.World) -> dict[str, Any]:
+    """Which samples are whose, and what each draws."""
+    batches = TrainBatches(
+        num_samples=50,
+        batch_size=12,
+        seed=3,
+        max_epoch=2,
+        rank=world.rank,
+        world_size=world.size,
+    )
+    return {"keys": list(batches), "turns": turns(world)}
+
+
+def turns(world: distributed.World) -> list[float]:
+    started = time.monotonic()
+    with distributed.in_turn(world):
+        began = time.monotonic()
+        time.sleep(0.3)
+        ended = time.monotonic()
+    return [started, began, ended]
+
+
+def killed(world: distributed.World) -> dict[str, Any]:
+    """One process is gone and the others wait for it, deaf to SIGTERM."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    distributed.barrier()  # all have said who they are
+    if world.rank == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    time.sleep(600)
+    return {}
+
+
+def together(world: distributed.World) -> dict[str, Any]:
+    """The cases in which all goes well, in one start."""
+    return {each.__name__: each(world) for each in (gradients, overflow, shares)}
+
+
+CASES = {each.__name__: each for each in (together, killed)}
+
+
+def entry(case: str, folder: str) -> None:
+    torch.set_num_threads(1)
+    world = distributed.join(backend="gloo", device="cpu")
+    Path(folder, f"{world.rank}.pid").write_text(str(os.getpid()))
+    torch.save(CASES[case](world), Path(folder, f"{world.rank}.pt"))
+    distributed.leave()
+
+
+if __name__ == "__main__":
+    name, processes, where = sys.argv[1:]
+    lg.distributed.launch.GRACE = 2  # type: ignore[attr-defined]  # seconds; 10 would just take longer
+    lg.distributed.launch.launch(
+        entry,
+        (name, where),
+        num_processes=int(processes),
+        host="localhost",
+        port_range=(10000, 65000),
+    )

@@ -1,0 +1,213 @@
+"""Several processes on this machine: they compute what one computes, and end together."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import lg
+from lg import distributed, trainer
+from lg.distributed import World, in_turn, rows_of_all
+from lg.logs.log import read_json_lines
+from tests.distributed.distributed_cases import gradients
+
+HERE = Path(__file__).parent
+ROOT = HERE.parents[1]
+CONFIG = str(ROOT / "configs/digits/vit_digits_base.yaml")
+SIZES = {
+    "DEVICE": "cpu",
+    "TRANSFORMER.HIDDEN_DIM": 24,
+    "TRANSFORMER.DEPTH": 2,
+    "TRANSFORMER.NUM_HEADS": 2,
+    "OPTIM.MAX_EPOCH": 3,
+    "OPTIM.WARMUP_EPOCHS": 0,
+    "TRAIN.FRACTION": 0.2,
+    "TRAIN.BATCH_SIZE": 30,
+    "TEST.PERIOD": 1,
+    "DATA_LOADER.NUM_WORKERS": 1,
+    "LOG_PERIOD": 4,
+}
+SMALL = [str(part) for pair in SIZES.items() for part in pair]
+# One thread a process; nothing of an outer torchrun.
+ENVIRONMENT = {
+    **{k: v for k, v in os.environ.items() if not k.startswith(("RANK", "WORLD_SIZE", "LOCAL_"))},
+    "OMP_NUM_THREADS": "1",
+    "PYTHONPATH": str(ROOT),
+}
+
+
+def run(*command: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        command, env=ENVIRONMENT, cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
+
+
+def cases(name: str, size: int, folder: Path) -> subprocess.CompletedProcess[str]:
+    script = str(HERE / "distributed_cases.py")
+    return run(sys.executable, "-W", "ignore", script, name, str(size), str(folder))
+
+
+@pytest.fixture(scope="module", params=[2, 3])
+def found(request: Any, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """What each of two or three processes finds, in rank order."""
+    folder = tmp_path_factory.mktemp("together")
+    done = cases("together", request.param, folder)
+    assert done.returncode == 0, done.stderr
+    return [torch.load(folder / f"{rank}.pt") for rank in range(request.param)]
+
+
+@pytest.fixture(scope="module")
+def alone() -> dict[str, Any]:
+    return gradients(World())
+
+
+def test_gradients_are_those_of_one_process_on_the_whole_batch(
+    alone: dict[str, Any], found: list[dict[str, Any]]
+) -> None:
+    for accum_steps in (1, 2):
+        expected = alone[accum_steps]
+        assert any(name.startswith("heads.") for name in expected["gradients"])
+        for got in (each["gradients"][accum_steps] for each in found):
+            torch.testing.assert_close(got["loss"], expected["loss"], rtol=1e-12, atol=0)
+            for part in ("gradients", "buffers"):  # buffers: the stored statistics of BatchNorm
+                assert len(expected[part]) > 20
+                for name, value in expected[part].items():
+                    torch.testing.assert_close(got[part][name], value, rtol=1e-9, atol=1e-12)
+
+
+def test_an_overflow_of_one_process_is_skipped_by_all(found: list[dict[str, Any]]) -> None:
+    assert [each["overflow"] for each in found] == [{"same": True, "scale": 512.0}] * len(found)
+
+
+def test_samples_are_shared_without_overlap(found: list[dict[str, Any]]) -> None:
+    steps = list(zip(*(each["shares"]["keys"] for each in found), strict=True))
+    assert len(steps) == 2 * (50 // 12)
+    for epoch in (0, 1):
+        keys = [key for step in steps for share in step for key in share if key[0] == epoch]
+        assert len(keys) == len(set(keys)) == 48
+
+
+def test_the_main_process_goes_first_where_files_may_be_fetched(
+    found: list[dict[str, Any]],
+) -> None:
+    (_, began, ended), *others = (each["shares"]["turns"] for each in found)
+    assert ended - began >= 0.3
+    assert all(other[1] >= ended for other in others)
+
+
+def test_a_dead_process_ends_all_within_half_a_minute_with_one_line(tmp_path: Path) -> None:
+    started = time.monotonic()
+    done = cases("killed", 2, tmp_path)
+    assert time.monotonic() - started < 30  # the other is deaf to SIGTERM
+    assert done.returncode == 128 + 9
+    said = [line for line in done.stderr.splitlines() if "Error" in line]
+    assert said == [
+        "Error: process 1 was ended by SIGKILL, so all processes were stopped. Often that means "
+        "that memory ran out. The same command goes on from the last checkpoint."
+    ]
+    pids = [int(path.read_text()) for path in tmp_path.glob("*.pid")]
+    assert len(pids) == 2 and not any(Path(f"/proc/{pid}").exists() for pid in pids)
+
+
+def train(out_dir: Path, *opts: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "run_net.py", "--mode", "train", "--cfg", CONFIG, *SMALL]
+    return run(*command, "OUT_DIR", str(out_dir), "NUM_GPUS", "2", *opts)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three epochs by two processes."""
+    out_dir = tmp_path_factory.mktemp("trained")
+    done = train(out_dir)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("Finished 3 epochs. Top-1 of 597 images") == 1
+    assert "Error" not in done.stderr and "Traceback" not in done.stderr
+    return out_dir
+
+
+def test_the_main_process_alone_writes(trained: Path) -> None:
+    lines = read_json_lines(trained / "log.txt")
+    assert [line["iter"] for line in lines if line["_type"] == "train_iter"] == ["4/8", "8/8"] * 3
+    assert [line["epoch"] for line in lines if line["_type"] == "train_epoch"] == [
+        "1/3",
+        "2/3",
+        "3/3",
+    ]
+    state = torch.load(trained / "checkpoints/model_epoch_0003.pyth", weights_only=True)
+    streams = [each["torch"] for each in state["rng_state"]]
+    assert len(streams) == 2 and not torch.equal(*streams)
+
+
+def test_any_number_of_processes_tests_every_image_once(trained: Path) -> None:
+    opts = [*SMALL, "OUT_DIR", str(trained), "TEST.BATCH_SIZE", "100"]
+    command = [sys.executable, "run_net.py", "--mode", "test", "--cfg", CONFIG, *opts]
+    alone = trainer.test(lg.load_config(CONFIG, opts))
+    assert alone.count == 597
+    said = run(*command, "NUM_GPUS", "3").stdout.splitlines()
+    told = [line for line in said if not line.startswith("[Gloo]")]  # older ones speak up
+    assert told == [
+        f"digits/test: top-1 {100 - alone.top1_err:.2f} %, top-5 {100 - alone.top5_err:.2f} % of "
+        "597 images"
+    ]
+
+
+def test_another_number_of_processes_goes_on_and_says_what_that_means(
+    trained: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    opts = ["OUT_DIR", str(trained), "OPTIM.MAX_EPOCH", "4"]
+    trainer.train(lg.load_config(CONFIG, [*SMALL, *opts]))
+    said = capsys.readouterr()
+    assert "Going on after 3 epochs of 4." in said.out
+    assert "Warning: The run had 2 processes, now 1: it goes on, not bit for bit." in said.err
+
+
+def test_a_loss_that_is_not_finite_stops_all_with_one_line(tmp_path: Path) -> None:
+    done = train(tmp_path, "OPTIM.BASE_LR", "1e30")
+    assert done.returncode == 1
+    said = done.stderr.strip().splitlines()
+    assert len(said) == 1
+    assert re.match(r"Error: The loss is not finite in epoch 1, step \d: loss = nan", said[0])
+
+
+def test_torchrun_goes_on_after_a_worker_was_killed(trained: Path, tmp_path: Path) -> None:
+    """One of the first two processes is killed in the third epoch; torchrun starts two others."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
+    meet = ["--standalone", "--local-addr", "127.0.0.1", "--max-restarts", "1"]
+    script = [str(HERE / "killed_once.py"), CONFIG, str(tmp_path), *SMALL]
+    done = run(*torchrun, *meet, *script)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("Going on after 2 epochs of 3.") == 1
+    killed, undisturbed = (
+        torch.load(folder / "checkpoints/model_epoch_0003.pyth", weights_only=True)
+        for folder in (tmp_path, trained)
+    )
+    for name, value in undisturbed["model_state"].items():
+        assert torch.equal(value, killed["model_state"][name]), name
+
+
+def test_a_world_of_one_needs_nobody() -> None:
+    rows = torch.arange(6.0).reshape(2, 3)
+    assert rows_of_all(rows) == [rows]
+    with in_turn(World()):
+        assert np.isfinite(rows.numpy()).all()
+
+
+def test_gloo_takes_the_network_that_leads_to_the_other_machines(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    on_linux = sys.platform.startswith("linux")
+    monkeypatch.delenv("GLOO_SOCKET_IFNAME", raising=False)
+    distributed.world._choose_interface("127.0.0.1")
+    assert os.environ.pop("GLOO_SOCKET_IFNAME", None) == ("lo" if on_linux else None)
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "mine")
+    distributed.world._choose_interface("127.0.0.1")
+    assert os.environ["GLOO_SOCKET_IFNAME"] == "mine"

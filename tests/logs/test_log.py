@@ -1,0 +1,260 @@
+"""Logs: lines that machines read, and who writes them."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+
+from lg.logs.log import RunLog, format_time, json_line, read_json_lines
+from tests.fault_cases import files_up_to
+
+
+def test_a_line_is_sorted_json_with_its_kind() -> None:
+    line = json_line("train_iter", {"b": 1, "a": "x", "c": [True, None]})
+    assert line == 'json_stats: {"_type": "train_iter", "a": "x", "b": 1, "c": [true, null]}'
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (12.3456789, "12.3457"),
+        (100.0, "100.0000"),
+        (1.0, "1.0000"),
+        (0.0, "0.0000"),
+        (0.123456, "0.1235"),
+        (-2.00006, "-2.0001"),
+        (5e-6, "0.000005"),
+        (1.23456e-9, "1.235E-9"),
+        (123456.789, "123456.7890"),
+        (7, "7"),
+        (True, "true"),
+    ],
+)
+def test_floats_keep_the_digits_worth_keeping(value: float, text: str) -> None:
+    line = json_line("t", {"x": value, "deep": {"y": [value, (value,)]}})
+    wanted = f'{{"_type": "t", "deep": {{"y": [{text}, [{text}]]}}, "x": {text}}}'
+    assert line == f"json_stats: {wanted}"
+    assert json.loads(wanted)["x"] == pytest.approx(value, abs=5.1e-5, rel=1e-3)
+
+
+def test_what_json_has_no_number_for_is_null() -> None:
+    line = json_line("t", {"a": math.nan, "b": [math.inf, -math.inf]})
+    assert line == 'json_stats: {"_type": "t", "a": null, "b": [null, null]}'
+
+
+def test_a_log_is_appended_to_and_its_stats_read_back_in_order(tmp_path: Path) -> None:
+    for run in range(2):
+        log = RunLog(tmp_path / "out", console=False)
+        log.say(f"run {run}: é {{")
+        log.stats("train_epoch", {"epoch": f"{run + 1}/2", "loss": 1.5 + run})
+        log.stats("test_epoch", {"epoch": f"{run + 1}/2"})
+        log.close()
+        log.say("after the end")
+        log.close()
+    lines = (tmp_path / "out" / "log.txt").read_text(encoding="utf-8").splitlines()
+    assert lines[0] == "run 0: é {" and lines[3] == "run 1: é {" and len(lines) == 6
+    assert read_json_lines(tmp_path / "out" / "log.txt") == [
+        {"_type": "train_epoch", "epoch": "1/2", "loss": 1.5},
+        {"_type": "test_epoch", "epoch": "1/2"},
+        {"_type": "train_epoch", "epoch": "2/2", "loss": 2.5},
+        {"_type": "test_epoch", "epoch": "2/2"},
+    ]
+
+
+def test_each_line_is_in_the_file_at_once(tmp_path: Path) -> None:
+    log = RunLog(tmp_path, console=False)
+    log.stats("t", {"a": 1})
+    assert read_json_lines(tmp_path / "log.txt") == [{"_type": "t", "a": 1}]
+    log.close()
+
+
+def test_only_the_enabled_process_speaks_and_writes(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    log = RunLog(tmp_path / "out", enabled=False)
+    log.open_board(1)
+    log.start_bar("epoch", total=3)
+    log.say("a"), log.warn("b"), log.write("c"), log.stats("t", {"d": 1}), log.points(1, {"e": 2})
+    log.advance("f")
+    log.end_bar()
+    log.close()
+    assert not (tmp_path / "out").exists()
+    assert capsys.readouterr() == ("", "")
+
+
+def test_who_hears_what(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    log = RunLog(tmp_path)
+    log.say("said"), log.warn("warned"), log.write("written"), log.stats("t", {})
+    log.advance(), log.advance("a summary")
+    log.close()
+    assert capsys.readouterr() == ("said\na summary\n", "Warning: warned\n")
+    text = (tmp_path / "log.txt").read_text()
+    assert text == 'said\nWarning: warned\nwritten\njson_stats: {"_type": "t"}\n'
+    quiet = RunLog(tmp_path, console=False, file_name="quiet.txt")
+    quiet.say("said"), quiet.warn("warned"), quiet.advance("a summary")
+    quiet.close()
+    assert capsys.readouterr() == ("", "")
+    assert (tmp_path / "quiet.txt").read_text() == "said\nWarning: warned\n"
+
+
+def test_text_that_is_no_unicode_does_not_stop_a_run(tmp_path: Path) -> None:
+    log = RunLog(tmp_path, console=False)
+    log.say("a folder named \udcff")
+    log.close()
+    assert (tmp_path / "log.txt").read_text() == "a folder named \\udcff\n"
+
+
+@pytest.mark.parametrize("how", ["removed", "rotated", "its folder removed"])
+def test_a_log_that_is_gone_is_opened_again(tmp_path: Path, how: str) -> None:
+    path = tmp_path / "run" / "log.txt"
+    log = RunLog(path.parent, console=False)
+    log.say("before")
+    if how == "its folder removed":
+        shutil.rmtree(path.parent)
+    elif how == "rotated":
+        path.rename(path.with_name("log.txt.1"))
+        path.write_text("of another hand\n")
+    else:
+        path.unlink()
+    log.say("after"), log.say("more")
+    log.close()
+    kept = "of another hand\n" if how == "rotated" else ""
+    assert path.read_text() == f"{kept}after\nmore\n"
+    if how == "rotated":
+        assert path.with_name("log.txt.1").read_text() == "before\n"
+
+
+def test_a_full_disk_is_told_once_and_stops_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    log = RunLog(tmp_path, console=False)
+    log.open_board(0)
+    with files_up_to(330):
+        for step in range(20):
+            log.stats("t", {"step": step}), log.points(step, {"loss": 1.0})
+    log.stats("t", {"step": 20}), log.points(20, {"loss": 1.0})  # there is room again
+    log.close()
+    out, err = capsys.readouterr()
+    assert out == "" and sorted(err.splitlines()) == [
+        f"Warning: {what} cannot be written (File too large); parts will be missing, and training "
+        "goes on."
+        for what in (tmp_path / "log.txt", "TensorBoard curves")
+    ]
+    lines = [json.loads(x[12:]) for x in (tmp_path / "log.txt").read_text().splitlines()]
+    assert [x["step"] for x in lines] == [*range(8), 20]  # none is cut
+    steps = [step for step, _ in scalars(tmp_path, "loss")]
+    assert 1 < len(steps) < 12 and steps == [*range(len(steps) - 1), 20]
+
+
+def test_a_log_that_cannot_be_opened_stops_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    log = RunLog(tmp_path / "file" / "run")
+    log.open_board(0)
+    log.say("said"), log.stats("t", {}), log.points(1, {"a": 1.0})
+    log.close()
+    out, err = capsys.readouterr()
+    assert out == "said\n" and len(err.splitlines()) == 2
+    assert err.count("cannot be written (Not a directory)") == 2
+
+
+def test_a_terminal_that_is_gone_stops_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Gone:
+        def write(self, text: str) -> int:
+            raise OSError(5, "Input/output error")
+
+        def flush(self) -> None:
+            raise OSError(5, "Input/output error")
+
+        def isatty(self) -> bool:
+            return True
+
+    log = RunLog(tmp_path)
+    for name in ("stdout", "stderr"):
+        monkeypatch.setattr(sys, name, Gone())
+    log.say("said"), log.warn("warned"), log.advance("a summary")
+    log.start_bar("epoch", total=2)
+    log.advance("a summary"), log.advance(), log.end_bar()
+    log.close()
+    assert (tmp_path / "log.txt").read_text() == "said\nWarning: warned\n"
+
+
+def test_a_cut_line_stands_alone(tmp_path: Path) -> None:
+    (tmp_path / "log.txt").write_text('json_stats: {"_type": "t", "a": 1}\njson_stats: {"_ty')
+    for _ in range(2):
+        log = RunLog(tmp_path, console=False)
+        log.stats("t", {"a": 2})
+        log.close()
+    assert [x["a"] for x in read_json_lines(tmp_path / "log.txt")] == [1, 2, 2]
+    assert len((tmp_path / "log.txt").read_text().splitlines()) == 4
+
+
+def test_nothing_of_the_environment_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LG_TEST_TOKEN", "a-secret-of-the-user")
+    log = RunLog(tmp_path, console=False)
+    log.open_board(0)
+    log.say("start"), log.warn("w"), log.stats("cfg", {"a": {"b": 1}}), log.points(1, {"x": 1.0})
+    log.close()
+    files = [p for p in tmp_path.rglob("*") if p.is_file()]
+    assert len(files) == 2
+    for path in files:
+        assert b"LG_TEST" not in path.read_bytes() and b"a-secret" not in path.read_bytes()
+
+
+def scalars(out_dir: Path, tag: str) -> list[tuple[int, float]]:
+    """The points of a curve, as TensorBoard reads them."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    board = EventAccumulator(str(out_dir / "tensorboard"))
+    board.Reload()
+    return [(event.step, event.value) for event in board.Scalars(tag)]
+
+
+def test_tensorboard_hides_what_a_resumed_run_does_again(tmp_path: Path) -> None:
+    for first, last, value in ((0, 4, 1.0), (3, 6, 2.0)):
+        log = RunLog(tmp_path, console=False)
+        log.open_board(first)
+        for step in range(first, last):
+            log.points(step, {"iteration/loss": value, "test/top1_acc": 10 * value})
+        assert len(scalars(tmp_path, "iteration/loss")) == last  # though it may yet be killed
+        log.close()
+    for tag, factor in (("iteration/loss", 1), ("test/top1_acc", 10)):
+        wanted = [(0, 1.0), (1, 1.0), (2, 1.0), (3, 2.0), (4, 2.0), (5, 2.0)]
+        assert scalars(tmp_path, tag) == [(step, value * factor) for step, value in wanted]
+
+
+def test_curves_go_on_when_their_folder_is_removed(tmp_path: Path) -> None:
+    log = RunLog(tmp_path, console=False)
+    log.open_board(1)
+    log.points(1, {"loss": 1.0})
+    shutil.rmtree(tmp_path / "tensorboard")
+    log.points(2, {"loss": 2.0}), log.points(3, {"loss": 3.0})
+    log.close()
+    assert scalars(tmp_path, "loss") == [(2, 2.0), (3, 3.0)]
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (0.4, "0s"),
+        (5, "5s"),
+        (59.6, "1m 00s"),
+        (184, "3m 04s"),
+        (3599.7, "1h 00m"),
+        (7380, "2h 03m"),
+        (86400 + 2 * 3600 + 180, "1d 02h 03m"),
+        (40 * 86400, "40d 00h 00m"),
+    ],
+)
+def test_times_read_well(seconds: float, text: str) -> None:
+    assert format_time(seconds) == text

@@ -1,8 +1,8 @@
 """Processes: who am I, how many are we, what we exchange, and how all end when one does.
 
 The world comes from torchrun's (or a cluster job's) environment, or from `lg.distributed.launch`.
-The store, through which processes find each other, belongs to the launcher and so outlives them. The
-first process that fails records it there, and only that process reports the error.
+The store, through which processes find each other, belongs to the launcher and so outlives them.
+The first process that fails records it there, and only that process reports the error.
 """
 
 from __future__ import annotations

@@ -80,7 +80,8 @@ def compare(args: argparse.Namespace, config: str, opts: list[str]) -> dict[str,
     roots = [str(ROOT), *args.against]
     servers = {}
     for root in roots:
-        command = [sys.executable, __file__, "--serve", "--cfg", str(Path(config).resolve())]
+        script = Path(root).resolve() / "benchmarks/throughput.py"  # knows that checkout's modules
+        command = [sys.executable, str(script), "--serve", "--cfg", str(Path(config).resolve())]
         command += ["--steps", str(args.steps), "--opts", *opts]
         environment = {**os.environ, "PYTHONPATH": str(Path(root).resolve())}
         servers[root] = subprocess.Popen(

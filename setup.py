@@ -1,4 +1,4 @@
-"""Installs `lg`; what it needs stands in requirements.txt alone."""
+"""Install `lg`. Dependencies are listed in requirements.txt only."""
 
 from pathlib import Path
 

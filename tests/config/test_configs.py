@@ -222,10 +222,10 @@ def test_a_config_says_what_it_costs(name: str) -> None:
     lines = (CONFIGS / name).read_text(encoding="utf-8").splitlines()
     cost = next(line for line in lines if line.startswith("# Cost: "))
     if model == "convit-ti":  # more on CUDA, where its two attentions act on the values apart
-        cost = cost.replace(" (1.33 on CUDA)", "")
+        cost = cost.replace("; 1.33 on CUDA", "")
     guide = f"; the guide adds {giga_macs('r-56')} GMACs" if kind == ["ours"] else ""
     assert cost == (
-        f"# Cost: {giga_macs(model)} GMACs an image forward, {load(name).OPTIM.MAX_EPOCH} epochs "
+        f"# Cost: {giga_macs(model)} GMACs per image (forward), {load(name).OPTIM.MAX_EPOCH} epochs "
         f"of {DATA[data][2]:,} images{guide}."
     )
 

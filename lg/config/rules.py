@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 from lg.config.defaults import DEFAULTS
 
@@ -19,37 +19,15 @@ MODEL_TYPES = ("DeiT", "T2TViT", "PiT", "PVT", "PVTv2", "ConViT", "CvT", "ResNet
 DATASET_NAMES = ("digits", "cifar100", "flowers", "tiny_imagenet", "chaoyang", "image_folder")
 
 
-class Family(NamedTuple):
-    """What a family of models takes from the config.
-
-    Attributes:
-        one: Keys of TRANSFORMER that hold one value.
-        stages: Keys of TRANSFORMER that hold one value a stage; one for all stages is fine too,
-            except for HIDDEN_DIM, which says how many stages there are.
-        section: The family's own section, if it has one.
-    """
-
-    one: tuple[str, ...] = ()
-    stages: tuple[str, ...] = ()
-    section: str | None = None
-
-
-_RATES = ("DROP_RATE", "DROP_PATH_RATE", "ATTENTION_DROP_RATE")
-_SHAPE = ("HIDDEN_DIM", "DEPTH", "NUM_HEADS")
-_PLAIN = ("PATCH_SIZE", *_SHAPE, "MLP_RATIO", *_RATES)
-FAMILIES: dict[str, Family] = {
-    "DeiT": Family(one=_PLAIN),
-    "T2TViT": Family(one=_PLAIN, section="T2T"),
-    "PiT": Family(one=("PATCH_SIZE", "MLP_RATIO", *_RATES), stages=_SHAPE, section="PIT"),
-    "PVT": Family(one=_RATES, stages=("PATCH_SIZE", *_SHAPE, "MLP_RATIO"), section="PVT"),
-    "PVTv2": Family(
-        one=_RATES, stages=("PATCH_SIZE", "PATCH_STRIDE", *_SHAPE, "MLP_RATIO"), section="PVT"
-    ),
-    "ConViT": Family(one=_PLAIN, section="CONVIT"),
-    "CvT": Family(
-        stages=("PATCH_SIZE", "PATCH_STRIDE", "PATCH_PADDING", *_SHAPE, "MLP_RATIO", *_RATES),
-        section="CVT",
-    ),
+# Keys of TRANSFORMER and whole sections that only some families read.
+READERS: dict[str, tuple[str, ...]] = {
+    "TRANSFORMER.PATCH_STRIDE": ("PVTv2", "CvT"),
+    "TRANSFORMER.PATCH_PADDING": ("CvT",),
+    "T2T": ("T2TViT",),
+    "PIT": ("PiT",),
+    "PVT": ("PVT", "PVTv2"),
+    "CONVIT": ("ConViT",),
+    "CVT": ("CvT",),
 }
 
 _COUNTS = ("PATCH_SIZE", "PATCH_STRIDE", "PATCH_PADDING", "HIDDEN_DIM", "DEPTH", "NUM_HEADS")
@@ -233,22 +211,12 @@ def _compares_images(v: Values) -> bool:
 _OFFLINE = "DISTILLATION.OFFLINE"
 _TIMM_IGNORES = [f"TRANSFORMER.{k}" for k in (*_COUNTS, "MLP_RATIO", "ATTENTION_DROP_RATE")]
 _CNN_KEYS = [f"{section}.{key}" for section in ("CNN", "RESNET") for key in DEFAULTS[section]]
-# key of a family's own section -> the families that read it
+# key -> the families that read it
 _OWN_KEYS = {
-    f"{section}.{key}": [name for name, family in FAMILIES.items() if family.section == section]
-    for section in ("T2T", "PIT", "PVT", "CONVIT", "CVT")
-    for key in DEFAULTS[section]
+    key: families
+    for name, families in READERS.items()
+    for key in ([name] if "." in name else [f"{name}.{k}" for k in DEFAULTS[name]])
 }
-
-
-def _ignored_by_family(v: Values, key: str) -> bool:
-    """Whether a key of TRANSFORMER is set that the model's family does not read."""
-    family = FAMILIES.get(v["MODEL.TYPE"])
-    return family is not None and v[key] is not None and not _reads(family, key)
-
-
-def _reads(family: Family, key: str) -> bool:
-    return key.removeprefix("TRANSFORMER.") in (*family.one, *family.stages)
 
 
 def _default(key: str) -> Any:
@@ -312,17 +280,6 @@ COMBINATIONS: list[tuple[str, Callable[[Values], bool], str | Callable[[Values],
         )
         for key in _TIMM_IGNORES
     ),
-    *(
-        (
-            key,
-            lambda v, key=key: _ignored_by_family(v, key),
-            lambda v, key=key: (
-                f"MODEL.TYPE {v['MODEL.TYPE']} does not read it: set it to null. It serves "
-                f"{', '.join(n for n, family in FAMILIES.items() if _reads(family, key))}."
-            ),
-        )
-        for key in ("TRANSFORMER.PATCH_STRIDE", "TRANSFORMER.PATCH_PADDING")
-    ),
     (
         "TRANSFORMER.LN_EPS",
         lambda v: (
@@ -348,8 +305,8 @@ COMBINATIONS: list[tuple[str, Callable[[Values], bool], str | Callable[[Values],
                 v["MODEL.TYPE"] not in users and v[key] != _default(key)
             ),
             lambda v, key=key, users=users: (
-                f"only MODEL.TYPE {' and '.join(users)} has such a setting: leave it at "
-                f"{_default(key)}."
+                f"only MODEL.TYPE {' and '.join(users)} reads it: leave it at "
+                f"{'null' if _default(key) is None else _default(key)}."
             ),
         )
         for key, users in _OWN_KEYS.items()

@@ -119,7 +119,7 @@ CNN_OF_NO_USE: dict[str, tuple[Any, str]] = {
 }
 # A value of each key that belongs to one family, and the advice to any other.
 OTHER_FAMILY: dict[str, tuple[Any, str]] = {
-    "T2T.TOKEN_DIM": (32, "only MODEL.TYPE T2TViT has such a setting: leave it at 64"),
+    "T2T.TOKEN_DIM": (32, "only MODEL.TYPE T2TViT reads it: leave it at 64"),
     "T2T.KERNEL_SIZE": ([5, 3], "T2TViT"),
     "T2T.STRIDE": ([2, 2], "T2TViT"),
     "T2T.PADDING": ([1, 1], "T2TViT"),
@@ -151,10 +151,10 @@ BROKEN: list[tuple[dict[str, Any], str]] = [
         ({"MODEL.TYPE": "timm/resnet18", key: 0.5 if key.endswith("RATE") else 2}, "leave it out")
         for key in TIMM_IGNORES
     ),
-    ({"MODEL.TYPE": "DeiT", "TRANSFORMER.PATCH_STRIDE": 4}, "It serves PVTv2, CvT."),
-    ({"MODEL.TYPE": "PVTv2", "TRANSFORMER.PATCH_PADDING": [1]}, "It serves CvT."),
     ({"MODEL.TYPE": "timm/resnet18", "TRANSFORMER.LN_EPS": 1e-3}, "its norms by its name"),
     *(({"MODEL.TYPE": "DeiT", key: value}, said) for key, (value, said) in CNN_OF_NO_USE.items()),
+    ({"MODEL.TYPE": "DeiT", "TRANSFORMER.PATCH_STRIDE": 4}, "only MODEL.TYPE PVTv2 and CvT reads"),
+    ({"MODEL.TYPE": "PVTv2", "TRANSFORMER.PATCH_PADDING": [1]}, "CvT reads it: leave it at null."),
     *(({"MODEL.TYPE": "DeiT", key: value}, said) for key, (value, said) in OTHER_FAMILY.items()),
     ({"DISTILLATION.ENABLE_INTER": True}, "at least one block"),
     ({**INTER, "DISTILLATION.INTER_TEACHER_INDEX": [0]}, "which has 2 entries"),

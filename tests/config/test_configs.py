@@ -225,8 +225,8 @@ def test_a_config_says_what_it_costs(name: str) -> None:
         cost = cost.replace("; 1.33 on CUDA", "")
     guide = f"; the guide adds {giga_macs('r-56')} GMACs" if kind == ["ours"] else ""
     assert cost == (
-        f"# Cost: {giga_macs(model)} GMACs per image (forward), {load(name).OPTIM.MAX_EPOCH} epochs "
-        f"of {DATA[data][2]:,} images{guide}."
+        f"# Cost: {giga_macs(model)} GMACs per image (forward), {load(name).OPTIM.MAX_EPOCH} "
+        f"epochs of {DATA[data][2]:,} images{guide}."
     )
 
 

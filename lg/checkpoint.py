@@ -18,7 +18,6 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import safetensors.torch
 import torch
 from torch import Tensor, nn
@@ -26,6 +25,7 @@ from torch import Tensor, nn
 from lg.errors import CheckpointError
 from lg.files.atomic import TEMPORARY, write_atomically
 from lg.files.atomic import remove_leftovers as remove_leftovers
+from lg.files.safe_pickle import NUMBERS
 from lg.models.published import load_published_state_dict
 from lg.paths import local_path
 
@@ -50,16 +50,6 @@ _WAYS = {
     errno.EISDIR: "move away the folder of that name",
     errno.EIO: "check the disk",
 }
-
-# What a NumPy number in a file is made of, such as an error rate in a published one: none of these
-# does more than hold bytes. NumPy 1 and 2 name the first one differently.
-_NUMBER = np.float64(0).__reduce__()[0]
-_NUMPY_NUMBERS: list[Any] = [
-    (_NUMBER, "numpy.core.multiarray.scalar"),
-    (_NUMBER, "numpy._core.multiarray.scalar"),
-    np.dtype,
-    *(type(np.dtype(kind)) for kind in ("f2", "f4", "f8", "i4", "i8")),
-]
 
 
 def read_checkpoint(path: str | os.PathLike[str], *, cache: str = DEFAULT_CACHE) -> dict[str, Any]:
@@ -86,7 +76,8 @@ def read_checkpoint(path: str | os.PathLike[str], *, cache: str = DEFAULT_CACHE)
         if name.endswith(".safetensors"):
             state: Any = safetensors.torch.load_file(file)
         else:
-            with torch.serialization.safe_globals(_NUMPY_NUMBERS):
+            numbers: list[Any] = [(stand_in, name) for name, stand_in in NUMBERS.items()]
+            with torch.serialization.safe_globals(numbers):
                 state = torch.load(file, map_location="cpu", weights_only=True)
     except CheckpointError:
         raise

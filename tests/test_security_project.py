@@ -123,7 +123,7 @@ def test_the_source_has_no_call_that_runs_files() -> None:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
         if isinstance(node, ast.Call) and is_dangerous(node)
     }
-    assert found == SAFE | {"lg/datasets/safe_pickle.py: pickle.UnpicklingError"}
+    assert found == SAFE | {"lg/files/safe_pickle.py: pickle.UnpicklingError"}
 
 
 # --- Dependencies ------------------------------------------------------------------------------

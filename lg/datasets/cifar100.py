@@ -15,8 +15,8 @@ from PIL import Image
 
 from lg.datasets.base import ImageDataset, resolve_split
 from lg.datasets.files import fetch, require
-from lg.datasets.safe_pickle import load_table
 from lg.errors import DataError
+from lg.files.safe_pickle import load_table
 
 FOLDER = "cifar-100-python"
 ADDRESS = "https://www.cs.toronto.edu/~kriz/cifar-100-python.tar.gz"

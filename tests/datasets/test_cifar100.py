@@ -14,8 +14,8 @@ import pytest
 
 from lg.datasets import build_dataset
 from lg.datasets.cifar100 import CIFAR100
-from lg.datasets.safe_pickle import _STAND_INS
 from lg.errors import DataError
+from lg.files.safe_pickle import ARRAYS
 
 NAMES = ["apple", "bear", "cup"]
 LABELS = [2, 0, 1, 1]
@@ -177,7 +177,7 @@ def test_stand_ins_cannot_be_altered(tmp_path: Path) -> None:
         write(tmp_path, b"\x80\x02c" + name + b"\nN}X\x01\x00\x00\x00xK\x01s\x86b.")
         with pytest.raises(DataError, match="train: this is not the expected"):
             CIFAR100(tmp_path, "train")
-    assert not any(hasattr(stand_in, "x") for stand_in in _STAND_INS.values())
+    assert not any(hasattr(stand_in, "x") for stand_in in ARRAYS.values())
     check(CIFAR100(write(tmp_path), "train"))
 
 

@@ -1,8 +1,8 @@
-"""Read pickled tables of arrays without running what is in them.
+"""The allow-list of pickled files: what a table of arrays or a checkpoint may name.
 
-A pickle is a program that calls what it names. Here it gets stand-ins for the four things that a
-table of NumPy arrays names, and nothing else. NumPy's own functions are not among them: a pickle
-can hand them dtypes that make them take bytes for object pointers.
+A pickle is a program that calls what it names. Each name on the list is replaced by a stand-in that
+only holds bytes. NumPy's own functions are not used: a pickle can pass them dtypes that make them
+interpret bytes as object pointers.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class _Dtype(_Sealed):
     def __init__(self, code: str | bytes, align: object = False, copy: object = True) -> None:
         self.code = _text(code)
         self.order = "|"
-        if self.code not in ("u1", "i1", "u2", "i2", "u4", "i4", "u8", "i8", "f4", "f8"):
+        if self.code not in ("f2", "u1", "i1", "u2", "i2", "u4", "i4", "u8", "i8", "f4", "f8"):
             raise pickle.UnpicklingError(f"an array of dtype {self.code!r}")
 
     def __setstate__(self, state: Any) -> None:
@@ -68,6 +68,12 @@ class _Array(_Sealed):
         return flat.reshape(self.shape, order="F" if self.column_order else "C")
 
 
+def _scalar(dtype: _Dtype, content: str | bytes) -> int | float:
+    """Replace NumPy's function of this name, which makes a single number."""
+    raw = content.encode("latin1") if isinstance(content, str) else content
+    return np.frombuffer(raw, dtype.build(), count=1).item()
+
+
 class _Buffer(_Sealed):
     """In place of _frombuffer, which makes arrays in pickles of protocol 5."""
 
@@ -90,15 +96,20 @@ class _Encode(_Sealed):
         return text.encode("latin1")
 
 
-_STAND_INS: dict[tuple[str, str], type] = {
-    ("numpy", "ndarray"): _Array,
-    ("numpy", "dtype"): _Dtype,
-    ("_codecs", "encode"): _Encode,
-    # Before and since NumPy 2
-    ("numpy.core.multiarray", "_reconstruct"): _Array,
-    ("numpy._core.multiarray", "_reconstruct"): _Array,
-    ("numpy.core.numeric", "_frombuffer"): _Buffer,
-    ("numpy._core.numeric", "_frombuffer"): _Buffer,
+# NumPy 1 and NumPy 2 use different module names.
+NUMBERS: dict[str, Any] = {
+    "numpy.dtype": _Dtype,
+    "numpy.core.multiarray.scalar": _scalar,
+    "numpy._core.multiarray.scalar": _scalar,
+}
+ARRAYS: dict[str, Any] = {
+    "numpy.dtype": _Dtype,
+    "numpy.ndarray": _Array,
+    "numpy.core.multiarray._reconstruct": _Array,
+    "numpy._core.multiarray._reconstruct": _Array,
+    "numpy.core.numeric._frombuffer": _Buffer,
+    "numpy._core.numeric._frombuffer": _Buffer,
+    "_codecs.encode": _Encode,
 }
 
 
@@ -108,9 +119,10 @@ class _Refused(Exception):
 
 class _TableUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
-        if (module, name) not in _STAND_INS:
-            raise _Refused(f"{module}.{name}")
-        return _STAND_INS[module, name]
+        full_name = f"{module}.{name}"
+        if full_name not in ARRAYS:
+            raise _Refused(full_name)
+        return ARRAYS[full_name]
 
 
 def load_table(path: Path, keys: Sequence[str]) -> dict[str, Any]:

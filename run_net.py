@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Train, test, time or look at a model that a config describes.
+"""Train, test or inspect the model that a config describes.
 
 python run_net.py --mode train --cfg configs/digits/vit_digits_base.yaml
 python run_net.py --mode test  --cfg configs/digits/vit_digits_base.yaml TEST.PER_CLASS True
@@ -17,22 +17,29 @@ from typing import TYPE_CHECKING
 
 from lg.errors import StuckError, UserError
 
-if TYPE_CHECKING:  # torch is imported when there is something to do, so that --help is quick
+if TYPE_CHECKING:  # torch is imported by the functions that need it, so that --help is fast
     from yacs.config import CfgNode
+
+MODES = {
+    "train": "train, resuming from the last checkpoint in OUT_DIR",
+    "test": "test TEST.WEIGHTS, by default the best weights in OUT_DIR",
+    "time": "measure the parts of a training step",
+    "info": "print model size, cost, and which blocks imitate which; needs no data or weights",
+    "doctor": "check images, labels, guide, memory and disk before training",
+}
+_LAUNCHED = ("train", "test", "time")  # modes that run in several processes
 
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
         "--mode",
         required=True,
-        choices=("train", "test", "time", "info", "doctor"),
-        help="train: from the last checkpoint if there is one; test: TEST.WEIGHTS; time: parts of "
-        "a step; info: size, cost, and which blocks imitate what; no data or weights needed; "
-        "doctor: what would go wrong (images, labels, guide, memory, disk), before it does",
+        choices=tuple(MODES),
+        help="; ".join(f"{mode}: {text}" for mode, text in MODES.items()),
     )
     parser.add_argument("--cfg", required=True, metavar="FILE", help="a YAML config, see configs/")
     parser.add_argument(
@@ -45,16 +52,19 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def run(mode: str, cfg: CfgNode) -> None:
-    """What each process does; a fault that a user can mend ends it with one line."""
+    """Run a mode in this process; report an error and exit with its status."""
     from lg import errors, trainer
     from lg.signals import Interrupted
+    from lg.tools.doctor import doctor
+    from lg.tools.info import info
+    from lg.tools.timing import time_steps
 
     modes = {
         "train": trainer.train,
         "test": trainer.test,
-        "time": trainer.time_steps,
-        "info": trainer.info,
-        "doctor": trainer.doctor,
+        "time": time_steps,
+        "info": info,
+        "doctor": doctor,
     }
     try:
         modes[mode](cfg)
@@ -69,33 +79,42 @@ def run(mode: str, cfg: CfgNode) -> None:
             mixed=cfg.TRAIN.MIXED_PRECISION,
         )
         if isinstance(error, StuckError):
-            os._exit(1)  # the thread that waits for the image cannot be ended otherwise
+            os._exit(1)  # the thread that waits for the image never ends
         sys.exit(1)
 
 
+def start(mode: str, cfg: CfgNode) -> None:
+    """Run a mode: in this process, in one process per GPU, or as a cluster job."""
+    if mode in _LAUNCHED and cfg.LAUNCH.MODE != "local":
+        from lg.builders import build_resources
+        from lg.distributed.cluster import submit
+
+        folder, resources = f"{cfg.OUT_DIR}/jobs", build_resources(cfg)
+        line = submit(run, (mode, cfg), mode=cfg.LAUNCH.MODE, folder=folder, resources=resources)
+        print(line)
+        return
+    from lg.distributed.launch import launch
+
+    launch(
+        run,
+        (mode, cfg),
+        num_processes=cfg.NUM_GPUS if mode in _LAUNCHED else 1,
+        host=cfg.HOST,
+        port_range=(cfg.PORT_RANGE[0], cfg.PORT_RANGE[1]),
+    )
+
+
 def main() -> None:
+    """Run the command line: exit with 1 after an error, 128 + number after a signal."""
     args = parse_args()
     from lg.config import load_config
 
     try:
-        cfg = load_config(args.cfg, args.opts)
-        work = (run, (args.mode, cfg))
-        if cfg.LAUNCH.MODE != "local" and args.mode in ("train", "test", "time"):
-            from lg.builders import build_resources
-            from lg.distributed.cluster import submit
-
-            folder, asked = f"{cfg.OUT_DIR}/jobs", build_resources(cfg)
-            print(submit(*work, mode=cfg.LAUNCH.MODE, folder=folder, resources=asked))
-            return
-        from lg.distributed.launch import launch
-
-        ports = (cfg.PORT_RANGE[0], cfg.PORT_RANGE[1])
-        count = 1 if args.mode in ("info", "doctor") else cfg.NUM_GPUS
-        launch(*work, num_processes=count, host=cfg.HOST, port_range=ports)
+        start(args.mode, load_config(args.cfg, args.opts))
     except (UserError, OSError) as error:
-        # Under torchrun all processes come here; one says it.
+        # Every process that torchrun started gets here; the first one reports the error.
         sys.exit(f"Error: {error}" if os.environ.get("RANK", "0") == "0" else 1)
-    except KeyboardInterrupt:  # before training took over the signal, or after
+    except KeyboardInterrupt:  # outside training, which handles the signal itself
         sys.exit(130)
 
 

@@ -156,8 +156,7 @@ class Watch:
             step(run)
 
         trainer.train_epoch = train_epoch
-        self.inside(trainer, "accumulate_gradients", "step")
-        self.inside(trainer, "update_weights", "step")
+        self.inside(trainer, "train_step", "step")
         for name in ("stats", "points", "say"):
             self.inside(RunLog, name, "log")
         self.inside(checkpoint, "write_atomically", "save")

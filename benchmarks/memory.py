@@ -103,23 +103,20 @@ def plain_steps(cfg: Any, images: Any, labels: Any, steps: int) -> None:
 
 def our_steps(cfg: Any, images: Any, labels: Any, steps: int) -> None:
     """The training loop's steps."""
-    import numpy as np
     import torch
 
     from lg import builders
     from lg.datasets.loader import Batch
     from lg.distributed import World
     from lg.logs.log import RunLog
-    from lg.step import accumulate_gradients, update_weights
+    from lg.step import train_step
 
     data = builders.fetch_data(cfg, World())
     run = builders.build_run(cfg, data, World(), RunLog(cfg.OUT_DIR, enabled=False))
     run.module.train()
     batch = Batch(images, labels, torch.arange(len(labels)), torch.zeros(len(labels), 5))
     for _ in range(steps):
-        mixed, targets = run.mixing(batch.images, batch.labels, np.random.default_rng(0))
-        losses, hits = accumulate_gradients(run, batch._replace(images=mixed), targets)
-        update_weights(run)
+        losses, hits = train_step(run, batch, epoch=0, step=0)
         run.meter.add(losses, hits)
 
 

@@ -191,7 +191,7 @@ def prepare(
     from lg.device import synchronize
     from lg.distributed import World
     from lg.logs.log import RunLog
-    from lg.tools.timing import complexity
+    from lg.tools.info import complexity
 
     runs = {}
     folder = tempfile.mkdtemp()

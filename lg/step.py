@@ -1,37 +1,62 @@
-"""One training step: gradients of a batch, then the weight update."""
+"""One training step: mixing, gradients of a batch, weight update."""
 
 from __future__ import annotations
 
 import contextlib
 from contextlib import AbstractContextManager
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from lg.datasets.loader import Batch
+from lg.datasets.loader import MIX, Batch
 from lg.metrics import topk_hits
 from lg.run import Run
+
+
+def train_step(
+    run: Run, batch: Batch, *, epoch: int, step: int
+) -> tuple[dict[str, Tensor], Tensor]:
+    """Take one training step on an augmented batch.
+
+    Args:
+        run: The run to train.
+        batch: N images with labels, indices and views, on the run's device.
+        epoch: Counted from 0.
+        step: Counted from 0 within the epoch.
+
+    Returns:
+        The mean losses (scalars) and the student's hits [N, 2], top-1 and top-5.
+    """
+    # Mix images and targets. The draws depend on seed and position alone, so resume is exact.
+    random = np.random.default_rng((run.settings.seed, MIX, epoch, step, run.world.rank))
+    images, targets = run.mixing(batch.images, batch.labels, random)
+    # Forward and backward; student and guide see the same images.
+    losses, hits = accumulate_gradients(run, batch._replace(images=images), targets)
+    # Clip the gradients and update the weights.
+    update_weights(run)
+    return losses, hits
 
 
 def accumulate_gradients(
     run: Run, batch: Batch, targets: Tensor
 ) -> tuple[dict[str, Tensor], Tensor]:
-    """Forward and backward of a batch, in micro-batches where the run asks for them.
+    """Run forward and backward on a batch, split into ACCUM_STEPS micro-batches.
 
     Args:
-        run: what is trained and guided.
-        batch: N images with their indices and views, mixed if they are to be.
+        run: The run to train.
+        batch: N mixed images with their indices and views.
         targets: [N, K], distributions over classes.
 
     Returns:
-        The mean losses (scalars) and the hits [N, 2] of the student, top-1 and top-5.
+        As `train_step`.
     """
     losses, hits = [], []
     parts = micro_batches(run, batch, targets)
     for number, (part, target) in enumerate(parts, start=1):
-        exchange = number == len(parts)
-        with contextlib.nullcontext() if exchange else _without_exchange(run.module):
+        is_last = number == len(parts)
+        with contextlib.nullcontext() if is_last else _no_sync(run.module):
             terms, logits = forward(run, part, target)
             run.precision.scaler.scale(terms["loss"] / len(parts)).backward()
         losses.append({name: term.detach() for name, term in terms.items()})
@@ -41,14 +66,14 @@ def accumulate_gradients(
 
 
 def micro_batches(run: Run, batch: Batch, targets: Tensor) -> list[tuple[Batch, Tensor]]:
-    """The batch and its targets in as many equal parts as the run asks for."""
+    """Split a batch and its targets into ACCUM_STEPS equal parts."""
     count = run.settings.accum_steps
     columns = zip(*(column.chunk(count) for column in batch), strict=True)
     return list(zip(map(Batch._make, columns), targets.chunk(count), strict=True))
 
 
 def forward(run: Run, batch: Batch, targets: Tensor) -> tuple[dict[str, Tensor], Tensor]:
-    """Student and guide on the same images; returns the losses and the class logits [N, K]."""
+    """Run student and guide on the same images; return the losses and the logits [N, K]."""
     with run.precision.autocast():
         logits, maps = run.module(batch.images)
         teacher_maps, teacher_logits = run.guide(batch.images, batch.index, batch.view)
@@ -57,7 +82,7 @@ def forward(run: Run, batch: Batch, targets: Tensor) -> tuple[dict[str, Tensor],
 
 
 def update_weights(run: Run) -> None:
-    """One optimiser step on the gradients at hand, clipped if the run asks for it."""
+    """Take one optimiser step; clip the gradients first where OPTIM.CLIP_GRAD_NORM is set."""
     scaler, limit = run.precision.scaler, run.settings.clip_norm
     if limit > 0:
         scaler.unscale_(run.optimizer)
@@ -67,8 +92,8 @@ def update_weights(run: Run) -> None:
     run.optimizer.zero_grad(set_to_none=True)
 
 
-def _without_exchange(module: nn.Module) -> AbstractContextManager:
-    """Processes exchange gradients in the last micro-batch only."""
+def _no_sync(module: nn.Module) -> AbstractContextManager:
+    """Skip the all-reduce of gradients; the last micro-batch does it for all."""
     if isinstance(module, DistributedDataParallel):
         return module.no_sync()
     return contextlib.nullcontext()

@@ -181,7 +181,7 @@ def test_a_disk_that_is_full_during_training_costs_nothing_but_time(
     kept = {p: p.read_bytes() for p in CheckpointFolder(out_dir).files()}
     assert train() == 0
     out, err = capsys.readouterr()
-    assert "Going on after 2 epochs of 3." in out and "Finished 3 epochs" in out and err == ""
+    assert "Resuming after epoch 2 of 3." in out and "Finished 3 epochs" in out and err == ""
     assert last.read_bytes() == kept[last] and not [*out_dir.rglob(".partial-*")]
 
 
@@ -202,7 +202,7 @@ def test_a_run_outlives_its_folder(
     names = [p.name for p in CheckpointFolder(out_dir).files()]
     assert names == ["model_epoch_0003.pyth"]
     log = (out_dir / "log.txt").read_text()
-    assert '"epoch": "3/3"' in log and "Finished 3 epochs" in log and "Going on" not in log
+    assert '"epoch": "3/3"' in log and "Finished 3 epochs" in log and "Resuming" not in log
     assert [*(out_dir / "tensorboard").iterdir()]
     assert read_checkpoint(out_dir / "checkpoints/model_epoch_0003.pyth")["epoch"] == 2
 

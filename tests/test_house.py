@@ -20,6 +20,8 @@ SEES_CONFIG = {
     "lg/builders/training.py",
     "lg/config/load.py",
     "lg/tools/doctor/checkup.py",
+    "lg/tools/info.py",
+    "lg/tools/timing.py",
     "lg/trainer.py",
 }
 

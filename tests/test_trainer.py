@@ -75,15 +75,16 @@ def config(out_dir: Path, guide_file: Path | None, **changes: Any) -> Any:
 
 def stop_after(monkeypatch: pytest.MonkeyPatch, steps: int) -> None:
     """Sends this process SIGTERM when training has done that many steps."""
-    update, done = trainer.update_weights, []
+    train_step, done = trainer.train_step, []
 
-    def counted(run: Any) -> None:
-        update(run)
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        result = train_step(*args, **kwargs)
         done.append(1)
         if len(done) == steps:
             signal.raise_signal(signal.SIGTERM)
+        return result
 
-    monkeypatch.setattr(trainer, "update_weights", counted)
+    monkeypatch.setattr(trainer, "train_step", counted)
 
 
 def final_state(out_dir: Path, epoch: int = 3) -> dict[str, Any]:
@@ -212,7 +213,7 @@ def test_images_that_come_another_way_than_before_are_announced(
     trainer.train(config(tmp_path, None, OPTIM__MAX_EPOCH=1))
     monkeypatch.setattr("lg.builders.data.free_memory", lambda device: 0)
     trainer.train(config(tmp_path, None, OPTIM__MAX_EPOCH=2))
-    said = "Images came by DATA_LOADER.BACKEND device before and now come by workers, whose draws"
+    said = "Resuming with images from DATA_LOADER.BACKEND workers instead of device, which draws"
     assert said in capsys.readouterr().err
 
 
@@ -275,7 +276,7 @@ def test_a_truncated_checkpoint_is_passed_over(
     trainer.train(cfg)
     captured = capsys.readouterr()
     assert "model_epoch_0003.pyth" in captured.err and "before it" in captured.err
-    assert "Going on after 2 epochs of 3" in captured.out
+    assert "Resuming after epoch 2 of 3" in captured.out
     assert_same(final_state(tmp_path), final_state(straight))
 
 
@@ -321,7 +322,7 @@ def test_other_data_under_the_same_name_is_announced(
 
 
 def test_another_transform_is_refused_in_one_line(straight: Path, guide_file: Path) -> None:
-    with pytest.raises(CheckpointError, match="Cannot go on"):
+    with pytest.raises(CheckpointError, match="Cannot resume"):
         trainer.train(config(straight, guide_file, DISTILLATION__INTER_TRANSFORM="attention"))
 
 
@@ -333,7 +334,7 @@ def test_a_batch_that_torchruns_processes_cannot_share_is_refused(tmp_path: Path
 
 
 def test_another_models_checkpoint_is_refused(straight: Path, guide_file: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"Cannot go on.*of another shape"):
+    with pytest.raises(CheckpointError, match=r"Cannot resume.*of another shape"):
         trainer.train(config(straight, guide_file, TRANSFORMER__HIDDEN_DIM=32))
 
 
@@ -360,16 +361,17 @@ def test_accumulation_changes_no_number_of_a_plain_step(tmp_path: Path) -> None:
 def test_a_loss_that_is_not_finite_stops_the_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    update, done = trainer.update_weights, []
+    train_step, done = trainer.train_step, []
 
-    def poisoned(run: Any) -> None:
-        update(run)
+    def poisoned(run: Any, *args: Any, **kwargs: Any) -> Any:
+        result = train_step(run, *args, **kwargs)
         done.append(1)
         if len(done) == STEPS + 1:
             with torch.no_grad():
                 run.guided.student.net.head.weight.fill_(float("nan"))
+        return result
 
-    monkeypatch.setattr(trainer, "update_weights", poisoned)
+    monkeypatch.setattr(trainer, "train_step", poisoned)
     with pytest.raises(NonFiniteLossError, match=r"epoch 2, step 2: .*cls = nan"):
         trainer.train(config(tmp_path, None))
     state = final_state(tmp_path, epoch=1)

@@ -11,7 +11,6 @@ from lg.builders.data import (
 )
 from lg.builders.models import (
     build_guided,
-    build_info,
     build_model,
     build_teacher,
     guide_name,
@@ -36,7 +35,6 @@ __all__ = [
     "build_average",
     "build_device",
     "build_guided",
-    "build_info",
     "build_learning_rate",
     "build_mixing",
     "build_model",

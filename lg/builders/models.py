@@ -21,7 +21,6 @@ from lg.models.resnet import resnet
 from lg.models.taps import map_shapes
 from lg.models.timm_models import timm_model
 from lg.paths import is_local_file
-from lg.tools.info import describe, measure_model
 
 Guide = FrozenTeacher | FeatureBank | NoTeacher
 
@@ -83,7 +82,7 @@ def build_guided(cfg: CfgNode) -> tuple[GuidedStudent, Guide, GuidanceLoss]:
     if not (options.ENABLE_INTER or options.ENABLE_LOGIT):
         return GuidedStudent(student), NoTeacher(), GuidanceLoss()
     teacher = build_teacher(cfg, trained=not options.OFFLINE)
-    student_taps, teacher_taps = _taps(cfg, student, teacher)
+    student_taps, teacher_taps = tap_indices(cfg, student, teacher)
     guide: Guide
     if options.OFFLINE:
         guide = _open_bank(cfg, teacher)
@@ -177,26 +176,6 @@ def guide_name(cfg: CfgNode, kind: str) -> str:
     return f"ResNet-{cfg.CNN.DEPTH}" if kind == "ResNet" else kind
 
 
-def build_info(cfg: CfgNode) -> list[str]:
-    """The lines of `--mode info`; needs no data and no weights."""
-    model, options = cfg.MODEL, cfg.DISTILLATION
-    channels = model.IN_CHANNELS
-    student = build_model(cfg, pretrained=False)
-    facts = measure_model(student, image_size=model.IMG_SIZE, in_channels=channels)
-    if not (options.ENABLE_INTER or options.ENABLE_LOGIT):
-        return describe(model.TYPE, facts, num_classes=model.NUM_CLASSES)
-    teacher = build_teacher(cfg, trained=False)
-    return describe(
-        model.TYPE,
-        facts,
-        num_classes=model.NUM_CLASSES,
-        guide_name=guide_name(cfg, options.TEACHER_MODEL),
-        guide=measure_model(teacher, image_size=options.TEACHER_IMG_SIZE, in_channels=channels),
-        taps=[*zip(*_taps(cfg, student, teacher), strict=True)],
-        with_heads=options.ENABLE_INTER and options.INTER_TRANSFORM == "linear",
-    )
-
-
 def _foreign_weights(cfg: CfgNode, path: str) -> dict[str, torch.Tensor] | None:
     """The weights in a file that timm or a model's makers published."""
     if not path:
@@ -204,8 +183,8 @@ def _foreign_weights(cfg: CfgNode, path: str) -> dict[str, torch.Tensor] | None:
     return foreign_weights(read_checkpoint(path, cache=cfg.DOWNLOAD_CACHE), path)
 
 
-def _taps(cfg: CfgNode, student: Backbone, teacher: Backbone) -> tuple[list[int], list[int]]:
-    """The blocks of student and guide that are compared, in pairs."""
+def tap_indices(cfg: CfgNode, student: Backbone, teacher: Backbone) -> tuple[list[int], list[int]]:
+    """Return the blocks of student and guide that are compared, as two lists of equal length."""
     options = cfg.DISTILLATION
     if not options.ENABLE_INTER:
         return [], []

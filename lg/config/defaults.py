@@ -211,3 +211,27 @@ DEFAULTS: dict[str, Any] = {
     "DOWNLOAD_CACHE": "/tmp/pycls-download-cache",  # where files given by URL are kept
     "DEVICE": "auto",  # (+) auto | cpu | cuda | mps
 }
+
+# Keys, or their beginnings, that may change between runs: they affect neither what is trained nor
+# what it is tested on.
+FREE_ON_RESUME = (
+    "OUT_DIR",
+    "DATA_LOADER.NUM_WORKERS",
+    "DATA_LOADER.TIMEOUT",
+    "DATA_LOADER.PIN_MEMORY",
+    "DATA_LOADER.DOWNLOAD",
+    "TEST.BATCH_SIZE",
+    "TEST.WEIGHTS",
+    "TEST.PER_CLASS",
+    "TEST.PERIOD",
+    "TRAIN.KEEP_CHECKPOINTS",
+    "LOG_",
+    "DESC",
+    "VERBOSE",
+    "LAUNCH.",
+    "HOST",
+    "PORT_RANGE",
+    "PREC_TIME.",
+    "DOWNLOAD_CACHE",
+    "CFG_DEST",
+)

@@ -23,7 +23,7 @@ from urllib.parse import urljoin
 import yaml
 from yacs.config import CfgNode
 
-from lg.config.defaults import DEFAULTS
+from lg.config.defaults import DEFAULTS, FREE_ON_RESUME
 from lg.config.rules import CHOICES, COMBINATIONS, NULLABLE, RANGES, TYPED_LISTS
 from lg.errors import ConfigError
 from lg.paths import is_url, local_path
@@ -90,9 +90,9 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
 
 
 def changed_keys(old_text: str, new_text: str) -> list[str]:
-    """How two dumped configs differ: "KEY: old -> new" for each key, in order.
+    """Return "KEY: old -> new" for each key whose change affects a resumed training, in order.
 
-    Of an old one that is no config, as a file from elsewhere may have it, it says just that.
+    An old text that is no config, as in a file from elsewhere, gives one line that says so.
     """
     try:
         old = dict(flatten(yaml.safe_load(old_text)))
@@ -100,7 +100,11 @@ def changed_keys(old_text: str, new_text: str) -> list[str]:
         return ["what they were cannot be read"]
     new = dict(flatten(yaml.safe_load(new_text)))
     keys = dict.fromkeys([*new, *old])
-    return [f"{k}: {old.get(k)} -> {new.get(k)}" for k in keys if old.get(k) != new.get(k)]
+    return [
+        f"{k}: {old.get(k)} -> {new.get(k)}"
+        for k in keys
+        if old.get(k) != new.get(k) and not k.startswith(FREE_ON_RESUME)
+    ]
 
 
 class _Loader(yaml.SafeLoader):

@@ -1,21 +1,28 @@
-"""What a config builds: parameters, multiply-adds, and which block imitates what of the guide."""
+"""`--mode info`: parameters, multiply-adds, and which block imitates which block of the guide."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from lg.models.backbone import Backbone
+import torch
+from torch import nn
+from torch.func import functional_call
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+from yacs.config import CfgNode
+
+from lg.builders.models import build_model, build_teacher, guide_name, tap_indices
+from lg.models.backbone import Backbone, evaluating
 from lg.models.taps import map_shapes
-from lg.tools.timing import complexity
 
 
 @dataclass(frozen=True)
 class BlockRow:
-    """One block of a model, as it came out of running an image.
+    """One block of a model and the shape of its feature map.
 
     Attributes:
-        index: As INTER_STUDENT_INDEX and INTER_TEACHER_INDEX count.
+        index: As in INTER_STUDENT_INDEX and INTER_TEACHER_INDEX.
         module: Name inside the network.
         channels: C of its map.
         height: H of its map.
@@ -30,20 +37,20 @@ class BlockRow:
 
     @property
     def size(self) -> str:
-        """The map's size in words."""
+        """Height and width, for display."""
         return f"{self.height} x {self.width}"
 
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """What there is to say about one model.
+    """Size and cost of one model.
 
     Attributes:
-        params: Parameters.
-        macs: Multiply-adds of one image's forward pass.
+        params: Number of parameters.
+        macs: Multiply-adds of the forward pass of one image.
         image_size: Height and width of that image in pixels.
-        blocks: All that can be tapped, in forward order.
-        fixed: Those of the parameters that are never trained.
+        blocks: All blocks that can be tapped, in forward order.
+        fixed: Parameters that are never trained.
     """
 
     params: int
@@ -53,8 +60,33 @@ class ModelFacts:
     fixed: int = 0
 
 
+def info(cfg: CfgNode) -> None:
+    """Print size, cost and blocks of the models of a config."""
+    print("\n".join(describe_config(cfg)))
+
+
+def describe_config(cfg: CfgNode) -> list[str]:
+    """Return the lines of `--mode info`; needs no data and no weights."""
+    model, options = cfg.MODEL, cfg.DISTILLATION
+    channels = model.IN_CHANNELS
+    student = build_model(cfg, pretrained=False)
+    facts = measure_model(student, image_size=model.IMG_SIZE, in_channels=channels)
+    if not (options.ENABLE_INTER or options.ENABLE_LOGIT):
+        return describe(model.TYPE, facts, num_classes=model.NUM_CLASSES)
+    teacher = build_teacher(cfg, trained=False)
+    return describe(
+        model.TYPE,
+        facts,
+        num_classes=model.NUM_CLASSES,
+        guide_name=guide_name(cfg, options.TEACHER_MODEL),
+        guide=measure_model(teacher, image_size=options.TEACHER_IMG_SIZE, in_channels=channels),
+        taps=[*zip(*tap_indices(cfg, student, teacher), strict=True)],
+        with_heads=options.ENABLE_INTER and options.INTER_TRANSFORM == "linear",
+    )
+
+
 def measure_model(model: Backbone, *, image_size: int, in_channels: int) -> ModelFacts:
-    """Run one image through a model and note what it is made of; the model stays as it was."""
+    """Run one image through a model and return its facts; leave the model unchanged."""
     shapes = map_shapes(
         model, range(len(model.blocks)), image_size=image_size, in_channels=in_channels
     )
@@ -67,6 +99,22 @@ def measure_model(model: Backbone, *, image_size: int, in_channels: int) -> Mode
     return ModelFacts(counts["params"], counts["macs"], image_size, rows, fixed)
 
 
+def complexity(model: nn.Module, image_size: int, in_channels: int = 3) -> dict[str, int]:
+    """Return `params` and `macs`, the multiply-adds of the forward pass of one image."""
+    # Detached: the counter follows gradients through tensors that require them, even in no_grad.
+    state = {k: v.detach() for k, v in (*model.named_parameters(), *model.named_buffers())}
+    device = next(iter(state.values())).device
+    image = torch.zeros(1, in_channels, image_size, image_size, device=device)
+    # The counter misses fused attention on some devices; MATH attention is two matrix products.
+    attention = sdpa_kernel(SDPBackend.MATH)
+    with FlopCounterMode(display=False) as counter, evaluating(model), attention:
+        functional_call(model, state, (image,))
+    return {
+        "params": sum(p.numel() for p in model.parameters()),
+        "macs": counter.get_total_flops() // 2,
+    }
+
+
 def describe(
     name: str,
     student: ModelFacts,
@@ -77,14 +125,14 @@ def describe(
     taps: Sequence[tuple[int, int]] = (),
     with_heads: bool = False,
 ) -> list[str]:
-    """Return the lines of `--mode info`.
+    """Return one line per model and the table of blocks.
 
     Args:
-        name: The model's type.
-        student: Its facts.
+        name: The student's type.
+        student: The student's facts.
         num_classes: K.
         guide_name: The guide's type.
-        guide: Its facts; None without guidance.
+        guide: The guide's facts; None without guidance.
         taps: Pairs (student block, guide block).
         with_heads: Whether a 1x1 convolution projects each tapped map to the guide's channels.
     """
@@ -100,7 +148,7 @@ def describe(
         partners = {mine: guide.blocks[theirs] for mine, theirs in taps}
     if with_heads:
         heads = sum((student.blocks[i].channels + 1) * row.channels for i, row in partners.items())
-        lines.append(f"Projection heads: {heads:,} parameters, trained and left out of the weights")
+        lines.append(f"Projection heads: {heads:,} parameters, trained, not part of the weights")
     width = max(len("module"), *(len(row.module) for row in student.blocks))
     title = f"  {'block':>5}  {'module':<{width}}  {'channels':>8}  {'map':<9}"
     lines += ["", (title + ("  imitates" if partners else "")).rstrip()]
@@ -114,11 +162,11 @@ def describe(
 
 def _cost(facts: ModelFacts) -> str:
     fixed = f" ({facts.fixed:,} fixed)" if facts.fixed else ""
-    return f"{facts.params:,} parameters{fixed}, {facts.macs / 1e9:.3f} GMACs an image"
+    return f"{facts.params:,} parameters{fixed}, {facts.macs / 1e9:.3f} GMACs per image"
 
 
 def _imitated(mine: BlockRow, theirs: BlockRow) -> str:
-    """The guide's side of a tap; both maps are resized to the larger height and width."""
+    """Describe the guide's block of a tap; both maps are resized to the larger height and width."""
     compared = f"{max(mine.height, theirs.height)} x {max(mine.width, theirs.width)}"
     return (
         f"{theirs.index} {theirs.module}: {theirs.channels} channels, {theirs.size}, "

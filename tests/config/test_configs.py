@@ -11,7 +11,7 @@ from yacs.config import CfgNode
 import lg
 from lg.config import flatten
 from lg.models import Backbone
-from lg.tools.timing import complexity
+from lg.tools.info import complexity
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 LEAVES = sorted(

@@ -18,12 +18,13 @@ from lg import trainer
 if __name__ == "__main__":
     config, out_dir, *opts = sys.argv[1:]
     torch.set_num_threads(1)
-    update, first_start = trainer.update_weights, os.environ["TORCHELASTIC_RESTART_COUNT"] == "0"
+    train_step, first_start = trainer.train_step, os.environ["TORCHELASTIC_RESTART_COUNT"] == "0"
 
-    def watched(run: Any) -> None:
-        update(run)
+    def watched(run: Any, *args: Any, **kwargs: Any) -> Any:
+        result = train_step(run, *args, **kwargs)
         if first_start and run.world.rank == 1 and run.progress.epoch == 2:
             os.kill(os.getpid(), signal.SIGKILL)
+        return result
 
-    trainer.update_weights = watched  # type: ignore[attr-defined]
+    trainer.train_step = watched  # type: ignore[attr-defined]
     trainer.train(lg.load_config(config, [*opts, "OUT_DIR", out_dir]))

@@ -133,7 +133,7 @@ def test_a_preempted_job_saves_and_goes_on_to_the_same_weights(tmp_path: Path) -
     signal_tasks(job)
     wait_for(lambda: "Finished 60 epochs" in log.read_text())
     text = log.read_text()
-    assert text.count("Stopped by SIGUSR2. Saved ") == 1 and text.count("Going on after ") == 1
+    assert text.count("Stopped by SIGUSR2. Saved ") == 1 and text.count("Resuming after ") == 1
     names = ("straight", "job")
     straight, preempted = (
         torch.load(tmp_path / n / "checkpoints/model_epoch_0060.pyth", weights_only=True)

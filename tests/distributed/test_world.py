@@ -166,8 +166,8 @@ def test_another_number_of_processes_goes_on_and_says_what_that_means(
     opts = ["OUT_DIR", str(trained), "OPTIM.MAX_EPOCH", "4"]
     trainer.train(lg.load_config(CONFIG, [*SMALL, *opts]))
     said = capsys.readouterr()
-    assert "Going on after 3 epochs of 4." in said.out
-    assert "Warning: The run had 2 processes, now 1: it goes on, not bit for bit." in said.err
+    assert "Resuming after epoch 3 of 4." in said.out
+    assert "Warning: Processes changed from 2 to 1: the result is not bit-identical." in said.err
 
 
 def test_a_loss_that_is_not_finite_stops_all_with_one_line(tmp_path: Path) -> None:
@@ -185,7 +185,7 @@ def test_torchrun_goes_on_after_a_worker_was_killed(trained: Path, tmp_path: Pat
     script = [str(HERE / "killed_once.py"), CONFIG, str(tmp_path), *SMALL]
     done = run(*torchrun, *meet, *script)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("Going on after 2 epochs of 3.") == 1
+    assert done.stdout.count("Resuming after epoch 2 of 3.") == 1
     killed, undisturbed = (
         torch.load(folder / "checkpoints/model_epoch_0003.pyth", weights_only=True)
         for folder in (tmp_path, trained)

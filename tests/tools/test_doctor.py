@@ -13,7 +13,7 @@ import yaml
 
 import lg
 from lg import trainer
-from lg.tools.doctor import findings as doctor
+from lg.tools.doctor import doctor, findings
 from lg.tools.doctor.checkup import check_up
 from lg.tools.doctor.findings import COST, DATA, FACT, MODEL, NOTE, OUTPUT, PROBLEM, Finding
 from tests.datasets.test_scan import config, make_folder, picture, spoil
@@ -54,10 +54,10 @@ def test_a_sound_training_has_no_problem_and_leaves_nothing(
     guide = guide_file(tmp_path / "guide.pyth", test_err=12.5, cfg="TRAIN: {DATASET: digits}")
     before = snapshot(tmp_path)
     cfg = digits(tmp_path / "run", guide)
-    trainer.doctor(cfg)
+    doctor(cfg)
     assert snapshot(tmp_path) == before
     lines = capsys.readouterr().out.splitlines()
-    assert [line for line in lines if line in doctor.TOPICS] == list(doctor.TOPICS)
+    assert [line for line in lines if line in findings.TOPICS] == list(findings.TOPICS)
     assert lines[-1] == "No problem, 0 notes: ready to train."
     text = " ".join(" ".join(lines).split())
     assert "digits/train: 120 training images in 10 classes of 12, 8 x 8 pixels" in text
@@ -107,7 +107,7 @@ def test_everything_wrong_is_found_at_once(tmp_path: Path, capsys: pytest.Captur
     (tmp_path / "run").write_text("a file where OUT_DIR should be")
     cfg = config(root, tmp_path / "run", NUM_GPUS=1)
     with pytest.raises(SystemExit) as stopped:
-        trainer.doctor(cfg)
+        doctor(cfg)
     assert stopped.value.code == 1
     text = capsys.readouterr().out
     joined = " ".join(text.split())

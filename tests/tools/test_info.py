@@ -10,10 +10,9 @@ import pytest
 import torch
 
 import lg
-from lg.builders import build_info
 from lg.errors import ConfigError
 from lg.models import resnet, timm_model
-from lg.tools.info import BlockRow, ModelFacts, describe, measure_model
+from lg.tools.info import BlockRow, ModelFacts, describe, describe_config, measure_model
 from tests.models.test_families import build
 
 ROOT = Path(__file__).parents[2]
@@ -42,11 +41,11 @@ def test_multiply_adds_are_counted_by_hand() -> None:
 
 
 def test_what_it_says_of_a_guided_config() -> None:
-    lines = build_info(lg.load_config(ROOT / "configs/pvt/pvt-ti_c100_ours.yaml"))
+    lines = describe_config(lg.load_config(ROOT / "configs/pvt/pvt-ti_c100_ours.yaml"))
     assert lines[:3] == [
-        "PVT, images of 224 x 224, 100 classes: 12,767,588 parameters, 1.932 GMACs an image",
-        "Guide ResNet-56, images of 32 x 32: 861,620 parameters, 0.126 GMACs an image",
-        "Projection heads: 38,000 parameters, trained and left out of the weights",
+        "PVT, images of 224 x 224, 100 classes: 12,767,588 parameters, 1.932 GMACs per image",
+        "Guide ResNet-56, images of 32 x 32: 861,620 parameters, 0.126 GMACs per image",
+        "Projection heads: 38,000 parameters, trained, not part of the weights",
     ]
     assert lines[4].split() == ["block", "module", "channels", "map", "imitates"]
     assert " ".join(lines[5].split()) == (
@@ -59,7 +58,7 @@ def test_what_it_says_of_a_guided_config() -> None:
 
 
 def test_parameters_that_are_never_trained_are_told_apart() -> None:
-    lines = build_info(lg.load_config(ROOT / "configs/t2t/t2t-7_c100_base.yaml"))
+    lines = describe_config(lg.load_config(ROOT / "configs/t2t/t2t-7_c100_base.yaml"))
     # Fixed: positions of 196 patches and the class token, 256 wide, and two random projections.
     assert 54_528 == 197 * 256 + 2 * 32 * 64
     assert "100 classes: 4,078,922 parameters (54,528 fixed), " in lines[0]
@@ -70,13 +69,13 @@ def test_maps_that_need_no_heads_have_none() -> None:
     cfg = lg.load_config(
         ROOT / "configs/digits/vit_digits_ours.yaml", ["DISTILLATION.INTER_TRANSFORM", "attention"]
     )
-    assert not any("heads" in line for line in build_info(cfg))
+    assert not any("heads" in line for line in describe_config(cfg))
 
 
 def test_a_plain_model_has_no_guide() -> None:
     facts = ModelFacts(5, 2_000_000, 8, [BlockRow(0, "layer1", 3, 4, 5)])
     assert describe("ResNet", facts, num_classes=2) == [
-        "ResNet, images of 8 x 8, 2 classes: 5 parameters, 0.002 GMACs an image",
+        "ResNet, images of 8 x 8, 2 classes: 5 parameters, 0.002 GMACs per image",
         "",
         "  block  module  channels  map",
         "      0  layer1         3  4 x 5",
@@ -100,7 +99,7 @@ def test_the_command_needs_no_data_and_prints_once(tmp_path: Path) -> None:
         [*command, "NUM_GPUS", "2"], cwd=tmp_path, capture_output=True, text=True, check=True
     )
     assert run.stderr == ""
-    assert run.stdout.splitlines() == build_info(lg.load_config(config))
+    assert run.stdout.splitlines() == describe_config(lg.load_config(config))
     assert not [*tmp_path.iterdir()]
 
 
@@ -110,4 +109,4 @@ def test_a_tap_that_is_not_there_is_named() -> None:
         ["DISTILLATION.INTER_STUDENT_INDEX", "[0,3,6]"],
     )
     with pytest.raises(ConfigError, match="6 blocks, numbered 0 to 5"):
-        build_info(cfg)
+        describe_config(cfg)

@@ -1,6 +1,5 @@
-"""`--mode doctor`: finds before training what would stop or spoil it."""
+"""`--mode doctor`: find what would stop a training or spoil its result, before it starts."""
 
-from lg.tools.doctor.checkup import check_up
-from lg.tools.doctor.findings import PROBLEM, Finding, report
+from lg.tools.doctor.checkup import doctor
 
-__all__ = ["PROBLEM", "Finding", "check_up", "report"]
+__all__ = ["doctor"]

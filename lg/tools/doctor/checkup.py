@@ -6,6 +6,7 @@ import gc
 import math
 import os
 import shutil
+import sys
 import tempfile
 import warnings
 from pathlib import Path
@@ -23,7 +24,7 @@ from lg.builders.data import (
     list_test_data,
     list_train_data,
 )
-from lg.builders.models import build_guided, build_info, build_model, build_teacher
+from lg.builders.models import build_guided, build_model, build_teacher
 from lg.builders.run import build_run
 from lg.builders.training import build_device, build_precision, check_training, check_world
 from lg.checkpoint import load_weights, read_checkpoint
@@ -49,6 +50,15 @@ from lg.tools.doctor.findings import (
     Record,
     Split,
 )
+from lg.tools.info import describe_config
+
+
+def doctor(cfg: CfgNode) -> None:
+    """Print what would stop a config's training or spoil its result; exit with 1 if anything."""
+    found = check_up(cfg)
+    print("\n".join(findings.report(found)))
+    if any(each.level == PROBLEM for each in found):
+        sys.exit(1)
 
 
 def check_up(cfg: CfgNode) -> list[findings.Finding]:
@@ -118,7 +128,7 @@ def _check_model(cfg: CfgNode, record: Record) -> bool:
     with record.noting(MODEL, "checking the settings"):
         check_training(cfg)
     with record.noting(MODEL, "building the model"):
-        lines = build_info(cfg)
+        lines = describe_config(cfg)
         for line in lines[: lines.index("")]:  # the table of `--mode info` follows
             record.add(FACT, MODEL, f"{line}.")
         if options.ENABLE_INTER:

@@ -11,12 +11,11 @@ import torch
 
 from lg.checkpoint import random_state, size_of
 from lg.datasets.cache import free_memory
-from lg.datasets.loader import MIX
 from lg.device import peak_memory_mb, synchronize
 from lg.logs.log import format_time
 from lg.metrics import NON_FINITE_ADVICE
 from lg.run import Run
-from lg.step import accumulate_gradients, update_weights
+from lg.step import train_step
 from lg.tools.doctor.findings import COST, FACT, OUTPUT, PROBLEM, Finding
 
 _STEPS = 3  # training steps that are taken; the first one warms up
@@ -148,10 +147,7 @@ def _train(run: Run) -> tuple[list[float], float]:
             batch = next(run.loader).to(run.device)
         except StopIteration:  # the whole training is shorter
             break
-        draws = np.random.default_rng((run.settings.seed, MIX, 0, step, 0))
-        images, targets = run.mixing(batch.images, batch.labels, draws)
-        terms, _ = accumulate_gradients(run, batch._replace(images=images), targets)
-        update_weights(run)
+        terms, _ = train_step(run, batch, epoch=0, step=step)
         losses.append(float(terms["loss"]))
         synchronize(run.device)
         seconds.append(time.perf_counter() - started)

@@ -137,7 +137,7 @@ def second_run(bench: Bench, count: int) -> None:
         child.send(signal.SIGSTOP)
         end = runs.finished(job, bench.folder / "says_second")
         child.send(signal.SIGCONT)
-        wrong = _not_one_line(end, "another run is under way")
+        wrong = _not_one_line(end, "is in use by another run")
         bench.count(
             "second run in one OUT_DIR",
             wrong or runs.verdict(child.end(), out_dir, bench.wanted[backend]),

@@ -24,7 +24,6 @@ from torch import Tensor, nn
 
 from lg.errors import CheckpointError
 from lg.files.atomic import TEMPORARY, write_atomically
-from lg.files.atomic import remove_leftovers as remove_leftovers
 from lg.files.safe_pickle import NUMBERS
 from lg.models.published import load_published_state_dict
 from lg.paths import local_path

@@ -23,7 +23,7 @@ from lg.device import Precision
 from lg.distributed import World
 from lg.errors import CheckpointError, ConfigError
 from lg.files.atomic import write_atomically
-from lg.files.lock import claim
+from lg.files.lock import lock_folder
 from lg.logs.log import RunLog
 from lg.logs.reporter import result_lines
 from lg.metrics import EvalResult, topk_hits
@@ -44,7 +44,7 @@ def train(cfg: CfgNode) -> None:
         builders.fetch_weights(cfg, world)
         # Lock the output folder before anything is written to it.
         if world.is_main:
-            stack.enter_context(claim(cfg.OUT_DIR))
+            stack.enter_context(lock_folder(cfg.OUT_DIR))
         log = RunLog(cfg.OUT_DIR, enabled=world.is_main, console=cfg.LOG_DEST == "stdout")
         stack.enter_context(contextlib.closing(log))
         if cfg.DESC:

@@ -17,8 +17,9 @@ import numpy as np
 import pytest
 import torch
 
-from lg.checkpoint import CheckpointFolder, choose_weights, read_checkpoint, write_atomically
+from lg.checkpoint import CheckpointFolder, choose_weights, read_checkpoint
 from lg.errors import CheckpointError
+from lg.files.atomic import write_atomically
 from tests.checkpoint_cases import same_state, saved, small_state
 from tests.fault_cases import files_up_to
 

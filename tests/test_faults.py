@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import fcntl
 import json
 import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -20,104 +23,119 @@ import lg
 import run_net
 from lg.checkpoint import CheckpointFolder, read_checkpoint
 from lg.errors import CheckpointError
-from lg.files import lock as claiming
+from lg.files import lock
 from lg.files.atomic import write_atomically
-from lg.files.lock import claim
+from lg.files.lock import check_writable, lock_folder
 
 ROOT = Path(__file__).parents[1]
 
 
-# --- One run a folder --------------------------------------------------------------------------
+# --- The lock of a folder ----------------------------------------------------------------------
 
 
-def holder(folder: Path, seconds: float = 60) -> tuple[int, int]:
-    """A process that has claimed a folder for a while, and a child of it, as those that read images
-    are."""
+def locking_process(folder: Path, seconds: float = 60) -> tuple[int, int]:
+    """Start a process that holds the lock of a folder, and a child of it, like a data worker."""
     get, put = os.pipe()
     process = os.fork()
     if process == 0:
-        with claim(folder):
-            reader = os.fork()
-            if reader:
-                os.write(put, b"%d\n" % reader)
-            time.sleep(seconds if reader else 60)
+        with lock_folder(folder):
+            worker = os.fork()
+            if worker:
+                os.write(put, b"%d\n" % worker)
+            time.sleep(seconds if worker else 60)
         os._exit(0)
     os.close(put)
     with os.fdopen(get) as stream:
         return process, int(stream.readline())
 
 
-def end(process: int) -> None:
+def kill(process: int) -> None:
     os.kill(process, signal.SIGKILL)
     os.waitpid(process, 0)
 
 
-def test_a_folder_belongs_to_one_run_until_it_ends(
+def test_lock_is_exclusive_and_ends_with_its_process(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    process, reader = holder(tmp_path)
+    process, worker = locking_process(tmp_path)
     try:
-        monkeypatch.setattr(claiming, "_PATIENCE", 0.2)
-        with pytest.raises(CheckpointError) as caught, claim(tmp_path):
+        monkeypatch.setattr(lock, "_TIMEOUT", 0.2)
+        with pytest.raises(CheckpointError) as caught, lock_folder(tmp_path):
             pass
         text = str(caught.value)
         assert text.startswith(
-            f"OUT_DIR is {tmp_path}, where another run is under way (process {process} on "
+            f"OUT_DIR {tmp_path} is in use by another run (process {process} on "
         )
-        assert text.endswith("Wait for it, stop it, or set OUT_DIR to another folder.")
-        with claim(tmp_path / "another"):
+        assert text.endswith("): wait for it, stop it, or set OUT_DIR to another folder.")
+        with lock_folder(tmp_path / "another"):
             pass
-        end(process)
-        os.kill(reader, 0)  # is still there
-        with claim(tmp_path):
+        kill(process)
+        os.kill(worker, 0)  # the child is still running
+        with lock_folder(tmp_path):
             assert (tmp_path / ".lock").read_text().startswith(f"process {os.getpid()} on ")
     finally:
-        os.kill(reader, signal.SIGKILL)
-    with claim(tmp_path):  # let go at the end of the other
+        os.kill(worker, signal.SIGKILL)
+    with lock_folder(tmp_path):  # released when the context above was left
         pass
 
 
-def test_a_run_that_is_about_to_end_is_waited_for(tmp_path: Path) -> None:
+def test_lock_waits_for_a_run_that_is_ending(tmp_path: Path) -> None:
     started = time.monotonic()
-    process, reader = holder(tmp_path, seconds=0.5)
-    with claim(tmp_path):
-        assert 0.4 < time.monotonic() - started < claiming._PATIENCE
-    os.kill(reader, signal.SIGKILL)
+    process, worker = locking_process(tmp_path, seconds=0.5)
+    with lock_folder(tmp_path):
+        assert 0.4 < time.monotonic() - started < lock._TIMEOUT
+    os.kill(worker, signal.SIGKILL)
     os.waitpid(process, 0)
 
 
 @pytest.mark.parametrize("number", [errno.ENOLCK, errno.EOPNOTSUPP])
-def test_a_file_system_without_locks_is_no_fault(
+def test_file_systems_without_locks_are_accepted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
 ) -> None:
-    def refuse(*_: object) -> None:
+    def fail(*_: object) -> None:
         raise OSError(number, os.strerror(number))
 
-    monkeypatch.setattr(claiming.fcntl, "lockf", refuse)
-    with claim(tmp_path):
+    monkeypatch.setattr(fcntl, "flock", fail)
+    with lock_folder(tmp_path):
         pass
 
 
-@pytest.mark.parametrize("name", ["open", "mkdir"])
-def test_a_folder_that_is_read_only_is_found_at_once(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+@pytest.mark.parametrize(("name", "place"), [("open", ""), ("mkdir", "/run")])
+def test_read_only_folder_is_reported_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, place: str
 ) -> None:
-    def refuse(*_: object, **__: object) -> None:
+    def fail(*_: object, **__: object) -> None:
         raise OSError(errno.EROFS, os.strerror(errno.EROFS), "x")
 
-    monkeypatch.setattr(os, name, refuse)
-    with pytest.raises(CheckpointError) as caught, claim(tmp_path / "run"):
+    monkeypatch.setattr(os, name, fail)
+    with pytest.raises(CheckpointError) as caught, lock_folder(tmp_path / "run"):
         pass
     assert str(caught.value) == (
-        f"OUT_DIR: nothing can be written in {tmp_path}/run: Read-only file system. Make it "
-        "writable, or set OUT_DIR to another folder."
+        f"OUT_DIR {tmp_path}/run is not writable: Read-only file system in {tmp_path}{place}. Make "
+        "it writable, or set OUT_DIR to another folder."
     )
 
 
-def test_a_file_in_the_folders_place_is_named(tmp_path: Path) -> None:
-    (tmp_path / "run").touch()
-    with pytest.raises(CheckpointError, match=r"nothing can be written in .*/run: File exists"):
-        claim(tmp_path / "run").__enter__()
+@pytest.mark.parametrize("name", ["run", "run/checkpoints"])
+def test_file_in_place_of_a_folder_is_reported(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).touch()
+    with pytest.raises(CheckpointError, match=rf"is not writable: Not a directory in .*/{name}\."):
+        lock_folder(tmp_path / "run").__enter__()
+
+
+@pytest.mark.parametrize(
+    ("number", "passes"), [(errno.ENOSPC, True), (errno.EDQUOT, True), (errno.EACCES, False)]
+)
+def test_full_disk_is_not_taken_for_a_read_only_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, passes: bool
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(tempfile, "TemporaryFile", fail)
+    with contextlib.nullcontext() if passes else pytest.raises(CheckpointError, match="Permission"):
+        check_writable(tmp_path)
 
 
 # --- Runs --------------------------------------------------------------------------------------

@@ -1,11 +1,11 @@
-"""Files that survive faults: those that appear whole or not at all, and those that only grow."""
+"""Files that are written whole or not at all."""
 
 from __future__ import annotations
 
 import contextlib
 import io
 import os
-import tempfile
+import uuid
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,44 +14,58 @@ TEMPORARY = ".partial-"
 
 
 def write_atomically(path: str | os.PathLike[str], write: Callable[[Any], object]) -> None:
-    """Calls `write(stream)` on a temporary file beside `path`, makes it durable, then renames it to
-    `path`.
+    """Write a file through a temporary file beside it, which is synced and then renamed.
 
-    Whatever happens, `path` holds either its old content or all of the new; no temporary file stays
-    after an error.
+    At any moment, `path` holds either its old content or all of the new content. If an error is
+    raised, the temporary file is removed.
+
+    Args:
+        path: The file. Missing folders are created.
+        write: Called with the binary stream to write to.
 
     Raises:
-        OSError: it cannot be written; names `path`. Also where `write` tells another fault instead,
-            as torch.save does.
+        OSError: The file cannot be written; names `path`. Also raised if `write` hides the error of
+            the disk behind another exception, as torch.save does.
     """
     path = Path(path)
-    disk: _Disk | None = None
-    temporary = None
+    temporary = path.with_name(f"{TEMPORARY}{path.name}-{uuid.uuid4().hex[:8]}")
+    file: _File | None = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(prefix=f"{TEMPORARY}{path.name}-", dir=path.parent)
-        disk = _Disk(handle, "wb")
-        with io.BufferedWriter(disk) as stream:
+        file = _File(temporary, "xb")
+        with io.BufferedWriter(file) as stream:
             write(stream)
             stream.flush()
-            os.fsync(handle)
-        os.chmod(temporary, 0o666 & ~_umask())  # mkstemp makes it private to its owner
+            os.fsync(file.fileno())
         os.replace(temporary, path)
     except BaseException as error:
-        if temporary is not None:
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(temporary)
-        fault = disk.fault if disk and disk.fault and isinstance(error, Exception) else error
-        if isinstance(fault, OSError) and fault.errno is not None:
-            raise OSError(fault.errno, fault.strerror, os.fspath(path)) from None
+        if file is not None:
+            temporary.unlink(missing_ok=True)
+            if file.error is not None and isinstance(error, Exception):
+                error = file.error
+        if isinstance(error, OSError) and error.errno is not None:
+            raise OSError(error.errno, error.strerror, os.fspath(path)) from None
         raise
 
 
 def remove_leftovers(path: str | os.PathLike[str]) -> None:
-    """Removes what a process that was killed in `write_atomically` left beside `path`."""
+    """Remove the temporary files of `path` left by a process killed in `write_atomically`."""
     path = Path(path)
     for leftover in path.parent.glob(f"{TEMPORARY}{path.name}-*"):
         leftover.unlink(missing_ok=True)
+
+
+class _File(io.FileIO):
+    """A file that remembers the error of a failed write."""
+
+    error: OSError | None = None
+
+    def write(self, data: Any, /) -> int:
+        try:
+            return super().write(data)
+        except OSError as error:
+            self.error = error
+            raise
 
 
 class GrowingFile:
@@ -111,22 +125,3 @@ class GrowingFile:
                 file.truncate(size)
             return error
         return None
-
-
-class _Disk(io.FileIO):
-    """Remembers what the disk refused."""
-
-    fault: OSError | None = None
-
-    def write(self, data: Any, /) -> int:
-        try:
-            return super().write(data)
-        except OSError as error:
-            self.fault = error
-            raise
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

@@ -1,86 +1,85 @@
-"""The folder of a run belongs to one run at a time."""
+"""One run at a time in a folder, and whether the folder is writable."""
 
 from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import os
 import socket
 import tempfile
-import time
 from collections.abc import Iterator
 from pathlib import Path
+
+from filelock import FileLock, Timeout
 
 from lg.errors import CheckpointError
 
 LOCK_NAME = ".lock"
-_PATIENCE = 5.0  # seconds that a run which was just stopped may take to end
-_TAKEN = (errno.EAGAIN, errno.EACCES)
+_TIMEOUT = 5.0  # seconds; a run that was just stopped may still be ending
+_NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP)  # the file system does not support locks
+_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 @contextlib.contextmanager
-def claim(out_dir: str | os.PathLike[str]) -> Iterator[None]:
-    """Keeps a run's folder to this process, until it ends in whatever way.
+def lock_folder(out_dir: str | os.PathLike[str]) -> Iterator[None]:
+    """Create a run's folder and keep other runs out of it.
 
-    The lock is the process's, not the file's that stays: the kernel drops it when the process is
-    killed, and processes that it started (readers of images) do not hold it. Across machines it
-    holds as far as the file system has locks. Within one process nothing is locked out.
+    The lock belongs to the process; a leftover lock file is harmless. The kernel releases the lock
+    when the process ends, even if it is killed, and child processes do not inherit it. Processes on
+    other machines are kept out if the file system shares its locks.
 
     Raises:
-        CheckpointError: another run has it, or nothing can be written there.
+        CheckpointError: Another run holds the lock, or the folder is not writable.
     """
     folder = Path(out_dir)
+    check_writable(folder)
+    path = folder / LOCK_NAME
+    lock = FileLock(path, timeout=_TIMEOUT)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        handle = os.open(folder / LOCK_NAME, os.O_RDWR | os.O_CREAT, 0o666)
+        lock.acquire()
+    except Timeout:
+        holder = path.read_text(errors="replace").strip() or "unknown"
+        raise CheckpointError(
+            f"OUT_DIR {folder} is in use by another run ({holder}): wait for it, stop it, or set "
+            "OUT_DIR to another folder."
+        ) from None
     except OSError as error:
-        raise CheckpointError(_not_writable(folder, error)) from None
+        if error.errno not in _NO_LOCKS:
+            raise _not_writable(folder, folder, error) from None
     try:
-        if not _locked(handle):
-            holder = os.pread(handle, 200, 0).decode(errors="replace").strip() or "unknown"
-            raise CheckpointError(
-                f"OUT_DIR is {folder}, where another run is under way ({holder}); two would mix "
-                "their logs and checkpoints. Wait for it, stop it, or set OUT_DIR to another "
-                "folder."
-            )
-        with contextlib.suppress(OSError):  # a full disk is no matter yet
-            os.ftruncate(handle, 0)
-            os.pwrite(handle, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
-        _check_writable(folder)
+        with contextlib.suppress(OSError):  # the name of the holder is optional
+            path.write_text(f"process {os.getpid()} on {socket.gethostname()}\n")
         yield
     finally:
-        os.close(handle)
+        lock.release()
 
 
-def _locked(handle: int) -> bool:
-    """Waits a little for the lock; where the file system has none, there is nothing to wait for."""
-    until = time.monotonic() + _PATIENCE
-    while True:
+def check_writable(out_dir: str | os.PathLike[str]) -> None:
+    """Check that files can be created in a run's folder, or that the folder can be created.
+
+    A full disk passes.
+
+    Raises:
+        CheckpointError: The folder is not writable.
+    """
+    folder = Path(out_dir)
+    for place in (existing_folder(folder), existing_folder(folder / "checkpoints")):
         try:
-            fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            tempfile.TemporaryFile(dir=place).close()
         except OSError as error:
-            if error.errno not in _TAKEN:
-                return True
-        else:
-            return True
-        if time.monotonic() > until:
-            return False
-        time.sleep(0.1)
+            if error.errno not in _FULL:
+                raise _not_writable(folder, place, error) from None
 
 
-def _check_writable(folder: Path) -> None:
-    for place in (folder, folder / "checkpoints"):
-        if place.is_dir():
-            try:
-                tempfile.TemporaryFile(dir=place).close()
-            except OSError as error:
-                if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-                    raise CheckpointError(_not_writable(place, error)) from None
+def existing_folder(folder: Path) -> Path:
+    """Return the folder itself, or the nearest parent that exists."""
+    folder = folder.absolute()
+    return next(each for each in (folder, *folder.parents) if os.path.lexists(each))
 
 
-def _not_writable(folder: Path, error: OSError) -> str:
-    return (
-        f"OUT_DIR: nothing can be written in {folder}: {error.strerror}. Make it writable, or set "
+def _not_writable(folder: Path, place: Path, error: OSError) -> CheckpointError:
+    return CheckpointError(
+        f"OUT_DIR {folder} is not writable: {error.strerror} in {place}. Make it writable, or set "
         "OUT_DIR to another folder."
     )

@@ -121,7 +121,7 @@ def test_everything_wrong_is_found_at_once(tmp_path: Path, capsys: pytest.Captur
     assert f"\n{'':13}{pair}\n" in text
     assert "1 of the 7 test images can be found, pixel for pixel, among the training im" in joined
     assert f"{root}/val/cat/taught.png and {root}/train/cat/3.png" in joined
-    assert f"OUT_DIR is {tmp_path}/run: nothing can be written in {tmp_path}/run (Not a" in joined
+    assert f"OUT_DIR {tmp_path}/run is not writable: Not a directory in {tmp_path}/run. M" in joined
     assert "not measured, for the problems of the data: mend them, then ask again." in joined
     assert "NUM_CLASSES" not in joined  # two classes, once the empty folder is gone
     assert text.splitlines()[-1] == "7 problems to mend before training, 3 notes."

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import gc
 import math
-import os
 import shutil
 import sys
-import tempfile
 import warnings
 from pathlib import Path
 
@@ -33,6 +31,8 @@ from lg.datasets.cached_loader import CachedTrainLoader
 from lg.datasets.loader import usable_workers
 from lg.datasets.scan import is_of_files, leave_out, scan
 from lg.distributed import World
+from lg.errors import CheckpointError
+from lg.files.lock import check_writable, existing_folder
 from lg.guidance import FeatureBank
 from lg.logs.log import RunLog
 from lg.paths import is_local_file, is_url
@@ -87,16 +87,11 @@ def check_up(cfg: CfgNode) -> list[findings.Finding]:
 
 def _check_output(cfg: CfgNode, record: Record) -> None:
     """Whether the run's folder can be written to."""
-    folder = Path(cfg.OUT_DIR)
-    checkpoints = folder / "checkpoints"
-    for place in [_existing(folder), *filter(Path.is_dir, [checkpoints])]:
-        try:
-            tempfile.TemporaryFile(dir=place).close()  # never to be seen there
-        except OSError as error:
-            text = (
-                f"OUT_DIR is {folder}: nothing can be written in {place} ({error.strerror}). Make"
-            )
-            record.add(PROBLEM, OUTPUT, f"{text} it writable, or set OUT_DIR to another folder.")
+    try:
+        check_writable(cfg.OUT_DIR)
+    except CheckpointError as error:
+        record.add(PROBLEM, OUTPUT, str(error))
+    checkpoints = Path(cfg.OUT_DIR) / "checkpoints"
     if not cfg.TRAIN.AUTO_RESUME and any(checkpoints.glob("model_epoch_*.pyth")):
         text = f"TRAIN.AUTO_RESUME is False, but {checkpoints} has checkpoints of an earlier run: "
         ways = "set OUT_DIR to another folder, remove them, or set TRAIN.AUTO_RESUME True."
@@ -289,7 +284,7 @@ def _cost(cfg: CfgNode, run: Run, data: tuple, taken: trial.Trial) -> list[findi
 
 def _disk(cfg: CfgNode, run: Run, taken: trial.Trial) -> findings.Finding:
     files = [*run.checkpoints.files(), *filter(Path.is_file, [run.checkpoints.best])]
-    place = _existing(Path(cfg.OUT_DIR))
+    place = existing_folder(Path(cfg.OUT_DIR))
     return trial.disk(
         checkpoint_bytes=taken.checkpoint_bytes,
         count=cfg.TRAIN.KEEP_CHECKPOINTS + 2,
@@ -320,12 +315,6 @@ def _check_resume(cfg: CfgNode, run: Run, record: Record) -> None:
                 "train; raise that, or set OUT_DIR to a new folder."
             )
         record.add(NOTE, OUTPUT, text)
-
-
-def _existing(folder: Path) -> Path:
-    """The folder, or the nearest one above it that exists, in which it would be made."""
-    folder = folder.absolute()
-    return next(each for each in (folder, *folder.parents) if os.path.lexists(each))
 
 
 def _is_there(path: str | None) -> bool:

@@ -5,61 +5,15 @@ Settings carry the names of the config's keys; each family's function takes the 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Mapping
+from importlib import import_module
+from typing import Any
 
+from lg.config.rules import FAMILIES
 from lg.models.backbone import Backbone
-from lg.models.convit import convit
-from lg.models.cvt import cvt
-from lg.models.deit import deit
-from lg.models.pit import pit
-from lg.models.pvt import pvt
-from lg.models.pvtv2 import pvtv2
-from lg.models.t2t import t2t
 
 Settings = Mapping[str, Any]
 
-
-class Family(NamedTuple):
-    """How a family of models is built from the config.
-
-    Attributes:
-        build: The family's function in `lg.models`.
-        one: Keys of TRANSFORMER that hold one value.
-        stages: Keys of TRANSFORMER that hold one value per stage. A single value counts for all
-            stages, except for HIDDEN_DIM, whose length is the number of stages.
-        section: The family's own config section, if it has one.
-    """
-
-    build: Callable[..., Backbone]
-    one: tuple[str, ...] = ()
-    stages: tuple[str, ...] = ()
-    section: str | None = None
-
-
-_RATES = ("DROP_RATE", "DROP_PATH_RATE", "ATTENTION_DROP_RATE")
-_SHAPE = ("HIDDEN_DIM", "DEPTH", "NUM_HEADS", "MLP_RATIO")
-_PLAIN = ("PATCH_SIZE", *_SHAPE, *_RATES)
-FAMILIES: dict[str, Family] = {
-    "DeiT": Family(deit, one=_PLAIN),
-    "T2TViT": Family(t2t, one=_PLAIN, section="T2T"),
-    "PiT": Family(
-        pit,
-        one=("PATCH_SIZE", "MLP_RATIO", *_RATES),
-        stages=("HIDDEN_DIM", "DEPTH", "NUM_HEADS"),
-        section="PIT",
-    ),
-    "PVT": Family(pvt, one=_RATES, stages=("PATCH_SIZE", *_SHAPE), section="PVT"),
-    "PVTv2": Family(
-        pvtv2, one=_RATES, stages=("PATCH_SIZE", "PATCH_STRIDE", *_SHAPE), section="PVT"
-    ),
-    "ConViT": Family(convit, one=_PLAIN, section="CONVIT"),
-    "CvT": Family(
-        cvt,
-        stages=("PATCH_SIZE", "PATCH_STRIDE", "PATCH_PADDING", *_SHAPE, *_RATES),
-        section="CVT",
-    ),
-}
 # What an unset rate means.
 _UNSET = {"DROP_RATE": 0.0, "DROP_PATH_RATE": 0.0, "ATTENTION_DROP_RATE": 0.0}
 # Keys that a family can do without: T2T.STRIDE says how large a token's patch is.
@@ -92,7 +46,8 @@ def build_family(kind: str, transformer: Settings, own: Settings, **sizes: Any) 
                 raise ValueError(_length_error(f"{family.section}.{name}", value, num_stages))
     arguments |= {name.lower(): value for name, value in own.items()}
     _check_mlp(arguments["hidden_dim"], arguments["mlp_ratio"])
-    return family.build(**arguments)
+    build = getattr(import_module(f"lg.models.{family.function}"), family.function)
+    return build(**arguments)
 
 
 def _check_mlp(hidden_dim: Any, mlp_ratio: Any) -> None:

@@ -10,8 +10,9 @@ import torch
 from yacs.config import CfgNode
 
 from lg.builders.data import dataset_facts
-from lg.builders.families import FAMILIES, build_family, single
+from lg.builders.families import build_family, single
 from lg.checkpoint import foreign_weights, load_weights, read_checkpoint
+from lg.config.rules import FAMILIES
 from lg.datasets.base import ImageDataset
 from lg.errors import CheckpointError, ConfigError
 from lg.guidance import FeatureBank, FrozenTeacher, GuidanceLoss, GuidedStudent, NoTeacher

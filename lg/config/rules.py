@@ -8,27 +8,51 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from lg.config.defaults import DEFAULTS
 
 Values = Mapping[str, Any]
 Range = tuple[Callable[[Any], bool], str]  # a test, and what passes it
 
-MODEL_TYPES = ("DeiT", "T2TViT", "PiT", "PVT", "PVTv2", "ConViT", "CvT", "ResNet", "timm/NAME")
 DATASET_NAMES = ("digits", "cifar100", "flowers", "tiny_imagenet", "chaoyang", "image_folder")
 
 
-# Keys of TRANSFORMER and whole sections that only some families read.
-READERS: dict[str, tuple[str, ...]] = {
-    "TRANSFORMER.PATCH_STRIDE": ("PVTv2", "CvT"),
-    "TRANSFORMER.PATCH_PADDING": ("CvT",),
-    "T2T": ("T2TViT",),
-    "PIT": ("PiT",),
-    "PVT": ("PVT", "PVTv2"),
-    "CONVIT": ("ConViT",),
-    "CVT": ("CvT",),
+class Family(NamedTuple):
+    """Where a family of models is built and which config keys it reads.
+
+    Attributes:
+        function: The function that builds it, in the module of the same name in `lg.models`. It
+            takes the keys as keyword arguments in lower case.
+        one: Keys of TRANSFORMER that hold one value.
+        stages: Keys of TRANSFORMER that hold one value per stage. A single value applies to every
+            stage, except for HIDDEN_DIM, whose length is the number of stages.
+        section: The family's own section, if it has one.
+    """
+
+    function: str
+    one: tuple[str, ...] = ()
+    stages: tuple[str, ...] = ()
+    section: str | None = None
+
+
+_RATES = ("DROP_RATE", "DROP_PATH_RATE", "ATTENTION_DROP_RATE")
+_SHAPE = ("HIDDEN_DIM", "DEPTH", "NUM_HEADS")
+_PLAIN = ("PATCH_SIZE", *_SHAPE, "MLP_RATIO", *_RATES)
+_PYRAMID = (*_SHAPE, "PATCH_SIZE", "MLP_RATIO")
+# The one table of families: MODEL.TYPE -> how to build it.
+FAMILIES: dict[str, Family] = {
+    "DeiT": Family("deit", one=_PLAIN),
+    "T2TViT": Family("t2t", one=_PLAIN, section="T2T"),
+    "PiT": Family("pit", one=("PATCH_SIZE", "MLP_RATIO", *_RATES), stages=_SHAPE, section="PIT"),
+    "PVT": Family("pvt", one=_RATES, stages=_PYRAMID, section="PVT"),
+    "PVTv2": Family("pvtv2", one=_RATES, stages=(*_PYRAMID, "PATCH_STRIDE"), section="PVT"),
+    "ConViT": Family("convit", one=_PLAIN, section="CONVIT"),
+    "CvT": Family(
+        "cvt", stages=(*_PYRAMID, "PATCH_STRIDE", "PATCH_PADDING", *_RATES), section="CVT"
+    ),
 }
+MODEL_TYPES = (*FAMILIES, "ResNet", "timm/NAME")
 
 _COUNTS = ("PATCH_SIZE", "PATCH_STRIDE", "PATCH_PADDING", "HIDDEN_DIM", "DEPTH", "NUM_HEADS")
 _RATIOS = ("MLP_RATIO", "DROP_RATE", "DROP_PATH_RATE", "ATTENTION_DROP_RATE")
@@ -211,12 +235,13 @@ def _compares_images(v: Values) -> bool:
 _OFFLINE = "DISTILLATION.OFFLINE"
 _TIMM_IGNORES = [f"TRANSFORMER.{k}" for k in (*_COUNTS, "MLP_RATIO", "ATTENTION_DROP_RATE")]
 _CNN_KEYS = [f"{section}.{key}" for section in ("CNN", "RESNET") for key in DEFAULTS[section]]
-# key -> the families that read it
-_OWN_KEYS = {
-    key: families
-    for name, families in READERS.items()
-    for key in ([name] if "." in name else [f"{name}.{k}" for k in DEFAULTS[name]])
-}
+# Keys that only some families read -> these families
+_OWN_KEYS: dict[str, list[str]] = {}
+for _name, _family in FAMILIES.items():
+    _keys = [f"{_family.section}.{k}" for k in DEFAULTS[_family.section]] if _family.section else []
+    _keys += [f"TRANSFORMER.{k}" for k in _family.stages if k in ("PATCH_STRIDE", "PATCH_PADDING")]
+    for _key in _keys:
+        _OWN_KEYS.setdefault(_key, []).append(_name)
 
 
 def _default(key: str) -> Any:

@@ -15,6 +15,10 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from lg.models.key_table import KeyTable
+
+_OWN_NAMES = KeyTable()
+
 
 @dataclass(frozen=True)
 class MapLayout:
@@ -64,7 +68,8 @@ class Backbone(nn.Module):
 
     Args:
         net: Images [B, C, H, W] to logits [B, K].
-        family: Names the table of published keys, for example `DeiT` or `timm`.
+        family: Name for messages, for example `DeiT` or `timm`.
+        keys: Published names of the parameters; by default their own names.
         block_names: Names of the blocks inside `net`, in forward order.
         layouts: How to read the map of each block.
     """
@@ -74,6 +79,7 @@ class Backbone(nn.Module):
         net: nn.Module,
         *,
         family: str,
+        keys: KeyTable = _OWN_NAMES,
         block_names: Sequence[str],
         layouts: Sequence[MapLayout],
     ) -> None:
@@ -81,6 +87,7 @@ class Backbone(nn.Module):
         assert len(block_names) == len(layouts) > 0
         self.net = net
         self.family = family
+        self.keys = keys
         self.block_names = tuple(block_names)
         self.layouts = tuple(layouts)
 

@@ -18,6 +18,7 @@ from timm.layers import DropPath, Mlp, QuickGELU, trunc_normal_
 from torch import nn
 
 from lg.models.backbone import Backbone
+from lg.models.key_table import KeyTable
 from lg.models.layers import (
     INIT_STD,
     attend,
@@ -31,6 +32,7 @@ from lg.models.layers import (
     to_tokens,
 )
 
+KEYS = KeyTable(renames=(("stages.{}", "stage{}"),))
 PROJECTIONS = ("dw_bn", "avg", "linear")
 Size = tuple[int, int]  # height and width of a map
 
@@ -324,7 +326,7 @@ def cvt(
     )
     prefix = [int(has_token) for has_token in with_cls_token]
     return pyramid(
-        net, family="CvT", hidden_dim=hidden_dim, depth=depth, sides=sides, prefix=prefix
+        net, family="CvT", keys=KEYS, hidden_dim=hidden_dim, depth=depth, sides=sides, prefix=prefix
     )
 
 

@@ -12,7 +12,19 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from lg.models.backbone import Backbone, MapLayout
+from lg.models.key_table import KeyTable
 from lg.models.layers import check_depth, check_patches, check_widths
+
+KEYS = KeyTable(
+    renames=(
+        ("patch_embed.proj", "patch_embed.projection"),
+        ("blocks.{}.attn.qkv", "layers.{}.attn.qkv_transform"),
+        ("blocks.{}.attn.proj", "layers.{}.attn.projection"),
+        ("blocks.{}", "layers.{}"),
+        ("dist_token", "distill_token"),
+        ("head_dist", "distill_head"),
+    ),
+)
 
 
 def deit(
@@ -83,6 +95,7 @@ def deit(
     return Backbone(
         net,
         family="DeiT",
+        keys=KEYS,
         block_names=[f"blocks.{index}" for index in range(depth)],
         layouts=[layout] * depth,
     )

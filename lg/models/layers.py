@@ -13,6 +13,7 @@ from timm.layers import trunc_normal_
 from torch import nn
 
 from lg.models.backbone import Backbone, MapLayout
+from lg.models.key_table import KeyTable
 
 INIT_STD = 0.02  # of the initial weights of linear layers, tokens and positions
 
@@ -81,6 +82,7 @@ def pyramid(
     net: nn.Module,
     *,
     family: str,
+    keys: KeyTable,
     hidden_dim: Sequence[int],
     depth: Sequence[int],
     sides: Sequence[int],
@@ -91,6 +93,7 @@ def pyramid(
     Args:
         net: The network.
         family: As in MODEL.TYPE.
+        keys: Published names of its parameters.
         hidden_dim: Channels of each stage.
         depth: Blocks of each stage.
         sides: Height and width of each stage's map.
@@ -100,6 +103,7 @@ def pyramid(
     return Backbone(
         net,
         family=family,
+        keys=keys,
         block_names=[f"stages.{i}.blocks.{j}" for i, n in enumerate(depth) for j in range(n)],
         layouts=[
             MapLayout("tokens", channels, first, (side, side))

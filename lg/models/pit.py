@@ -15,7 +15,24 @@ from timm.models.pit import PoolingVisionTransformer
 from torch import nn
 
 from lg.models.backbone import Backbone, MapLayout
+from lg.models.key_table import KeyTable
 from lg.models.layers import check_depth, check_widths, conv_size
+
+KEYS = KeyTable(
+    renames=(
+        ("transformers.{}.blocks.{}.attn.qkv", "transformers.{}.blocks.{}.attn.qkv_transform"),
+        ("transformers.{}.blocks.{}.attn.proj", "transformers.{}.blocks.{}.attn.projection"),
+        ("transformers.{}.pool", "pools.{-1}"),
+    ),
+    order=(
+        ("pos_embed", "cls_token"),
+        ("patch_embed",),
+        ("transformers",),
+        ("pools",),
+        ("norm",),
+        ("head",),
+    ),
+)
 
 
 def pit(
@@ -95,4 +112,4 @@ def pit(
     for width, count in zip(hidden_dim, depth, strict=True):
         layouts += [MapLayout("tokens", width, 1, (side, side))] * count
         side = conv_size(side, kernel=3, stride=2, padding=1)  # the pooling behind the stage
-    return Backbone(net, family="PiT", block_names=names, layouts=layouts)
+    return Backbone(net, family="PiT", keys=KEYS, block_names=names, layouts=layouts)

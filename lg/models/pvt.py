@@ -17,6 +17,7 @@ from timm.layers import DropPath, Mlp, trunc_normal_
 from torch import nn
 
 from lg.models.backbone import Backbone
+from lg.models.key_table import KeyTable
 from lg.models.layers import (
     INIT_STD,
     attend,
@@ -26,6 +27,22 @@ from lg.models.layers import (
     init_linear,
     pyramid,
     to_tokens,
+)
+
+KEYS = KeyTable(
+    renames=(
+        ("stages.{}.pos_embed", "pos_embed{+1}"),
+        ("stages.{}.cls_token", "cls_token"),
+        ("stages.{}.patch_embed", "patch_embed{+1}"),
+        ("stages.{}.blocks", "block{+1}"),
+    ),
+    order=(
+        ("pos_embed{}",),
+        ("cls_token",),
+        ("patch_embed{}", "block{}"),
+        ("norm",),
+        ("head",),
+    ),
 )
 
 Size = tuple[int, int]  # height and width of a map
@@ -247,7 +264,7 @@ def pvt(
     )
     prefix = [int(i == last) for i in range(len(depth))]
     return pyramid(
-        net, family="PVT", hidden_dim=hidden_dim, depth=depth, sides=sides, prefix=prefix
+        net, family="PVT", keys=KEYS, hidden_dim=hidden_dim, depth=depth, sides=sides, prefix=prefix
     )
 
 

@@ -11,7 +11,18 @@ from timm.models.pvt_v2 import OverlapPatchEmbed, PyramidVisionTransformerV2
 from torch import nn
 
 from lg.models.backbone import Backbone
+from lg.models.key_table import KeyTable
 from lg.models.layers import check_depth, check_widths, conv_size, pyramid, smallest_image
+
+KEYS = KeyTable(
+    renames=(
+        ("patch_embed", "patch_embed1"),
+        ("stages.{}.downsample", "patch_embed{+1}"),
+        ("stages.{}.blocks.{}.mlp.dwconv", "block{+1}.{}.mlp.dwconv.dwconv"),
+        ("stages.{}.blocks", "block{+1}"),
+        ("stages.{}.norm", "norm{+1}"),
+    ),
+)
 
 
 def pvtv2(
@@ -86,6 +97,7 @@ def pvtv2(
     return pyramid(
         net,
         family="PVTv2",
+        keys=KEYS,
         hidden_dim=hidden_dim,
         depth=depth,
         sides=sides,

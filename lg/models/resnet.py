@@ -17,6 +17,24 @@ from timm.models.resnet import ResNet as TimmResNet
 from torch import nn
 
 from lg.models.backbone import Backbone, MapLayout
+from lg.models.key_table import KeyTable
+
+KEYS = KeyTable(
+    renames=(
+        ("conv1", "stem.conv"),
+        ("bn1", "stem.bn"),
+        ("layer{}.{}.downsample.0", "s{}.b{+1}.proj"),
+        ("layer{}.{}.downsample.1", "s{}.b{+1}.bn"),
+        ("layer{}.{}.conv1", "s{}.b{+1}.f.a"),
+        ("layer{}.{}.bn1", "s{}.b{+1}.f.a_bn"),
+        ("layer{}.{}.conv2", "s{}.b{+1}.f.b"),
+        ("layer{}.{}.bn2", "s{}.b{+1}.f.b_bn"),
+        ("layer{}.{}.conv3", "s{}.b{+1}.f.c"),
+        ("layer{}.{}.bn3", "s{}.b{+1}.f.c_bn"),
+        ("fc", "head.fc"),
+    ),
+    order=(("stem",), ("s{}.b{}.proj", "s{}.b{}.bn", "s{}.b{}.f"), ("head",)),
+)
 
 # Blocks of each of the four stages, by depth.
 IMAGENET_STAGES = {
@@ -173,6 +191,7 @@ def resnet(
     return Backbone(
         net,
         family="ResNet",
+        keys=KEYS,
         block_names=[f"layer{stage + 1}" for stage in range(len(widths))],
         layouts=[MapLayout("nchw", width) for width in widths],
     )

@@ -21,6 +21,7 @@ from timm.models.vision_transformer import Block
 from torch import nn
 
 from lg.models.backbone import Backbone, MapLayout
+from lg.models.key_table import KeyTable
 from lg.models.layers import (
     INIT_STD,
     check_depth,
@@ -28,6 +29,13 @@ from lg.models.layers import (
     conv_size,
     drop_path_ramp,
     init_linear,
+)
+
+KEYS = KeyTable(
+    renames=(
+        ("layers.{}.attn.qkv", "layers.{}.attn.qkv_transform"),
+        ("layers.{}.attn.proj", "layers.{}.attn.projection"),
+    ),
 )
 
 KERNEL_RATIO = 0.5  # random features of the Performer over its width
@@ -269,6 +277,7 @@ def t2t(
     return Backbone(
         net,
         family="T2TViT",
+        keys=KEYS,
         block_names=[f"layers.{index}" for index in range(depth)],
         layouts=[MapLayout("tokens", hidden_dim, 1, (side, side))] * depth,
     )

@@ -236,12 +236,14 @@ _OFFLINE = "DISTILLATION.OFFLINE"
 _TIMM_IGNORES = [f"TRANSFORMER.{k}" for k in (*_COUNTS, "MLP_RATIO", "ATTENTION_DROP_RATE")]
 _CNN_KEYS = [f"{section}.{key}" for section in ("CNN", "RESNET") for key in DEFAULTS[section]]
 # Keys that only some families read -> these families
-_OWN_KEYS: dict[str, list[str]] = {}
-for _name, _family in FAMILIES.items():
-    _keys = [f"{_family.section}.{k}" for k in DEFAULTS[_family.section]] if _family.section else []
-    _keys += [f"TRANSFORMER.{k}" for k in _family.stages if k in ("PATCH_STRIDE", "PATCH_PADDING")]
-    for _key in _keys:
-        _OWN_KEYS.setdefault(_key, []).append(_name)
+_OWN_KEYS = {
+    f"TRANSFORMER.{key}": [name for name, family in FAMILIES.items() if key in family.stages]
+    for key in ("PATCH_STRIDE", "PATCH_PADDING")
+} | {
+    f"{section}.{key}": [name for name, family in FAMILIES.items() if family.section == section]
+    for section in dict.fromkeys(family.section for family in FAMILIES.values() if family.section)
+    for key in DEFAULTS[section]
+}
 
 
 def _default(key: str) -> Any:

@@ -1,10 +1,10 @@
-"""Image sets: `build_dataset(name, root, split)` gives labelled RGB images."""
+"""Data sets: `build_dataset(name, root, split)` returns labelled RGB images."""
 
 from __future__ import annotations
 
 import difflib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from lg.datasets.base import ImageDataset, stratified_subset
 from lg.datasets.chaoyang import Chaoyang
@@ -17,7 +17,7 @@ from lg.errors import DataError
 
 __all__ = ["DATASETS", "ImageDataset", "build_dataset", "stratified_subset"]
 
-# Each is a class, called as (root, split, download).
+# Classes that are called with (root, split, download).
 DATASETS: dict[str, Callable[..., ImageDataset]] = {
     "digits": Digits,
     "cifar100": CIFAR100,
@@ -29,21 +29,32 @@ DATASETS: dict[str, Callable[..., ImageDataset]] = {
 
 
 def build_dataset(
-    name: str, root: str | os.PathLike[str], split: str, download: bool = False
+    name: str,
+    root: str | os.PathLike[str],
+    split: str,
+    download: bool = False,
+    tolerate: Iterable[str] = (),
 ) -> ImageDataset:
-    """One split of the set called `name`.
+    """Build one split of a data set.
 
     Args:
-        name: a key of DATASETS.
-        root: folder that holds the set's own folder; for image_folder, the set itself.
-        split: train, val or test; val and test are the same where a set has one held-out split.
-        download: fetch missing files, for the sets that can.
+        name: A key of DATASETS.
+        root: Folder that contains the set's folder; for image_folder, the set itself.
+        split: train, val or test; val and test are the same if a set has one held-out split.
+        download: Download missing files, for the sets that support it.
+        tolerate: Kinds of faults (see `lg.datasets.base`) that are not raised; they are listed in
+            the set's `faults`.
 
     Raises:
-        DataError: there is no such set or split, or its files are missing or damaged.
+        DataError: There is no such set or split, or its files are missing or damaged.
     """
     if name not in DATASETS:
         near = difflib.get_close_matches(str(name).lower(), DATASETS, n=3, cutoff=0.4)
         hint = f"did you mean {' or '.join(near)}? " if near else ""
-        raise DataError(f"data set {name!r} is unknown: {hint}There are {', '.join(DATASETS)}")
-    return DATASETS[name](root, split, download)
+        raise DataError(f"data set {name!r} is unknown: {hint}Choose from {', '.join(DATASETS)}")
+    tolerated = set(tolerate)
+    dataset = DATASETS[name](root, split, download)
+    for fault in dataset.faults:
+        if fault.kind not in tolerated:
+            raise DataError(fault.text)
+    return dataset

@@ -1,124 +1,109 @@
-"""What every image set is, and how a part of one is drawn.
+"""The interface of data sets, stratified subsets and fingerprints.
 
 n counts the images of a set, K its classes.
 """
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
-from contextvars import ContextVar
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
 
 from lg.errors import DataError
 
-_NUM_PRINTS = 16  # images that stand for a set in its fingerprint
+_NUM_FINGERPRINT_IMAGES = 16
+
+# Kinds of faults that leave the rest of a set usable.
+MISSING = "missing"  # listed image files do not exist
+EMPTY_CLASS = "empty class"  # a class folder without images
+UNTRAINED_CLASS = "untrained class"  # a class of the held-out split only; its images are dropped
 
 
-# Faults of a set without which the rest of it can still be used; see `tolerating`.
-MISSING, EMPTY_CLASS, UNTRAINED_CLASS = "missing", "empty class", "untrained class"
-_tolerated: ContextVar[dict[str, list[str]] | None] = ContextVar("tolerated", default=None)
+class Fault(NamedTuple):
+    """A fault found while listing a set."""
 
-
-@contextlib.contextmanager
-def tolerating(*kinds: str) -> Iterator[dict[str, list[str]]]:
-    """Within, faults of these kinds leave out what they concern in place of ending it all.
-
-    Args:
-        *kinds: MISSING: listed images that are not there stay listed. EMPTY_CLASS: a class without
-            images. UNTRAINED_CLASS: a class of the held-out split alone, whose images are left out.
-
-    Returns:
-        Their messages, by kind.
-    """
-    found: dict[str, list[str]] = {kind: [] for kind in kinds}
-    token = _tolerated.set({**(_tolerated.get() or {}), **found})
-    try:
-        yield found
-    finally:
-        _tolerated.reset(token)
-
-
-def found_fault(kind: str, text: str) -> None:
-    """Notes a fault that is tolerated.
-
-    Raises:
-        DataError: it is not.
-    """
-    tolerated = _tolerated.get()
-    if tolerated is None or kind not in tolerated:
-        raise DataError(text)
-    tolerated[kind].append(text)
+    kind: str  # MISSING, EMPTY_CLASS or UNTRAINED_CLASS
+    text: str
 
 
 class ImageDataset(ABC):
-    """A labelled set of images in a fixed order, without transforms and without tensors.
+    """A labelled set of images in a fixed order, without transforms or tensors.
 
-    Constructing one reads labels and file lists and decodes no image file. Instances are plain
-    data, so that they travel to worker processes, spawned ones included.
+    The constructor reads labels and file lists but decodes no image file. Instances are plain data
+    and can be pickled to worker processes.
 
     Attributes:
-        name: the name of the set, as `build_dataset` takes it.
-        split: the part of the set, under the set's own name for it ("train", "val" or "test").
+        name: Name of the set, as `build_dataset` takes it.
+        split: Part of the set, under the set's own name for it ("train", "val" or "test").
         class_names: K names, in the order of the labels.
         labels: [n] int64, each in 0..K-1.
-        indices: [n] int64, where each image is in the full set: 0..n-1 but for a subset.
+        indices: [n] int64, position of each image in the full set: 0..n-1 unless it is a subset.
+        faults: Faults found while listing the set; `build_dataset` raises those not tolerated.
     """
 
     def __init__(
         self, name: str, split: str, class_names: Sequence[str], labels: Sequence[int] | np.ndarray
     ) -> None:
-        """Keep the description of the set.
+        """Store names and labels.
 
         Raises:
-            DataError: there is no image, or a label is no whole number in 0..K-1.
+            DataError: There are no images, or a label is not a whole number in 0..K-1.
         """
         self.name = name
         self.split = split
         self.class_names = list(class_names)
         self.labels = check_labels(labels, len(self.class_names), f"{name}, split {split!r}")
         self.indices: np.ndarray = np.arange(len(self.labels), dtype=np.int64)
+        self.faults: list[Fault] = []
 
     @property
     def num_classes(self) -> int:
-        """K, counting classes of which this split may hold no image."""
+        """K, including classes without images in this split."""
         return len(self.class_names)
+
+    @property
+    def full(self) -> ImageDataset:
+        """The set that `indices` refers to: this one, unless it is a subset."""
+        return self
 
     def __len__(self) -> int:
         return len(self.labels)
 
     @abstractmethod
     def image(self, index: int) -> Image.Image:
-        """The image at `index`, in mode RGB and upright, in its stored size.
+        """Return the image at `index`: mode RGB, upright, in its stored size.
 
         Raises:
-            DataError: its file cannot be read.
+            DataError: The image file cannot be read.
         """
 
     @abstractmethod
     def describe(self, index: int) -> str:
-        """Name the sample for a message: the path of its file, or its place in the set's file."""
+        """Name the sample for a message: the path of its file, or its position in the set's file."""
 
 
 class DatasetSubset(ImageDataset):
-    """Some images of a set; classes, their order and the labels stay those of the full set.
+    """Some images of a set; classes, class order and labels stay those of the full set.
 
     Attributes:
-        full: the set the images come from, never itself a subset.
-        indices: [n] int64, ascending, where each image is in `full`.
+        indices: [n] int64, ascending, position of each image in `full`, which is never a subset.
     """
 
     def __init__(self, dataset: ImageDataset, indices: np.ndarray) -> None:
-        """Select `indices` (whole numbers in 0..len(dataset)-1) of `dataset`."""
+        """Select the images at `indices` (whole numbers in 0..len(dataset)-1) of `dataset`."""
         chosen = np.sort(np.asarray(indices, dtype=np.int64))
         super().__init__(dataset.name, dataset.split, dataset.class_names, dataset.labels[chosen])
-        # One level only: indices then mean the same to whoever stores things by sample.
-        self.full: ImageDataset = dataset.full if isinstance(dataset, DatasetSubset) else dataset
+        self._full = dataset.full
         self.indices = dataset.indices[chosen]
+        self.faults = dataset.faults
+
+    @property
+    def full(self) -> ImageDataset:
+        return self._full
 
     def image(self, index: int) -> Image.Image:
         return self.full.image(int(self.indices[index]))
@@ -128,44 +113,44 @@ class DatasetSubset(ImageDataset):
 
 
 def stratified_subset(dataset: ImageDataset, fraction: float, seed: int) -> ImageDataset:
-    """Keep round(fraction * n) images, each class in proportion to its size, in original order.
+    """Keep round(fraction * n) images in their order, each class in proportion to its size.
 
-    The same seed gives the same images on every machine, and a smaller fraction keeps a subset of
-    what a larger one keeps. Every class keeps at least one image if there is room for that.
+    The same seed selects the same images on every machine, and a smaller fraction selects a subset
+    of what a larger one selects. Every class keeps at least one image if there is room.
 
     Args:
-        dataset: the set to draw from.
-        fraction: share of the images to keep, in (0, 1]; 1 returns `dataset` itself.
+        dataset: The set to draw from.
+        fraction: Share of the images to keep, in (0, 1]; 1 returns `dataset` itself.
         seed: 0..2^32-1.
 
     Raises:
-        DataError: fraction or seed is out of its range, or no image would be left.
+        DataError: fraction or seed is out of range, or no image would be left.
     """
     if not 0 < fraction <= 1:
         raise DataError(
-            f"fraction of {dataset.name} is {fraction!r}: give a number above 0 and at most 1"
+            f"fraction of {dataset.name} is {fraction!r}: set it to a number above 0 and at most 1"
         )
     if not 0 <= seed < 2**32:
-        raise DataError(f"seed of the subset is {seed!r}: give a whole number in 0..2^32-1")
+        raise DataError(f"seed of the subset is {seed!r}: set it to a whole number in 0..2^32-1")
     if fraction == 1:
         return dataset
     num_kept = round(fraction * len(dataset))
     if num_kept == 0:
         raise DataError(
-            f"fraction {fraction!r} of the {len(dataset)} images of {dataset.name} keeps none: "
-            f"give at least {1 / len(dataset):.2g}"
+            f"fraction {fraction!r} keeps none of the {len(dataset)} images of {dataset.name}: "
+            f"set it to at least {1 / len(dataset):.2g}"
         )
     return DatasetSubset(dataset, stratified_order(dataset.labels, seed)[:num_kept])
 
 
 def stratified_order(labels: np.ndarray, seed: int) -> np.ndarray:
-    """An order of the samples of which every beginning is stratified.
+    """Order the samples so that every prefix is stratified.
 
-    The k-th drawn sample (k = 0, 1, ...) of a class of m samples stands at (k + 1/2) / m, which is
-    Webster's apportionment: proportional, and unlike the largest-remainder rule it never takes a
-    sample back when the total grows (the Alabama paradox), so beginnings are nested. The two rules
-    agree but for ties and rare cases of very unequal classes. First, each class has one sample,
-    the largest class before the others.
+    The k-th drawn sample (k = 0, 1, ...) of a class of m samples gets the position (k + 1/2) / m.
+    This is Webster's apportionment: proportional, and unlike the largest-remainder rule it never
+    removes a sample when the total grows (the Alabama paradox), so prefixes are nested. The two
+    rules agree except for ties and rare cases of very unequal classes. The first sample of each
+    class comes before all others, the largest class first.
 
     Args:
         labels: [n] int64.
@@ -176,7 +161,7 @@ def stratified_order(labels: np.ndarray, seed: int) -> np.ndarray:
 
     Source: Balinski and Young, Fair Representation (1982), on house monotonicity.
     """
-    # NumPy promises RandomState's stream for ever; that of default_rng may change.
+    # NumPy guarantees the stream of RandomState; that of default_rng may change.
     random = np.random.RandomState(seed).random_sample(len(labels))
     _, groups, sizes = np.unique(labels, return_inverse=True, return_counts=True)
     by_class = np.lexsort((random, groups))
@@ -184,19 +169,18 @@ def stratified_order(labels: np.ndarray, seed: int) -> np.ndarray:
     rank = np.empty(len(labels), dtype=np.int64)
     rank[by_class] = np.arange(len(labels)) - starts[groups[by_class]]
     position = (rank + 0.5) / sizes[groups]
-    # Ties (classes of equal size) break by the draw, so that no class is always served first.
+    # Break ties (classes of equal size) by the draw; otherwise the same class would always win.
     return np.lexsort((random, position, rank > 0))
 
 
 def fingerprint(dataset: ImageDataset) -> str:
-    """SHA-256 of what a whole set holds and in which order: its labels, and a few of its images.
+    """Return the SHA-256 of a full set: its labels in order, and a few of its images.
 
-    Of a subset, that of the full set. An image that cannot be read counts as such: whether that is
-    a fault is for others to say.
+    A subset has the fingerprint of its full set. An unreadable image is hashed as such.
     """
-    full = dataset.full if isinstance(dataset, DatasetSubset) else dataset
+    full = dataset.full
     digest = hashlib.sha256(full.labels.astype("<i8").tobytes())
-    for index in np.linspace(0, len(full) - 1, _NUM_PRINTS).astype(int):
+    for index in np.linspace(0, len(full) - 1, _NUM_FINGERPRINT_IMAGES).astype(int):
         try:
             image = full.image(int(index))
         except DataError:
@@ -207,43 +191,45 @@ def fingerprint(dataset: ImageDataset) -> str:
 
 
 def check_labels(labels: Sequence[int] | np.ndarray, num_classes: int, where: str) -> np.ndarray:
-    """Labels as [n] int64, once they are seen to be whole numbers in 0..num_classes-1.
+    """Return labels as [n] int64 after checking that they are whole numbers in 0..num_classes-1.
 
     Raises:
-        DataError: they are not, or there are none; the message starts with `where`.
+        DataError: They are not, or there are none; the message starts with `where`.
     """
     try:
         array = np.asarray(labels)
     except ValueError as error:  # lists of unequal lengths
-        raise DataError(f"{where}: labels are no list of numbers; fetch the data again") from error
+        raise DataError(
+            f"{where}: the labels are not a list of numbers; download the data again"
+        ) from error
     if array.size == 0:
-        raise DataError(f"{where}: it holds no images; unpack the data again")
+        raise DataError(f"{where}: there are no images; unpack the data again")
     if array.ndim != 1 or array.dtype.kind not in "iu":
         raise DataError(
             f"{where}: labels are {array.dtype} of shape {array.shape}, but must be one whole "
-            "number per image; fetch the data again"
+            "number per image; download the data again"
         )
     wrong = np.flatnonzero((array < 0) | (array >= num_classes))
     if wrong.size:
         raise DataError(
             f"{where}: the label of image {wrong[0]} is {array[wrong[0]]}, but the {num_classes} "
-            f"classes are numbered 0..{num_classes - 1}; labels and class names do not belong "
-            "together, fetch the data again"
+            f"classes are numbered 0..{num_classes - 1}; labels and class names do not match, "
+            "download the data again"
         )
     return array.astype(np.int64)
 
 
-def resolve_split(name: str, split: str, allowed: Mapping[str, str]) -> str:
-    """The set's own name for `split`.
+def resolve_split(name: str, split: str, held_out: str | None = None) -> str:
+    """Return the set's own name for `split`.
 
     Args:
-        name: of the set, for the message.
-        split: what was asked for.
-        allowed: every accepted name -> the set's own.
+        name: Name of the set, for the message.
+        split: Requested split: train, val or test.
+        held_out: The set's name for both val and test, if it has only one held-out split.
 
     Raises:
-        DataError: `split` is not accepted.
+        DataError: There is no such split.
     """
-    if split not in allowed:
-        raise DataError(f"split of {name} is {split!r}: give one of {', '.join(allowed)}")
-    return allowed[split]
+    if split not in ("train", "val", "test"):
+        raise DataError(f"split of {name} is {split!r}: set it to train, val or test")
+    return split if split == "train" or held_out is None else held_out

@@ -1,6 +1,6 @@
-"""Chaoyang: patches of 512 x 512 of colon slides in 4 classes, noisy labels in the training part.
+"""Chaoyang: 512 x 512 patches of colon slides in 4 classes, with noisy training labels.
 
-Layout: `chaoyang/{train,test}/` with images and `chaoyang/{train,test}.json`, a list of
+Layout: images in `chaoyang/{train,test}/` and `chaoyang/{train,test}.json`, a list of
 `{"name": "train/xxx.JPG", "label": 0..3}` with names relative to `chaoyang/`.
 Source: Zhu et al., Hard Sample Aware Noise Robust Learning for Histopathology Image
 Classification (IEEE TMI 2021), https://bupt-ai-cz.github.io/HSA-NRL/
@@ -22,26 +22,25 @@ CLASS_NAMES = ("normal", "serrated", "adenocarcinoma", "adenoma")
 
 
 class Chaoyang(FileDataset):
-    """4,021 training or 2,139 test images if complete, in the order of the JSON list."""
+    """4,021 training or 2,139 test images if complete, in the order of the JSON file."""
 
     def __init__(self, root: str | os.PathLike[str], split: str, download: bool = False) -> None:
         """List a split.
 
         Args:
-            root: folder that holds `chaoyang`.
-            split: train; test or its other name val.
-            download: there is no automatic download, the authors hand the data out on request;
-                with files missing, the error says what to do.
+            root: Folder that contains `chaoyang`.
+            split: train, or test (also called val).
+            download: Ignored: the authors provide the data on request.
 
         Raises:
-            DataError: files are missing or the list is not as described.
+            DataError: Files are missing or the JSON file is invalid.
         """
         name = "chaoyang"
-        split = resolve_split(name, split, {"train": "train", "test": "test", "val": "test"})
+        split = resolve_split(name, split, "test")
         folder = Path(root) / FOLDER
         remedy = (
-            f"ask for the data at {ADDRESS} (there is no automatic download) and unpack it in "
-            f"{root}, which then holds {FOLDER}/train/, {FOLDER}/test/, {FOLDER}/train.json and "
+            f"request the data at {ADDRESS} (there is no automatic download) and unpack it in "
+            f"{root}, which then contains {FOLDER}/train/, {FOLDER}/test/, {FOLDER}/train.json and "
             f"{FOLDER}/test.json"
         )
         require([folder / f"{split}.json", folder / split], name, remedy)
@@ -52,14 +51,14 @@ class Chaoyang(FileDataset):
 
 
 def _read_entries(path: Path, name: str) -> list[tuple[str, int]]:
-    """(file relative to the folder of the list, label) of each image."""
+    """Read (path relative to the folder of the JSON file, label) of each image."""
     try:
         entries = json.loads(read_text(path, name))
     except json.JSONDecodeError as error:
         raise DataError(f"{name}: {path} is not JSON ({error}); unpack it again") from error
     expected = f'{{"name": "{path.stem}/xxx.JPG", "label": 0..{len(CLASS_NAMES) - 1}}}'
     if not isinstance(entries, list):
-        raise DataError(f"{name}: {path} holds no list; it must be a list of {expected}")
+        raise DataError(f"{name}: {path} must contain a list of {expected}")
     for number, entry in enumerate(entries):
         if not _is_entry(entry):
             raise DataError(f"{name}: entry {number} of {path} is {entry!r}, not {expected}")

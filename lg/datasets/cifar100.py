@@ -1,6 +1,6 @@
 """CIFAR-100: 60,000 images of 32 x 32 in 100 classes.
 
-Layout: `cifar-100-python/{train,test,meta}`, the unpacked "python version".
+Layout: `cifar-100-python/{train,test,meta}`, from the official "python version".
 Source: Krizhevsky, Learning Multiple Layers of Features from Tiny Images (2009),
 https://www.cs.toronto.edu/~kriz/cifar.html
 """
@@ -26,38 +26,38 @@ SIZE = 32  # pixels
 class CIFAR100(ImageDataset):
     """The fine labels of CIFAR-100: 50,000 training and 10,000 test images if complete.
 
-    The files may be in another order, or fewer images, than the official ones.
+    The files may contain fewer images than the official ones, or in another order.
 
     Attributes:
-        pixels: [n, 3, 32, 32] uint8, read-only. One array, so that forked workers share it.
+        pixels: [n, 3, 32, 32] uint8, read-only; one array, which forked workers share.
     """
 
     def __init__(self, root: str | os.PathLike[str], split: str, download: bool = False) -> None:
         """Read a split.
 
         Args:
-            root: folder that holds `cifar-100-python`.
-            split: train; test or its other name val.
-            download: fetch what is missing by torchvision, which checks the official MD5. Tested
-                against a stand-in for torchvision only, never against the network.
+            root: Folder that contains `cifar-100-python`.
+            split: train, or test (also called val).
+            download: Download missing files with torchvision, which checks the official MD5. Only
+                tested with a mock of torchvision, without a network.
 
         Raises:
-            DataError: files are missing, damaged, unsafe or do not fit together.
+            DataError: Files are missing, damaged, unsafe or inconsistent.
         """
         name = "cifar100"
-        split = resolve_split(name, split, {"train": "train", "test": "test", "val": "test"})
+        split = resolve_split(name, split, "test")
         folder = Path(root) / FOLDER
         if download:
             fetch(_download, FOLDER, folder, ("train", "test", "meta"), name)
         remedy = (
             f"set download=True (DATA_LOADER.DOWNLOAD True), or unpack {ADDRESS} in {root}, "
-            f"which then holds {FOLDER}/train, {FOLDER}/test and {FOLDER}/meta"
+            f"which then contains {FOLDER}/train, {FOLDER}/test and {FOLDER}/meta"
         )
         require([folder / split, folder / "meta"], name, remedy)
         class_names = load_table(folder / "meta", ["fine_label_names"])["fine_label_names"]
         if not isinstance(class_names, list) or not all(isinstance(n, str) for n in class_names):
             raise DataError(
-                f"{folder / 'meta'}: fine_label_names is no list of names; fetch it again"
+                f"{folder / 'meta'}: fine_label_names is not a list of names; download it again"
             )
         table = load_table(folder / split, ["data", "fine_labels"])
         super().__init__(name, split, class_names, table["fine_labels"])
@@ -78,9 +78,9 @@ def _as_pixels(data: object, num_images: int, path: Path) -> np.ndarray:
             if isinstance(data, np.ndarray)
             else type(data).__name__
         )
-        raise DataError(f"{path}: data is {found}, not uint8 [images, {row}]; fetch it again")
+        raise DataError(f"{path}: data is {found}, not uint8 [images, {row}]; download it again")
     if len(data) != num_images:
-        raise DataError(f"{path}: {num_images} labels for {len(data)} images; fetch it again")
+        raise DataError(f"{path}: {num_images} labels for {len(data)} images; download it again")
     return data.reshape(-1, 3, SIZE, SIZE)
 
 

@@ -1,6 +1,6 @@
-"""The digits that come with scikit-learn: 1,797 handwritten digits of 8 x 8 in 10 classes.
+"""The digits included in scikit-learn: 1,797 handwritten digits of 8 x 8 pixels in 10 classes.
 
-No files and no download. Source: the test part of UCI's Optical Recognition of Handwritten Digits,
+They need no files and no download. Source: the test part of UCI's Optical Recognition of Handwritten Digits,
 https://archive.ics.uci.edu/dataset/80
 """
 
@@ -13,35 +13,35 @@ from PIL import Image
 
 from lg.datasets.base import ImageDataset, resolve_split, stratified_order
 
-NUM_TRAIN = 1200  # of 1,797, which leaves 597; there is no official split
-SPLIT_SEED = 0  # never to change: results are compared across versions
+NUM_TRAIN = 1200  # of 1,797, the other 597 are for testing; there is no official split
+SPLIT_SEED = 0  # must never change: results are compared across versions
 
 
 class Digits(ImageDataset):
-    """1,200 training and 597 test images, drawn once, in scikit-learn's order.
+    """1,200 training or 597 test images of a fixed random split, in scikit-learn's order.
 
     Attributes:
-        pixels: [n, 8, 8] uint8, the 17 gray levels spread over 0..255.
-        sources: [n] int64, where each image is in scikit-learn's set.
+        pixels: [n, 8, 8] uint8, the 17 gray levels scaled to 0..255.
+        sources: [n] int64, position of each image in scikit-learn's set.
     """
 
     def __init__(
         self, root: str | os.PathLike[str] = "", split: str = "train", download: bool = False
     ) -> None:
-        """Take a split.
+        """Load a split.
 
         Args:
-            root: unused; all sets are called alike.
-            split: train; test or its other name val.
-            download: unused; there is nothing to fetch.
+            root: Ignored.
+            split: train, or test (also called val).
+            download: Ignored.
 
         Raises:
-            DataError: there is no such split.
+            DataError: There is no such split.
         """
         from sklearn.datasets import load_digits
 
         name = "digits"
-        split = resolve_split(name, split, {"train": "train", "test": "test", "val": "test"})
+        split = resolve_split(name, split, "test")
         bunch = load_digits()
         order = stratified_order(bunch.target, SPLIT_SEED)
         sources = np.sort(order[:NUM_TRAIN] if split == "train" else order[NUM_TRAIN:])

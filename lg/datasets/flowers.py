@@ -1,7 +1,7 @@
 """Oxford Flowers-102: 8,189 photographs of flowers in 102 classes.
 
-Layout: `flowers/` with `jpg/image_00001.jpg` and so on, `imagelabels.mat` and `setid.mat`; the
-folder may have torchvision's name `flowers-102` instead.
+Layout: `flowers/` with `jpg/image_00001.jpg` etc., `imagelabels.mat` and `setid.mat`; torchvision's
+folder name `flowers-102` works too.
 Source: Nilsback and Zisserman, Automated Flower Classification over a Large Number of Classes
 (ICVGIP 2008), https://www.robots.ox.ac.uk/~vgg/data/flowers/102/
 """
@@ -22,8 +22,8 @@ TORCHVISION_FOLDER = "flowers-102"
 ADDRESS = "https://www.robots.ox.ac.uk/~vgg/data/flowers/102/"
 ENTRIES = ("jpg", "imagelabels.mat", "setid.mat")
 
-# Which lists of setid.mat make a split. Training and validation images are trained on together,
-# ten of each a class.
+# The lists of setid.mat in each split. Training uses the official training and validation images,
+# ten of each per class.
 SPLIT_KEYS = {"train": ("trnid", "valid"), "test": ("tstid",)}
 
 # In the order of the labels 1..102 of imagelabels.mat.
@@ -49,31 +49,31 @@ CLASS_NAMES = tuple(" ".join(name.split()) for name in _NAMES.split(","))
 
 
 class Flowers(FileDataset):
-    """2,040 training (trnid and valid) or 6,149 test (tstid) images, in the order of their ids."""
+    """2,040 training (trnid and valid) or 6,149 test (tstid) images, sorted by id."""
 
     def __init__(self, root: str | os.PathLike[str], split: str, download: bool = False) -> None:
         """List a split.
 
         Args:
-            root: folder that holds `flowers` (or `flowers-102`).
-            split: train; test or its other name val.
-            download: fetch what is missing by torchvision, which checks the official MD5s. Tested
-                against a stand-in for torchvision only, never against the network.
+            root: Folder that contains `flowers` (or `flowers-102`).
+            split: train, or test (also called val).
+            download: Download missing files with torchvision, which checks the official MD5s. Only
+                tested with a mock of torchvision, without a network.
 
         Raises:
-            DataError: files are missing, damaged or do not fit together.
+            DataError: Files are missing, damaged or inconsistent.
         """
         name = "flowers"
-        split = resolve_split(name, split, {"train": "train", "test": "test", "val": "test"})
+        split = resolve_split(name, split, "test")
         folder = Path(root) / FOLDER
         if not folder.exists() and (Path(root) / TORCHVISION_FOLDER).exists():
             folder = Path(root) / TORCHVISION_FOLDER
         if download:
             fetch(_download, TORCHVISION_FOLDER, folder, ENTRIES, name)
         remedy = (
-            "set download=True (DATA_LOADER.DOWNLOAD True), or fetch 102flowers.tgz, "
+            "set download=True (DATA_LOADER.DOWNLOAD True), or download 102flowers.tgz, "
             f"imagelabels.mat and setid.mat from "
-            f"{ADDRESS} into {folder} and unpack the first there, which gives {folder / 'jpg'}"
+            f"{ADDRESS} into {folder} and unpack the first there, which creates {folder / 'jpg'}"
         )
         require([folder / entry for entry in ENTRIES], name, remedy)
         label_of = _vector(folder / "imagelabels.mat", "labels") - 1  # by image id - 1
@@ -82,27 +82,29 @@ class Flowers(FileDataset):
         if ids[0] < 1 or ids[-1] > len(label_of):
             raise DataError(
                 f"{folder / 'setid.mat'}: it lists image ids {ids[0]}..{ids[-1]}, but "
-                f"imagelabels.mat labels 1..{len(label_of)}; fetch both again"
+                f"imagelabels.mat labels 1..{len(label_of)}; download both again"
             )
         paths = [str(folder / "jpg" / f"image_{each:05d}.jpg") for each in ids]
         super().__init__(name, split, CLASS_NAMES, label_of[ids - 1], paths)
 
 
 def _vector(path: Path, key: str) -> np.ndarray:
-    """A list of whole numbers in a .mat file, as [n] int64."""
+    """Read a list of whole numbers from a .mat file as [n] int64."""
     from scipy.io import loadmat
 
     try:
         values = np.asarray(loadmat(path)[key]).ravel()
     except MemoryError:
         raise
-    except Exception as error:  # a damaged file fails anywhere in the parser
+    except Exception as error:  # a damaged file may raise anything
         raise DataError(
-            f"{path}: {key} cannot be read ({type(error).__name__}: {error}); fetch it again "
+            f"{path}: {key} cannot be read ({type(error).__name__}: {error}); download it again "
             f"from {ADDRESS}"
         ) from error
     if values.size == 0 or values.dtype.kind not in "iuf" or np.any(values != np.round(values)):
-        raise DataError(f"{path}: {key} is no list of whole numbers; fetch it again from {ADDRESS}")
+        raise DataError(
+            f"{path}: {key} is not a list of whole numbers; download it again from {ADDRESS}"
+        )
     return values.astype(np.int64)
 
 

@@ -1,7 +1,7 @@
-"""Your own images: a folder per split, in it a folder per class.
+"""Custom images: a folder per split that contains a folder per class.
 
-Layout: `root/train/CLASS/...` and `root/val/CLASS/...` or `root/test/CLASS/...`, images at any
-depth below the class's folder.
+Layout: `root/train/CLASS/...` and `root/val/CLASS/...` or `root/test/CLASS/...`, with images at any
+depth below the class folder.
 """
 
 from __future__ import annotations
@@ -9,11 +9,11 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from lg.datasets.base import EMPTY_CLASS, UNTRAINED_CLASS, found_fault, resolve_split
+from lg.datasets.base import EMPTY_CLASS, UNTRAINED_CLASS, Fault, resolve_split
 from lg.datasets.files import FileDataset, require
 from lg.errors import DataError
 
-# What Pillow reads in every build, in lower case.
+# Formats that every build of Pillow reads, in lower case.
 SUFFIXES = (
     *(".bmp", ".gif", ".jfif", ".jpe", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".ppm"),
     *(".tif", ".tiff", ".webp"),
@@ -23,64 +23,74 @@ SUFFIXES = (
 class ImageFolder(FileDataset):
     """Classes are the folders of `train`, sorted; images are sorted by path within a class.
 
-    Hidden files and folders, files of other suffixes (in any case) and files beside the class
-    folders are no images of the set. Links to folders are followed.
+    Hidden files and folders, files with other suffixes (in any case) and files outside class
+    folders are ignored. Links to folders are followed. (torchvision's `make_dataset` neither ignores hidden
+    files nor stops at link cycles, and sorts differently.)
     """
 
     def __init__(self, root: str | os.PathLike[str], split: str, download: bool = False) -> None:
         """List a split.
 
         Args:
-            root: folder that holds `train` and one or both of `val` and `test`.
-            split: train, val or test; of the last two, the other one if that alone is there.
-            download: there is nothing to fetch.
+            root: Folder that contains `train` and one or both of `val` and `test`.
+            split: train, val or test; if only one of val and test exists, both mean that one.
+            download: Ignored.
 
         Raises:
-            DataError: folders are missing, a class folder holds no image, or a class is not among
-                the training ones.
+            DataError: Folders are missing or there are no images.
         """
         name = "image_folder"
-        allowed = {"train": "train", "val": "val", "test": "test"}
-        split = resolve_split(name, split, allowed)
+        split = resolve_split(name, split)
         other = {"val": "test", "test": "val"}.get(split, split)
         folder = Path(root)
         if not (folder / split).is_dir() and (folder / other).is_dir():
             split = other
         remedy = (
-            f"{root} must hold train/CLASS/... and val/CLASS/... or test/CLASS/... (there is no "
+            f"{root} must contain train/CLASS/... and val/CLASS/... or test/CLASS/... (there is no "
             "download)"
         )
         require([folder / "train", folder / split], name, remedy)
         class_names = _class_folders(folder / "train")
         present = class_names if split == "train" else _class_folders(folder / split)
-        known = set(class_names)
-        for each in present:
-            if each not in known:
-                found_fault(
-                    UNTRAINED_CLASS,
-                    f"{name}: {folder / split} has the class {each!r} which {folder / 'train'} "
-                    "has not; a model cannot learn it, remove or rename the folder",
-                )
+        faults: list[Fault] = []
         labels: list[int] = []
         paths: list[str] = []
-        for each in filter(known.__contains__, present):
-            files = _images_below(folder / split / each)
-            labels += [class_names.index(each)] * len(files)
+        for class_name in present:
+            if class_name not in class_names:
+                text = (
+                    f"{name}: {folder / split} has the class {class_name!r}, which "
+                    f"{folder / 'train'} lacks; a model cannot learn it, remove or rename the folder"
+                )
+                faults.append(Fault(UNTRAINED_CLASS, text))
+                continue
+            files = _images_below(folder / split / class_name)
+            if not files:
+                text = (
+                    f"{name}: {folder / split / class_name} contains no images "
+                    f"({' '.join(SUFFIXES)}); add some or remove the folder"
+                )
+                faults.append(Fault(EMPTY_CLASS, text))
+            labels += [class_names.index(class_name)] * len(files)
             paths += files
+        if faults and not paths:
+            raise DataError(faults[0].text)
         super().__init__(name, split, class_names, labels, paths)
+        self.faults += faults
 
 
 def _class_folders(folder: Path) -> list[str]:
     entries = folder.iterdir() if folder.is_dir() else []
     names = sorted(each.name for each in entries if each.is_dir() and each.name[0] != ".")
     if not names:
-        raise DataError(f"image_folder: {folder} holds no folders; make one folder per class in it")
+        raise DataError(
+            f"image_folder: {folder} contains no folders; create one folder per class in it"
+        )
     return names
 
 
 def _images_below(folder: Path) -> list[str]:
     files: list[str] = []
-    visited: set[str] = set()  # links can lead in circles
+    visited: set[str] = set()  # links may form cycles
     for place, folders, names in os.walk(folder, followlinks=True):
         if os.path.realpath(place) in visited:
             folders.clear()
@@ -92,10 +102,4 @@ def _images_below(folder: Path) -> list[str]:
             for each in names
             if not each.startswith(".") and os.path.splitext(each)[1].lower() in SUFFIXES
         ]
-    if not files:
-        found_fault(
-            EMPTY_CLASS,
-            f"image_folder: {folder} holds no image ({' '.join(SUFFIXES)}); add some or "
-            "remove the folder",
-        )
     return sorted(files)

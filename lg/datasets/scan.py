@@ -1,4 +1,4 @@
-"""One look at every image of a set: can it be read, how large is it, what is odd about it.
+"""Decode every image of a set once: find unreadable images, sizes and unusual formats.
 
 n counts the images of a set.
 """
@@ -6,7 +6,6 @@ n counts the images of a set.
 from __future__ import annotations
 
 import hashlib
-import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -26,13 +25,13 @@ _Result = TypeVar("_Result")
 
 @dataclass(frozen=True)
 class ImageFacts:
-    """What one image is.
+    """Facts about one image.
 
     Attributes:
-        fault: Why it cannot be read, naming it and the way out; empty when it can.
+        fault: Why it cannot be read, with its name and the fix; empty if it can.
         width: In pixels, upright.
         height: In pixels, upright.
-        digest: Of size and RGB pixels: equal for images that look exactly alike.
+        digest: Hash of size and RGB pixels; equal for identical images.
         traits: Those of `lg.datasets.image.TRAITS` that its file has.
     """
 
@@ -43,30 +42,30 @@ class ImageFacts:
     traits: tuple[str, ...] = ()
 
 
-def is_of_files(dataset: ImageDataset) -> bool:
-    """Whether each image is a file of its own, which may be damaged while others are not."""
-    return isinstance(_full(dataset), FileDataset)
+def has_image_files(dataset: ImageDataset) -> bool:
+    """Whether each image is a separate file, so that single images may be damaged."""
+    return isinstance(dataset.full, FileDataset)
 
 
 def scan(dataset: ImageDataset, *, num_threads: int, title: str = "") -> list[ImageFacts]:
-    """Decodes every image once, with a bar where standard error is a terminal.
+    """Decode every image once, with a progress bar if standard error is a terminal.
 
     Args:
-        dataset: A set.
+        dataset: The set.
         num_threads: Threads that read and decode, at least 1.
-        title: Of the bar.
+        title: Title of the bar.
 
     Returns:
-        Facts of the n images, in their order.
+        Facts about the n images, in their order.
     """
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Pillow's, of images that are odd: the facts tell
-        return _over_all(dataset, look_at, num_threads=num_threads, title=title)
+        warnings.simplefilter("ignore")  # Pillow warns of unusual images; the facts report them
+        return _map_positions(inspect_image, dataset, num_threads=num_threads, title=title)
 
 
-def look_at(dataset: ImageDataset, position: int) -> ImageFacts:
-    """Decodes one image."""
-    full = _full(dataset)
+def inspect_image(dataset: ImageDataset, position: int) -> ImageFacts:
+    """Decode one image and return its facts."""
+    full = dataset.full
     traits: tuple[str, ...] = ()
     try:
         if isinstance(full, FileDataset):
@@ -84,28 +83,28 @@ def look_at(dataset: ImageDataset, position: int) -> ImageFacts:
 
 
 def find_unreadable(dataset: ImageDataset, *, num_threads: int) -> dict[int, str]:
-    """Opens every image of a set of files; of those that cannot be read, position -> reason.
+    """Open every image file; return position -> reason for those that cannot be read.
 
     Args:
-        dataset: A set; nothing is opened if it is kept in one file.
+        dataset: The set; nothing is opened if it is not made of image files.
         num_threads: Threads that read and decode, at least 1.
     """
-    if not is_of_files(dataset):
+    if not has_image_files(dataset):
         return {}
     title = f"looking for damaged images in {dataset.split}"
-    reasons = _over_all(dataset, _reason, num_threads=num_threads, title=title)
+    reasons = _map_positions(_reason, dataset, num_threads=num_threads, title=title)
     return {position: reason for position, reason in enumerate(reasons) if reason}
 
 
-def leave_out(dataset: ImageDataset, unreadable: Mapping[int, str]) -> ImageDataset:
-    """The set without the images at these positions; places in the full set stay what they are.
+def drop_unreadable(dataset: ImageDataset, unreadable: Mapping[int, str]) -> ImageDataset:
+    """Return the set without the unreadable images; indices in the full set do not change.
 
     Args:
-        dataset: A set.
+        dataset: The set.
         unreadable: Position -> reason.
 
     Raises:
-        DataError: Nothing would be left.
+        DataError: No image would be left.
     """
     if not unreadable:
         return dataset
@@ -120,27 +119,27 @@ def leave_out(dataset: ImageDataset, unreadable: Mapping[int, str]) -> ImageData
 
 
 def skip_message(dataset: ImageDataset, unreadable: Mapping[int, str]) -> str:
-    """Says that images are left out, how many and why; and which classes lose all of theirs."""
+    """Report how many images are skipped and why, and which classes lose all of their images."""
     first = next(iter(unreadable.values()))
     text = (
         f"skipped {len(unreadable):,} of the {len(dataset):,} images of {dataset.name}/"
         f"{dataset.split}, which cannot be read (DATA_LOADER.ON_ERROR skip). The first: {first}."
     )
-    lost = classes_lost(dataset, unreadable)
+    lost = unreadable_classes(dataset, unreadable)
     if lost:
-        text += f" With that, {named(lost)} has no image left."
+        text += f" As a result, {format_classes(lost)} has no images left."
     return text
 
 
-def classes_lost(dataset: ImageDataset, unreadable: Mapping[int, str]) -> list[str]:
-    """Names of the classes whose images are all unreadable."""
-    bad = dataset.labels[list(unreadable)]
-    counts, lost = (np.bincount(x, minlength=dataset.num_classes) for x in (dataset.labels, bad))
+def unreadable_classes(dataset: ImageDataset, unreadable: Mapping[int, str]) -> list[str]:
+    """Return the names of the classes whose images are all unreadable."""
+    lost = np.bincount(dataset.labels[list(unreadable)], minlength=dataset.num_classes)
+    counts = np.bincount(dataset.labels, minlength=dataset.num_classes)
     return [dataset.class_names[k] for k in np.flatnonzero((lost > 0) & (lost == counts))]
 
 
-def named(class_names: Sequence[str], most: int = 5) -> str:
-    """Some classes by their names, as the subject of a sentence that goes on with "has"."""
+def format_classes(class_names: Sequence[str], most: int = 5) -> str:
+    """Return some class names as the subject of a sentence; the verb is singular."""
     shown = ", ".join(repr(name) for name in class_names[:most])
     more = f" and {len(class_names) - most:,} more" if len(class_names) > most else ""
     return f"{'class' if len(class_names) == 1 else 'each of the classes'} {shown}{more}"
@@ -154,32 +153,21 @@ def _reason(dataset: ImageDataset, position: int) -> str:
     return ""
 
 
-def _full(dataset: ImageDataset) -> ImageDataset:
-    return dataset.full if isinstance(dataset, DatasetSubset) else dataset
-
-
-def _over_all(
-    dataset: ImageDataset,
+def _map_positions(
     work: Callable[[ImageDataset, int], _Result],
+    dataset: ImageDataset,
     *,
     num_threads: int,
     title: str,
 ) -> list[_Result]:
-    """`work(dataset, position)` for every position, by threads."""
+    """Return `work(dataset, position)` for every position, computed by threads."""
     pool = ThreadPoolExecutor(max(1, num_threads), thread_name_prefix="scan")
-    bar = tqdm(
-        total=len(dataset),
-        desc=title,
-        unit=" images",
-        leave=False,
-        disable=not sys.stderr.isatty(),
-    )
-    found = []
     try:
-        for result in pool.map(lambda position: work(dataset, position), range(len(dataset))):
-            found.append(result)
-            bar.update()
+        results = pool.map(lambda position: work(dataset, position), range(len(dataset)))
+        # `disable=None` shows no bar unless standard error is a terminal.
+        bar = tqdm(
+            results, desc=title, total=len(dataset), unit=" images", leave=False, disable=None
+        )
+        return list(bar)
     finally:
         pool.shutdown(cancel_futures=True)
-        bar.close()
-    return found

@@ -1,4 +1,4 @@
-"""Tiny ImageNet: 64 x 64 images of 200 ImageNet classes, or of those that wnids.txt lists.
+"""Tiny ImageNet: 64 x 64 images of 200 ImageNet classes, or of those listed in wnids.txt.
 
 Layout: `tiny-imagenet-200/` with `wnids.txt`, `words.txt`, `train/WNID/images/*.JPEG`,
 `val/images/` and `val/val_annotations.txt`.
@@ -19,30 +19,30 @@ ADDRESS = "http://cs231n.stanford.edu/tiny-imagenet-200.zip"
 
 
 class TinyImageNet(FileDataset):
-    """The training (500 a class if complete) or validation images (50 a class).
+    """The training (500 per class if complete) or validation images (50 per class).
 
-    The official test images have no labels, so val is the held-out split under both names.
+    The official test images have no labels, so both val and test mean the validation images.
 
     Attributes:
-        wnids: the K WordNet ids in label order, which is their alphabetical one.
+        wnids: The K WordNet ids in the order of the labels, which is alphabetical.
     """
 
     def __init__(self, root: str | os.PathLike[str], split: str, download: bool = False) -> None:
         """List a split.
 
         Args:
-            root: folder that holds `tiny-imagenet-200`.
-            split: train; val or its other name test.
-            download: there is no automatic download; with files missing, the error says what to do.
+            root: Folder that contains `tiny-imagenet-200`.
+            split: train, or val (also called test).
+            download: Ignored: there is no automatic download.
 
         Raises:
-            DataError: files are missing or do not fit together.
+            DataError: Files are missing or inconsistent.
         """
         name = "tiny_imagenet"
-        split = resolve_split(name, split, {"train": "train", "val": "val", "test": "val"})
+        split = resolve_split(name, split, "val")
         folder = Path(root) / FOLDER
         remedy = (
-            f"unpack {ADDRESS} in {root}, which then holds {FOLDER}/ with wnids.txt, words.txt, "
+            f"unpack {ADDRESS} in {root}, which then contains {FOLDER}/ with wnids.txt, words.txt, "
             "train/WNID/images/*.JPEG, val/images and val/val_annotations.txt (there is no "
             "automatic download)"
         )
@@ -59,7 +59,7 @@ class TinyImageNet(FileDataset):
 
 
 def _rows(path: Path, name: str) -> list[tuple[str, str]]:
-    """The first two columns of a table of tabs."""
+    """Read the first two columns of a tab-separated file."""
     rows = []
     for number, line in enumerate(read_text(path, name).splitlines(), start=1):
         if not line.strip():
@@ -82,8 +82,8 @@ def _train_files(folder: Path, wnids: list[str], name: str) -> tuple[list[int], 
         files = sorted(images.glob("[!.]*.JPEG"))
         if not files:
             raise DataError(
-                f"{name}: {images} holds no .JPEG file, but wnids.txt lists {wnid}; unpack the "
-                "data set again, or take the line out of wnids.txt"
+                f"{name}: {images} contains no .JPEG file, but wnids.txt lists {wnid}; unpack "
+                "the data set again, or remove the line from wnids.txt"
             )
         labels += [label] * len(files)
         paths += [str(file) for file in files]
@@ -96,7 +96,7 @@ def _val_files(folder: Path, wnids: list[str], name: str) -> tuple[list[int], li
     for file, wnid in rows:
         if wnid not in label_of:
             raise DataError(
-                f"{name}: val_annotations.txt gives {file} the class {wnid}, which wnids.txt does "
-                "not list; both must be of the same classes"
+                f"{name}: val_annotations.txt assigns {file} to the class {wnid}, which wnids.txt does "
+                "not list; unpack the data set again, or add the class to wnids.txt"
             )
     return [label_of[wnid] for _, wnid in rows], [str(folder / "images" / f) for f, _ in rows]

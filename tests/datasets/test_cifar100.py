@@ -103,7 +103,7 @@ def test_splits(tmp_path: Path) -> None:
     for split in ("val", "test"):
         held_out = build_dataset("cifar100", tmp_path, split)
         assert (held_out.split, held_out.labels.tolist()) == ("test", [0, 1])
-    with pytest.raises(DataError, match="split of cifar100 is 'valid': give one of train, test"):
+    with pytest.raises(DataError, match="split of cifar100 is 'valid': set it to train, val or test"):
         CIFAR100(tmp_path, "valid")
 
 
@@ -218,7 +218,7 @@ def test_damaged_files(tmp_path: Path, content: bytes) -> None:
 def test_bad_class_names(tmp_path: Path, names: Any) -> None:
     meta = write(tmp_path) / "cifar-100-python" / "meta"
     meta.write_bytes(pickle.dumps({"fine_label_names": names}))
-    with pytest.raises(DataError, match="meta: fine_label_names is no list of names"):
+    with pytest.raises(DataError, match="meta: fine_label_names is not a list of names"):
         CIFAR100(tmp_path, "train")
 
 

@@ -54,7 +54,7 @@ def test_mode_i_is_sixteen_bits_or_refused() -> None:
     assert levels.mode == "I"
     assert np.asarray(to_rgb(levels))[0, :, 0].tolist() == [0, 1, 255]
     for bad in (-1, 65536):
-        with pytest.raises(DataError, match=f"{bad}.*save it with 8 or 16 bits"):
+        with pytest.raises(DataError, match=f"{bad}.*save the image with 8 or 16 bits"):
             to_rgb(Image.fromarray(np.array([[5, bad]], dtype=np.int32)))
     with pytest.raises(DataError, match="floating-point"):
         to_rgb(Image.fromarray(np.array([[0.5]], dtype=np.float32)))
@@ -165,11 +165,11 @@ def jpeg() -> bytes:
 @pytest.mark.parametrize(
     ("content", "problem"),
     [
-        (b"", "empty; fetch it again"),
-        (b"<html>not found</html>", "no image in a format"),
+        (b"", "empty; download it again"),
+        (b"<html>not found</html>", "not an image that Pillow can read"),
         (jpeg()[:600], "damaged"),
         (jpeg()[:-200], "damaged.*truncated"),
-        (b"\x89PNG\r\n\x1a\n" + b"\0" * 40, "no image in a format|damaged"),
+        (b"\x89PNG\r\n\x1a\n" + b"\0" * 40, "not an image that Pillow can read|damaged"),
     ],
 )
 def test_bad_files(tmp_path: Path, content: bytes, problem: str) -> None:

@@ -29,7 +29,7 @@ def test_names() -> None:
 def test_unknown_name(name: str, hint: str) -> None:
     with pytest.raises(DataError, match=f"data set '{name}' is unknown: .*{hint}.*image_folder"):
         build_dataset(name, "data", "train")
-    with pytest.raises(DataError, match="'qqqq' is unknown: There are digits, cifar100"):
+    with pytest.raises(DataError, match="'qqqq' is unknown: Choose from digits, cifar100"):
         build_dataset("qqqq", "data", "train")
 
 
@@ -60,7 +60,7 @@ def test_digits_split_never_changes() -> None:
     """Results on the digits are compared across versions of this project."""
     train = build_dataset("digits", "", "train")
     assert zlib.crc32(train.sources.astype("<i8").tobytes()) == 3395910698  # type: ignore[attr-defined]
-    with pytest.raises(DataError, match="split of digits is 'all': give one of train, test, val"):
+    with pytest.raises(DataError, match="split of digits is 'all': set it to train, val or test"):
         build_dataset("digits", "", "all")
 
 

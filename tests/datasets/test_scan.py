@@ -25,11 +25,17 @@ from lg.datasets.base import (
     UNTRAINED_CLASS,
     ImageDataset,
     fingerprint,
-    tolerating,
 )
 from lg.datasets.digits import Digits
 from lg.datasets.image import open_with_traits
-from lg.datasets.scan import classes_lost, find_unreadable, leave_out, look_at, scan, skip_message
+from lg.datasets.scan import (
+    drop_unreadable,
+    find_unreadable,
+    inspect_image,
+    scan,
+    skip_message,
+    unreadable_classes,
+)
 from lg.distributed import World
 from lg.errors import DataError
 from lg.guidance import FeatureBank
@@ -142,7 +148,7 @@ def test_facts_of_images(tmp_path: Path) -> None:
     paths = spoil(tmp_path)[:3]
     train = build_dataset("image_folder", tmp_path, "train")
     facts = scan(train, num_threads=3)
-    assert facts == [look_at(train, position) for position in range(len(train))]
+    assert facts == [inspect_image(train, position) for position in range(len(train))]
     by_name = {Path(train.describe(i)).name: fact for i, fact in enumerate(facts[:10])}
     a, b, c, d = (by_name[name] for name in ("a.png", "b.bmp", "c.png", "d.png"))
     assert (a.width, a.height, d.width, d.height) == (4, 6, 6, 4)
@@ -150,10 +156,10 @@ def test_facts_of_images(tmp_path: Path) -> None:
     assert d.digest != a.digest, "the same pixels in another shape"
     assert (a.traits, c.traits) == ((), ("turned",))
     assert [fact.fault for fact in facts if fact.fault] == [
-        f"{paths[0]}: the image file is empty; fetch it again",
-        f"{paths[1]}: this is no image in a format that Pillow knows; remove or convert it",
-        f"{paths[2]}: the image is a link to /nowhere/at/all.png, where nothing is; mend or "
-        "remove it",
+        f"{paths[0]}: the image file is empty; download it again",
+        f"{paths[1]}: the file is not an image that Pillow can read; remove or convert it",
+        f"{paths[2]}: the image is a link to /nowhere/at/all.png, which does not exist; repair "
+        "or remove it",
     ]
 
 
@@ -171,16 +177,16 @@ def test_leaving_out_keeps_places_in_the_full_set(tmp_path: Path) -> None:
     train = build_dataset("image_folder", tmp_path, "train")
     unreadable = find_unreadable(train, num_threads=2)
     assert {train.describe(i) for i in unreadable} == set(paths[:3]) and len(train) == 13
-    left = leave_out(train, unreadable)
+    left = drop_unreadable(train, unreadable)
     assert left.indices.tolist() == [i for i in range(13) if i not in unreadable]
     assert left.labels.tolist() == train.labels[left.indices].tolist()
     part = stratified_subset(train, 0.7, seed=1)
     bad = find_unreadable(part, num_threads=1)
-    again = leave_out(part, bad)
+    again = drop_unreadable(part, bad)
     assert {i for i, fact in enumerate(scan(part, num_threads=1)) if fact.fault} == set(bad)
     assert bad and set(again.indices) == set(part.indices) - set(unreadable)
     assert [i for i in range(len(again)) if again.describe(i) in paths] == []
-    assert leave_out(part, {}) is part
+    assert drop_unreadable(part, {}) is part
     assert pickle.loads(pickle.dumps(again)).indices.tolist() == again.indices.tolist()
 
 
@@ -188,19 +194,19 @@ def test_what_is_said_of_images_that_are_left_out(tmp_path: Path) -> None:
     bad = spoil(make_folder(tmp_path, train=2))
     train = build_dataset("image_folder", tmp_path, "train")
     unreadable = find_unreadable(train, num_threads=1)
-    assert classes_lost(train, unreadable) == []
+    assert unreadable_classes(train, unreadable) == []
     said = (
         "skipped 3 of the 5 images of image_folder/train, which cannot be read "
-        f"(DATA_LOADER.ON_ERROR skip). The first: {bad[0]}: the image file is empty; fetch it "
-        "again."
+        f"(DATA_LOADER.ON_ERROR skip). The first: {bad[0]}: the image file is empty; download "
+        "it again."
     )
     assert skip_message(train, unreadable) == said
     (tmp_path / "train/cat/0.png").write_bytes(b"")
     worse = find_unreadable(train, num_threads=1)
-    assert skip_message(train, worse).endswith(" With that, class 'cat' has no image left.")
+    assert skip_message(train, worse).endswith(" As a result, class 'cat' has no images left.")
     (tmp_path / "train/dog/1.png").write_bytes(b"")
     with pytest.raises(DataError, match=r"^none of the 5 images of image_folder/train can be read"):
-        leave_out(train, find_unreadable(train, num_threads=1))
+        drop_unreadable(train, find_unreadable(train, num_threads=1))
 
 
 def test_faults_are_tolerated_one_kind_at_a_time(tmp_path: Path) -> None:
@@ -208,21 +214,24 @@ def test_faults_are_tolerated_one_kind_at_a_time(tmp_path: Path) -> None:
     (tmp_path / "train/empty").mkdir()
     (tmp_path / "val/wolf").mkdir()
     picture(0).save(tmp_path / "val/wolf/a.png")
-    with pytest.raises(DataError, match=r"train/empty holds no image"):
+    with pytest.raises(DataError, match=r"train/empty contains no images"):
         build_dataset("image_folder", tmp_path, "train")
-    with tolerating(EMPTY_CLASS) as outer:
-        assert build_dataset("image_folder", tmp_path, "train").num_classes == 3
-        with pytest.raises(DataError, match="has the class 'wolf' which"):
-            build_dataset("image_folder", tmp_path, "val")
-        with tolerating(UNTRAINED_CLASS) as inner:
-            assert len(build_dataset("image_folder", tmp_path, "train")) == 12
-            assert (
-                build_dataset("image_folder", tmp_path, "val").labels.tolist() == [0] * 3 + [1] * 3
-            )
-    # The folder without images was listed twice.
-    assert [len(texts) for texts in (*outer.values(), *inner.values())] == [2, 1]
-    with pytest.raises(DataError, match="holds no image"):
-        build_dataset("image_folder", tmp_path, "train")
+    train = build_dataset("image_folder", tmp_path, "train", tolerate=[EMPTY_CLASS])
+    assert (train.num_classes, len(train)) == (3, 12)
+    assert [fault.kind for fault in train.faults] == [EMPTY_CLASS]
+    with pytest.raises(DataError, match="has the class 'wolf', which"):
+        build_dataset("image_folder", tmp_path, "val", tolerate=[EMPTY_CLASS, MISSING])
+    val = build_dataset("image_folder", tmp_path, "val", tolerate=[UNTRAINED_CLASS])
+    assert val.labels.tolist() == [0] * 3 + [1] * 3
+    assert [fault.kind for fault in val.faults] == [UNTRAINED_CLASS]
+    assert stratified_subset(val, 0.5, seed=0).faults == val.faults
+
+
+def test_a_folder_without_any_image_is_rejected_whatever_is_tolerated(tmp_path: Path) -> None:
+    (tmp_path / "train/cat").mkdir(parents=True)
+    for tolerate in ([], [EMPTY_CLASS]):
+        with pytest.raises(DataError, match="train/cat contains no images"):
+            build_dataset("image_folder", tmp_path, "train", tolerate=tolerate)
 
 
 def test_an_unreadable_image_has_a_fingerprint_too(tmp_path: Path) -> None:
@@ -298,9 +307,8 @@ def test_missing_files_of_a_list_can_be_skipped(tmp_path: Path) -> None:
         builders.build_train_data(config(tmp_path, tmp_path, **options))
     cfg = config(tmp_path, tmp_path, DATA_LOADER__ON_ERROR="skip", **options)
     assert builders.build_train_data(cfg).indices.tolist() == [0, 1, 3]
-    with tolerating(MISSING) as faults:
-        assert len(build_dataset("chaoyang", tmp_path, "train")) == 4
-    assert len(faults[MISSING]) == 1
+    listed = build_dataset("chaoyang", tmp_path, "train", tolerate=[MISSING])
+    assert len(listed) == 4 and [fault.kind for fault in listed.faults] == [MISSING]
 
 
 def test_stored_features_fit_a_set_with_gaps(tmp_path: Path) -> None:

@@ -49,12 +49,12 @@ def test_the_set_itself() -> None:
 @pytest.mark.parametrize(
     ("labels", "problem"),
     [
-        ([], "holds no images"),
+        ([], "there are no images"),
         ([0, 2], "label of image 1 is 2, but the 2 classes are numbered 0..1"),
         ([-1, 0], "label of image 0 is -1"),
         ([0.0, 1.0], "labels are float64"),
         ([[0], [1]], r"shape \(2, 1\)"),
-        ([[0], [1, 1]], "no list of numbers"),
+        ([[0], [1, 1]], "not a list of numbers"),
     ],
 )
 def test_bad_labels(labels: list, problem: str) -> None:
@@ -149,5 +149,5 @@ def test_bad_fraction(fraction: float) -> None:
 def test_bad_seed_and_nothing_left() -> None:
     with pytest.raises(DataError, match="seed of the subset is -1"):
         stratified_subset(numbers([5, 5]), 0.5, seed=-1)
-    with pytest.raises(DataError, match=r"0\.01 of the 10 images of numbers keeps none.*0\.1"):
+    with pytest.raises(DataError, match=r"0\.01 keeps none of the 10 images of numbers: .*0\.1"):
         stratified_subset(numbers([5, 5]), 0.01, seed=0)

@@ -14,11 +14,11 @@ import yaml
 from yacs.config import CfgNode
 
 from lg.builders.data import (
+    cached_bytes,
     check_batch_size,
     check_num_classes,
     check_same_classes,
     dataset_facts,
-    kept_bytes,
     list_test_data,
     list_train_data,
 )
@@ -26,10 +26,10 @@ from lg.builders.models import build_guided, build_model, build_teacher
 from lg.builders.run import build_run
 from lg.builders.training import build_device, build_precision, check_training, check_world
 from lg.checkpoint import load_weights, read_checkpoint
-from lg.datasets.base import EMPTY_CLASS, MISSING, UNTRAINED_CLASS, ImageDataset, tolerating
+from lg.datasets.base import EMPTY_CLASS, MISSING, UNTRAINED_CLASS, ImageDataset
 from lg.datasets.cached_loader import CachedTrainLoader
 from lg.datasets.loader import usable_workers
-from lg.datasets.scan import is_of_files, leave_out, scan
+from lg.datasets.scan import drop_unreadable, has_image_files, scan
 from lg.distributed import World
 from lg.errors import CheckpointError
 from lg.files.lock import check_writable, existing_folder
@@ -172,11 +172,12 @@ def _check_data(cfg: CfgNode, record: Record) -> dict[str, ImageDataset]:
     before, num_empty = record.num_problems(), 0
     for role, list_data in (("TRAIN", list_train_data), ("TEST", list_test_data)):
         with record.noting(DATA, "listing the images"):
-            with tolerating(MISSING, EMPTY_CLASS, UNTRAINED_CLASS) as faults:
-                listed[role] = list_data(cfg)
-            num_empty += len(faults[EMPTY_CLASS])
-            for text in (*faults[EMPTY_CLASS], *faults[UNTRAINED_CLASS]):
-                record.add(PROBLEM, DATA, text)
+            dataset = list_data(cfg, tolerate=(MISSING, EMPTY_CLASS, UNTRAINED_CLASS))
+            listed[role] = dataset
+            num_empty += sum(fault.kind == EMPTY_CLASS for fault in dataset.faults)
+            for fault in dataset.faults:
+                if fault.kind != MISSING:  # missing files are counted with unreadable images
+                    record.add(PROBLEM, DATA, fault.text)
     with record.noting(DATA, "comparing the classes"):
         if len(listed) == 2:
             check_same_classes(listed["TRAIN"], listed["TEST"])
@@ -190,7 +191,7 @@ def _check_data(cfg: CfgNode, record: Record) -> dict[str, ImageDataset]:
     for role, dataset in listed.items():
         faults_at = {i: image.fault for i, image in enumerate(splits[role].images) if image.fault}
         with record.noting(DATA, "counting the images"):
-            readable = leave_out(dataset, faults_at)
+            readable = drop_unreadable(dataset, faults_at)
             if role == "TRAIN":
                 check_batch_size(cfg, readable)
             if sound and (cfg.DATA_LOADER.ON_ERROR == "skip" or not faults_at):
@@ -209,7 +210,7 @@ def _split(cfg: CfgNode, dataset: ImageDataset) -> Split:
         places=[dataset.describe(position) for position in range(len(dataset))],
         images=scan(dataset, num_threads=threads, title=f"looking at the {role} images"),
         is_own=dataset.name == "image_folder",
-        of_files=is_of_files(dataset),
+        of_files=has_image_files(dataset),
     )
 
 
@@ -278,7 +279,7 @@ def _cost(cfg: CfgNode, run: Run, data: tuple, taken: trial.Trial) -> list[findi
         test_batches=math.ceil(len(test) / cfg.TEST.BATCH_SIZE),
         with_average=run.average is not None,
         images=f"DATA_LOADER.BACKEND {cfg.DATA_LOADER.BACKEND}: {run.loader}",
-        kept_bytes=kept_bytes(cfg, train, test) if kept else 0,
+        kept_bytes=cached_bytes(cfg, train, test) if kept else 0,
     )
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from lg.datasets.scan import ImageFacts, named
+from lg.datasets.scan import ImageFacts, format_classes
 from lg.errors import is_out_of_memory
 
 PROBLEM, NOTE, FACT = "problem", "note", "fact"
@@ -162,7 +162,7 @@ def unreadable(split: Split, *, skip: bool) -> list[Finding]:
     found = [Finding(level, DATA, _with_examples(text, faults))]
     lost = (split.counts() > 0) & (split.counts(split.readable()) == 0)
     if lost.any():
-        names = named([split.class_names[k] for k in np.flatnonzero(lost).tolist()])
+        names = format_classes([split.class_names[k] for k in np.flatnonzero(lost).tolist()])
         text = f"no {split.role} image of {names} can be read: mend some, or remove the class."
         found.append(Finding(PROBLEM, DATA, text))
     return found
@@ -174,7 +174,7 @@ def classes(train: Split, test: Split) -> list[Finding]:
     in_train, in_test = train.counts() > 0, test.counts() > 0
     unlearned = np.flatnonzero(in_test & ~in_train)
     if len(unlearned):
-        names = named([train.class_names[k] for k in unlearned.tolist()])
+        names = format_classes([train.class_names[k] for k in unlearned.tolist()])
         count = int(test.counts()[unlearned].sum())
         text = (
             f"{names} of {train.name} has no training image, but {count:,} in {test.name}, which "
@@ -183,11 +183,11 @@ def classes(train: Split, test: Split) -> list[Finding]:
         found.append(Finding(PROBLEM, DATA, text))
     absent = np.flatnonzero(~in_test & ~in_train)
     if len(absent) and not train.is_own:
-        names = named([train.class_names[k] for k in absent.tolist()])
+        names = format_classes([train.class_names[k] for k in absent.tolist()])
         found.append(Finding(NOTE, DATA, f"{names} of {train.name} has no images at all."))
     untested = np.flatnonzero(in_train & ~in_test)
     if len(untested):
-        names = named([train.class_names[k] for k in untested.tolist()])
+        names = format_classes([train.class_names[k] for k in untested.tolist()])
         text = f"{names} has training images but no test image: the test error says nothing of it."
         found.append(Finding(NOTE, DATA, text))
     return found

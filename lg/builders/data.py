@@ -183,9 +183,9 @@ def _choose_place(
             return None
         raise ConfigError(
             f"DATA_LOADER.BACKEND is device, but the images of {dataset.name}/{dataset.split} take "
-            f"about {needed / 1e9:.1f} GB once decoded, in each of {world.local_size} processes, and "
-            f"at most a quarter of the {free / 1e9:.1f} GB of free memory may be used: set it to "
-            "workers"
+            f"about {needed / 1e9:.1f} GB once decoded, in each of {world.local_size} processes, "
+            f"and at most a quarter of the {free / 1e9:.1f} GB of free memory may be used: set it "
+            "to workers"
         )
     return "memory"
 

@@ -83,7 +83,7 @@ class ImageDataset(ABC):
 
     @abstractmethod
     def describe(self, index: int) -> str:
-        """Name the sample for a message: the path of its file, or its position in the set's file."""
+        """Name the sample for a message: its path, or its position in the set's file."""
 
 
 class DatasetSubset(ImageDataset):

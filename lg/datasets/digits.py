@@ -1,6 +1,7 @@
 """The digits included in scikit-learn: 1,797 handwritten digits of 8 x 8 pixels in 10 classes.
 
-They need no files and no download. Source: the test part of UCI's Optical Recognition of Handwritten Digits,
+They need no files and no download.
+Source: the test part of UCI's Optical Recognition of Handwritten Digits,
 https://archive.ics.uci.edu/dataset/80
 """
 

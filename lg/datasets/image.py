@@ -160,7 +160,7 @@ def _from_16_bits(image: Image.Image) -> Image.Image:
     levels = np.asarray(image).astype(np.int64)
     if levels.min() < 0 or levels.max() > 65535:
         raise DataError(
-            f"the pixels are 32-bit numbers from {levels.min()} to {levels.max()} of unknown range; "
+            f"the pixels are 32-bit numbers of unknown range, {levels.min()} to {levels.max()}; "
             "save the image with 8 or 16 bits (0..65535)"
         )
     gray = (levels + 128) // 257  # 65535 = 257 * 255: rounds to the nearest of 256 levels

@@ -24,8 +24,8 @@ class ImageFolder(FileDataset):
     """Classes are the folders of `train`, sorted; images are sorted by path within a class.
 
     Hidden files and folders, files with other suffixes (in any case) and files outside class
-    folders are ignored. Links to folders are followed. (torchvision's `make_dataset` neither ignores hidden
-    files nor stops at link cycles, and sorts differently.)
+    folders are ignored. Links to folders are followed. (torchvision's `make_dataset` neither
+    ignores hidden files nor stops at link cycles, and sorts differently.)
     """
 
     def __init__(self, root: str | os.PathLike[str], split: str, download: bool = False) -> None:
@@ -58,8 +58,8 @@ class ImageFolder(FileDataset):
         for class_name in present:
             if class_name not in class_names:
                 text = (
-                    f"{name}: {folder / split} has the class {class_name!r}, which "
-                    f"{folder / 'train'} lacks; a model cannot learn it, remove or rename the folder"
+                    f"{name}: {folder / split} has the class {class_name!r}, which is not in "
+                    f"{folder / 'train'}; a model cannot learn it, remove or rename the folder"
                 )
                 faults.append(Fault(UNTRAINED_CLASS, text))
                 continue

@@ -96,7 +96,7 @@ def _val_files(folder: Path, wnids: list[str], name: str) -> tuple[list[int], li
     for file, wnid in rows:
         if wnid not in label_of:
             raise DataError(
-                f"{name}: val_annotations.txt assigns {file} to the class {wnid}, which wnids.txt does "
-                "not list; unpack the data set again, or add the class to wnids.txt"
+                f"{name}: val_annotations.txt assigns {file} to the class {wnid}, which wnids.txt "
+                "does not list; unpack the data set again, or add the class to wnids.txt"
             )
     return [label_of[wnid] for _, wnid in rows], [str(folder / "images" / f) for f, _ in rows]

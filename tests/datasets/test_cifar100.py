@@ -103,7 +103,7 @@ def test_splits(tmp_path: Path) -> None:
     for split in ("val", "test"):
         held_out = build_dataset("cifar100", tmp_path, split)
         assert (held_out.split, held_out.labels.tolist()) == ("test", [0, 1])
-    with pytest.raises(DataError, match="split of cifar100 is 'valid': set it to train, val or test"):
+    with pytest.raises(DataError, match="split of cifar100 is 'valid': set it to train, val"):
         CIFAR100(tmp_path, "valid")
 
 

@@ -276,7 +276,7 @@ def train_step(run: Any, batch: Any, targets: Any) -> None:
     losses, hits = accumulate_gradients(run, batch, targets)
     update_weights(run)
     if run.average is not None:
-        run.average.update(0, warming=False)
+        run.average.follow(run.guided.student, 0, warming=False)
     run.meter.add(losses, hits)
 
 

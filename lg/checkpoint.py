@@ -275,9 +275,9 @@ def _read_own(path: Path) -> dict[str, Any]:
     """Reads a run's checkpoint; finds one under another epoch's name, which would hide all that
     come between. What other software wrote has no progress; who takes it up says what it lacks."""
     state = read_checkpoint(path)
-    progress = state.get("progress")
-    if isinstance(progress, Mapping):
-        epoch = progress.get("epoch", 0) + (progress.get("step", 0) > 0)
+    position = state.get("sampler_state")
+    if isinstance(position, Mapping):
+        epoch = position.get("epoch", 0) + (position.get("step", 0) > 0)
         if epoch != _number(path):
             raise CheckpointError(
                 f"{path} is named as that of epoch {_number(path)} and holds epoch {epoch}: move "

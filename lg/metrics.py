@@ -16,7 +16,7 @@ from lg.errors import NonFiniteLossError
 LOSS_TERMS = ("loss", "cls", "inter", "logit")
 COLUMNS = (*LOSS_TERMS, "top1_wrong", "top5_wrong", "count")
 _TERMS = len(LOSS_TERMS)
-
+UNKNOWN_ERR = 100.0  # percent; before the first test
 
 NON_FINITE_ADVICE = (
     "Training stops; the last checkpoint is from before. Lower OPTIM.BASE_LR, lengthen "

@@ -7,7 +7,8 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from timm.utils import ModelEmaV3
+from torch import nn
 
 NO_DECAY_TOKENS = ("cls_token", "pos_embed", "dist_token", "distill_token")
 
@@ -132,51 +133,23 @@ class LearningRate:
         return lr
 
 
-class WeightAverage:
-    """Exponential moving average of a model's weights and buffers, kept as a second set of tensors.
+class WeightAverage(ModelEmaV3):
+    """Exponential moving average of a model's weights and buffers, kept in a copy, `module`.
 
-    Every `period` optimiser steps: average += step * (weights - average). While `warming` the
-    weights are copied. The step is min(1, alpha * batch_size / max_epoch * period), so that its
-    effect changes little with these settings.
+    Every `period` optimiser steps: average += step * (weights - average), where
+    step = min(1, alpha * batch_size / max_epoch * period), so that the effect depends little on
+    these settings. During warm-up the weights are copied.
 
-    Source: pycls's EMA, whose keys (EMA_ALPHA, EMA_UPDATE_PERIOD) this project keeps; timm's takes
-    a fixed decay instead.
+    Source: the EMA of pycls, whose keys (EMA_ALPHA, EMA_UPDATE_PERIOD) this project keeps.
     """
 
     def __init__(
         self, model: nn.Module, *, alpha: float, period: int, batch_size: int, max_epoch: int
     ) -> None:
+        super().__init__(model, decay=1 - min(1.0, alpha * batch_size / max_epoch * period))
         self.period = period
-        self.step = min(1.0, alpha * batch_size / max_epoch * period)
-        self._source = model.state_dict(keep_vars=True)
-        self.state = {k: v.detach().clone() for k, v in self._source.items()}
-        self._floats = [k for k, v in self.state.items() if v.is_floating_point()]
-        self._others = [k for k, v in self.state.items() if not v.is_floating_point()]
 
-    @torch.no_grad()
-    def update(self, total_step: int, *, warming: bool) -> None:
-        """Moves the average after optimiser step `total_step` (counted from 0), if it is due."""
-        if total_step % self.period:
-            return
-        copied = list(self.state) if warming else self._others
-        if copied:
-            torch._foreach_copy_(*self._pairs(copied))
-        if not warming:
-            torch._foreach_lerp_(*self._pairs(self._floats), self.step)
-
-    def _pairs(self, keys: Sequence[str]) -> tuple[list[Tensor], list[Tensor]]:
-        """Averages and weights of the same names."""
-        return [self.state[k] for k in keys], [self._source[k].detach() for k in keys]
-
-    def reset(self) -> None:
-        """Starts again from the weights as they are."""
-        self.load({k: v.detach() for k, v in self._source.items()})
-
-    def load(self, state: dict[str, Tensor]) -> None:
-        """Copies a saved average in; the keys must be the same."""
-        if set(state) != set(self.state):
-            raise ValueError(
-                f"The saved weight average differs in {sorted(set(state) ^ set(self.state))[:3]}."
-            )
-        for key, value in self.state.items():
-            value.copy_(state[key])
+    def follow(self, model: nn.Module, total_step: int, *, warming: bool) -> None:
+        """Update the average after optimiser step `total_step` (counted from 0), if it is due."""
+        if total_step % self.period == 0:
+            self.set(model) if warming else self.update(model)

@@ -1,5 +1,4 @@
-"""The state of a training run, all of it explicit: what it consists of, how far it is, how it is
-saved and taken up again."""
+"""The state of a training run: its parts, its progress, and how both are saved and restored."""
 
 from __future__ import annotations
 
@@ -21,41 +20,54 @@ from lg.errors import NonFiniteLossError
 from lg.guidance import GuidanceLoss, GuidedStudent
 from lg.logs.log import RunLog
 from lg.logs.reporter import Reporter
-from lg.metrics import NON_FINITE_ADVICE, TrainMeter
-from lg.models.published import load_published_state_dict, published_name, published_state_dict
+from lg.metrics import NON_FINITE_ADVICE, UNKNOWN_ERR, TrainMeter
+from lg.models.published import load_published_state_dict, published_state_dict
 from lg.optim import LearningRate, WeightAverage
-from lg.progress import Progress
 
-# What `Run.state` writes and `Run.restore` reads.
+# Keys that `Run.state` writes and `Run.restore` needs.
 _NEEDED = (
-    *("cfg", "model_state", "ema_state", "guidance_state", "optimizer_state"),
-    *("scaler_state", "rng_state", "sampler_state", "meter_state", "progress"),
+    *("cfg", "test_err", "ema_err", "model_state", "ema_state", "guidance_state"),
+    *("optimizer_state", "scaler_state", "rng_state", "sampler_state", "meter_state", "progress"),
 )
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Numbers of the loop."""
+    """The numbers of the training loop."""
 
     max_epoch: int
-    warmup_epochs: int  # in which the weight average copies the weights
+    warmup_epochs: int  # the weight average copies the weights during these
     test_period: int  # epochs between tests
     log_period: int  # steps between log points
-    accum_steps: int  # micro-batches a batch
-    clip_norm: float  # largest gradient norm; 0: any
+    accum_steps: int  # micro-batches per batch
+    clip_norm: float  # largest gradient norm; 0: no limit
     seed: int
     num_classes: int
-    config_text: str  # YAML, kept in checkpoints
+    config_text: str  # YAML; stored in checkpoints
+
+
+@dataclass
+class Progress:
+    """The position of a run and its results so far; errors are in percent."""
+
+    epoch: int = 0  # finished epochs
+    step: int = 0  # finished steps of the current epoch
+    test_err: float = UNKNOWN_ERR  # top-1, last test
+    ema_err: float = UNKNOWN_ERR  # the same of the weight average
+    test_due: bool = False  # whether the last finished epoch still has to be tested
+    best_err: float = float("inf")  # lowest of both errors over all tests
+    test_count: int = 0  # images in the test split
+    # Lowest errors so far: {"test" | "ema": {"top1_err", "top5_err", "epoch" (of the lowest
+    # top1_err, from 1)}}
+    best: dict[str, dict[str, float]] = field(default_factory=dict)
 
 
 @dataclass
 class Run:
-    """Everything a training run consists of."""
+    """All parts of a training run."""
 
     guided: GuidedStudent
-    module: (
-        nn.Module
-    )  # what is called and trained: `guided`, or the DistributedDataParallel around it
+    module: nn.Module  # `guided`, or its compiled or DistributedDataParallel wrapper
     guide: Any  # guide(images, index, view) -> (maps, logits | None)
     loss: GuidanceLoss
     mixing: Mixing
@@ -73,122 +85,110 @@ class Run:
     settings: Settings
     progress: Progress = field(default_factory=Progress)
     meter: TrainMeter = field(default_factory=TrainMeter)
-    signals: list[int] = field(default_factory=list)  # asking to stop, in order of arrival
+    signals: list[int] = field(default_factory=list)  # stop signals, in order of arrival
 
     def close(self) -> None:
-        """Ends the processes and threads that read images."""
+        """Stop the processes and threads that read images."""
         self.loader.close()
         if isinstance(self.test_loader, CachedTestLoader):
             self.test_loader.close()
 
     def save(self, *, is_best: bool = False) -> str:
-        """Writes a checkpoint (the main process; the others hand in their random states).
+        """Write a checkpoint; every process calls this, the main process writes.
 
         Returns:
-            Its path; empty on the other processes.
+            The path of the checkpoint; empty on the other processes.
 
         Raises:
-            NonFiniteLossError: the last step has spoilt the weights; nothing is written.
+            NonFiniteLossError: The last step broke the weights; nothing is written.
+            CheckpointError: The checkpoint cannot be written.
         """
-        self._check_weights()
         epoch = self.progress.epoch + (self.progress.step > 0)
+        self._check_weights(epoch)
         random_states = gather_objects(random_state())
         path = ""
         if self.world.is_main:
-            path = str(
-                self.checkpoints.save(self.state(random_states), epoch=epoch, is_best=is_best)
-            )
-        barrier()  # none ends before it is written
+            state = self.state(random_states)
+            path = str(self.checkpoints.save(state, epoch=epoch, is_best=is_best))
+        barrier()  # no process ends before the checkpoint is written
         return path
 
-    def _check_weights(self) -> None:
-        """Losses are looked at before the update, so the last update has not been judged yet."""
+    def _check_weights(self, epoch: int) -> None:
+        """Check the weights: a loss is checked before its update, so the last update is not."""
         state = {k: v for k, v in self.guided.state_dict().items() if v.is_floating_point()}
         finite = torch.stack([v.isfinite().all() for v in state.values()]).tolist()
         bad = [name for name, good in zip(state, finite, strict=True) if not good]
         if bad:
-            epoch = self.progress.epoch + (self.progress.step > 0)
             raise NonFiniteLossError(
-                f"The last step in epoch {epoch} left weights that are not finite, {bad[0]} among "
-                f"{len(bad)}. {NON_FINITE_ADVICE}"
+                f"The last step of epoch {epoch} made {len(bad)} weights non-finite, such as "
+                f"{bad[0]}. {NON_FINITE_ADVICE}"
             )
 
     def state(self, random_states: list[Any]) -> dict[str, Any]:
-        """All that is needed to go on exactly, as tensors and plain values.
+        """Return everything that exact resume needs, as tensors and plain values.
 
-        `epoch` is the last epoch done, counted from 0. The learning rate is a function of the epoch
-        and the sampler one of the seed and its position, so neither has more state than
-        `sampler_state`.
+        `epoch` is the last finished epoch, counted from 0. The learning rate depends on the epoch
+        alone, and the sampler on the seed and its position, so they have no other state.
         """
-        progress = self.progress
+        progress = asdict(self.progress)
+        position = {key: progress.pop(key) for key in ("epoch", "step")}
+        errors = {key: progress.pop(key) for key in ("test_err", "ema_err")}
+        average = published_state_dict(self.average.module) if self.average is not None else {}
         return {
-            "epoch": progress.epoch - 1,
-            "test_err": progress.test_err,
-            "ema_err": progress.ema_err,
+            "epoch": position["epoch"] - 1,
+            **errors,
             "cfg": self.settings.config_text,
             "model_state": published_state_dict(self.guided.student),
-            "ema_state": self._published_average(),
+            "ema_state": average,
             "guidance_state": self.guided.heads.state_dict(),
             "optimizer_state": self.optimizer.state_dict(),
             "scaler_state": self.precision.scaler.state_dict(),
             "rng_state": random_states,
-            "sampler_state": {
-                "epoch": progress.epoch,
-                "step": progress.step,
-                "backend": self.loader.backend,
-            },
+            "sampler_state": {**position, "backend": self.loader.backend},
             "meter_state": self.meter.state(),
-            "progress": asdict(progress),
+            "progress": progress,
         }
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Takes up a run where `state` was saved. Settings of the optimiser come from the config,
-        not from the file.
+        """Restore a saved state. The optimiser's settings come from the config, not from the state.
 
         Raises:
-            ValueError: the state is of another model, or lacks what training needs.
+            ValueError: The state belongs to another model, or lacks keys.
         """
-        missing = [k for k in _NEEDED if k not in state]
+        missing = [key for key in _NEEDED if key not in state]
         if missing:
             raise ValueError(
-                f"it has no {', '.join(missing)}, so training cannot go on from it; give it as "
-                f"TRAIN.WEIGHTS instead "
-                "and use a new OUT_DIR"
+                f"it has no {', '.join(missing)}; to start from its weights, set TRAIN.WEIGHTS to "
+                "it and OUT_DIR to a new folder"
             )
-        load_published_state_dict(self.guided.student, state["model_state"])
+        student = self.guided.student
+        load_published_state_dict(student, state["model_state"])
         self.guided.heads.load_state_dict(state["guidance_state"])
-        if self.average is not None and not state["ema_state"]:
-            self.average.reset()  # it was off, so it starts here
-        elif self.average is not None:
-            self.average.load(
-                {
-                    k: state["ema_state"][published_name(self.guided.student, k)]
-                    for k in self.average.state
-                }
-            )
-        settings = [
-            {k: v for k, v in g.items() if k not in ("params", "lr")}
-            for g in self.optimizer.param_groups
-        ]
-        names = [g["parameter_names"] for g in settings]
-        if [g.get("parameter_names") for g in state["optimizer_state"]["param_groups"]] != names:
-            raise ValueError(
-                "its optimiser state is of other parameters; use the config it was written with"
-            )
-        # Settings first: where the optimiser keeps its state depends on them (`fused`).
-        saved = state["optimizer_state"]
-        groups = [
-            {**group, **mine} for group, mine in zip(saved["param_groups"], settings, strict=True)
-        ]
-        self.optimizer.load_state_dict({**saved, "param_groups": groups})
-        if state["scaler_state"]:  # empty unless the run was in fp16
+        if self.average is not None and state["ema_state"]:
+            load_published_state_dict(self.average.module, state["ema_state"])
+        elif self.average is not None:  # the average was off so far and starts here
+            self.average.set(student)
+        self._restore_optimizer(state["optimizer_state"])
+        if state["scaler_state"]:  # empty unless the run used fp16
             self.precision.scaler.load_state_dict(state["scaler_state"])
-        self.progress = Progress(**state["progress"])
+        position = {key: state["sampler_state"][key] for key in ("epoch", "step")}
+        errors = {key: state[key] for key in ("test_err", "ema_err")}
+        self.progress = Progress(**{**state["progress"], **position, **errors})
         self.meter.load(state["meter_state"])
         if self.world.rank < len(state["rng_state"]):
             restore_random_state(state["rng_state"][self.world.rank])
 
-    def _published_average(self) -> dict[str, torch.Tensor]:
-        if self.average is None:
-            return {}
-        return {published_name(self.guided.student, k): v for k, v in self.average.state.items()}
+    def _restore_optimizer(self, saved: Mapping[str, Any]) -> None:
+        """Restore the optimiser's state and learning rates, and keep its other settings."""
+        settings = [
+            {key: value for key, value in group.items() if key not in ("params", "lr")}
+            for group in self.optimizer.param_groups
+        ]
+        groups = saved["param_groups"]
+        if [g.get("parameter_names") for g in groups] != [s["parameter_names"] for s in settings]:
+            raise ValueError(
+                "its optimiser state belongs to other parameters; use the config it was saved with"
+            )
+        # Merged before loading: where the optimiser keeps its state depends on `fused`.
+        merged = [{**group, **mine} for group, mine in zip(groups, settings, strict=True)]
+        self.optimizer.load_state_dict({**saved, "param_groups": merged})

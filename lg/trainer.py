@@ -10,8 +10,7 @@ from typing import Any
 
 import torch
 import yaml
-from torch import Tensor, nn
-from torch.func import functional_call
+from torch import nn
 from yacs.config import CfgNode
 
 from lg import builders, distributed
@@ -26,8 +25,7 @@ from lg.files.atomic import write_atomically
 from lg.files.lock import lock_folder
 from lg.logs.log import RunLog
 from lg.logs.reporter import result_lines
-from lg.metrics import EvalResult, topk_hits
-from lg.progress import UNKNOWN_ERR
+from lg.metrics import UNKNOWN_ERR, EvalResult, topk_hits
 from lg.run import Run
 from lg.signals import Interrupted, asked_to_stop, stop_signals
 from lg.step import train_step
@@ -99,14 +97,15 @@ def train_epoch(run: Run) -> None:
         # The weight average follows the weights.
         total_step = progress.epoch * num_steps + progress.step
         if run.average is not None:
-            run.average.update(total_step, warming=progress.epoch < run.settings.warmup_epochs)
+            is_warming = progress.epoch < run.settings.warmup_epochs
+            run.average.follow(run.guided.student, total_step, warming=is_warming)
         # Losses and hits stay on the device until a log point reads them.
         run.meter.add(losses, hits)
         progress.step += 1
         if (total_step + 1) % run.settings.log_period == 0:
             run.meter.collect(epoch=progress.epoch, step=progress.step)
             report.count_step()
-            report.iteration(run.meter.window(), progress=progress, lr=lr)
+            report.iteration(run.meter.window(), epoch=progress.epoch, step=progress.step, lr=lr)
         else:
             report.count_step()
             run.log.advance()
@@ -126,16 +125,17 @@ def test_epoch(run: Run) -> bool:
     progress = run.progress
     # Every process tests the buffers that the main process saves.
     distributed.broadcast_buffers(run.guided.student)
-    candidates = {"test": None, **({"ema": run.average.state} if run.average else {})}
+    models: dict[str, nn.Module] = {"test": run.guided.student}
+    if run.average is not None:
+        models["ema"] = run.average.module
     errors = {}
-    for kind, weights in candidates.items():
+    for kind, model in models.items():
         started = time.perf_counter()
         result = evaluate(
-            run.guided.student,
+            model,
             _until_stopped(run),
             num_classes=run.settings.num_classes,
             precision=run.precision,
-            weights=weights,
         )
         seconds = time.perf_counter() - started
         # Keep the lowest errors, and the epoch (from 1) of the lowest top-1 error.
@@ -177,7 +177,6 @@ def evaluate(
     *,
     num_classes: int,
     precision: Precision,
-    weights: Mapping[str, Tensor] | None = None,
 ) -> EvalResult:
     """Test a model on every sample once, over all processes.
 
@@ -186,18 +185,13 @@ def evaluate(
         batches: This process's share of the samples.
         num_classes: K.
         precision: Of the forward pass; its device runs the test.
-        weights: Used instead of the model's own, by name.
     """
     model.eval()
     counts = torch.zeros(num_classes, 3, dtype=torch.int64, device=precision.device)
     for batch in batches:
         batch = batch.to(precision.device)
-        # Logits, from the model's own weights or from the given ones.
         with precision.autocast():
-            if weights is None:
-                logits = model(batch.images)
-            else:
-                logits = functional_call(model, dict(weights), (batch.images,))
+            logits = model(batch.images)
         # Samples, top-1 hits and top-5 hits of each class stay on the device.
         hits = topk_hits(logits, batch.labels)
         rows = torch.cat([torch.ones_like(hits[:, :1]), hits], dim=1)

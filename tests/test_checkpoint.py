@@ -222,7 +222,7 @@ def test_a_folder_that_is_removed_is_made_again(
 
 def at(epoch: int, step: int = 0) -> dict[str, Any]:
     """The state of a run with that many epochs and steps done."""
-    return {**small_state(epoch), "progress": {"epoch": epoch, "step": step}}
+    return {**small_state(epoch), "sampler_state": {"epoch": epoch, "step": step}}
 
 
 def test_a_checkpoint_under_another_epochs_name_hides_none(tmp_path: Path) -> None:
@@ -232,7 +232,7 @@ def test_a_checkpoint_under_another_epochs_name_hides_none(tmp_path: Path) -> No
     shutil.copy(path, strange)
     warnings: list[str] = []
     state = folder.load_last(warnings.append)
-    assert state is not None and state["progress"]["epoch"] == 3
+    assert state is not None and state["sampler_state"]["epoch"] == 3
     assert warnings == [
         f"{strange} is named as that of epoch 9999 and holds epoch 3: move it away, or name it "
         "model_epoch_0003.pyth. Going back to the checkpoint before it."
@@ -240,7 +240,7 @@ def test_a_checkpoint_under_another_epochs_name_hides_none(tmp_path: Path) -> No
     folder.save(at(3, step=7), epoch=4, is_best=False)  # stays, though only one is kept
     assert [p.name[12:16] for p in folder.files()] == ["0004", "9999"]
     state = folder.load_last(warnings.append)
-    assert state is not None and state["progress"] == {"epoch": 3, "step": 7}
+    assert state is not None and state["sampler_state"] == {"epoch": 3, "step": 7}
 
 
 def test_damaged_later_ones_do_not_push_out_what_is_saved(tmp_path: Path) -> None:
@@ -252,7 +252,7 @@ def test_damaged_later_ones_do_not_push_out_what_is_saved(tmp_path: Path) -> Non
     folder.keep = 1
     folder.save(at(1, step=2), epoch=2, is_best=False)
     state = folder.load_last(lambda warning: None)
-    assert state is not None and state["progress"]["step"] == 2
+    assert state is not None and state["sampler_state"]["step"] == 2
     assert [p.name[12:16] for p in folder.files()] == ["0002", "0003"]
 
 
@@ -263,7 +263,7 @@ def test_folders_and_dangling_links_among_checkpoints_are_passed_over(tmp_path: 
     (folder.folder / "model_epoch_0003.pyth").symlink_to(tmp_path / "gone.pyth")
     warnings: list[str] = []
     state = folder.load_last(warnings.append)
-    assert state is not None and state["progress"]["epoch"] == 1
+    assert state is not None and state["sampler_state"]["epoch"] == 1
     assert "0003.pyth does not exist" in warnings[0]
     assert "0002.pyth cannot be read: Is a directory." in warnings[1] and len(warnings) == 2
     with pytest.raises(CheckpointError, match=r"Is a directory\. .*0001\.pyth, is whole: move"):

@@ -6,10 +6,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from torch import nn
 
 import lg
 from benchmarks.parity import REFERENCE, build
 from lg import builders
+from lg.optim import WeightAverage
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 
@@ -41,3 +44,19 @@ def test_projection_heads_are_in_the_body_and_their_biases_not_decayed() -> None
     assert [where[f"heads.{i}.weight"] for i in range(3)] == ["body_decay"] * 3
     assert [where[f"heads.{i}.bias"] for i in range(3)] == ["body_no_decay"] * 3
     assert sum(len(g["params"]) for g in optimizer.param_groups) == len([*guided.parameters()])
+
+
+def test_weight_average_copies_while_warming_and_then_moves_by_its_step() -> None:
+    model = nn.BatchNorm1d(3)
+    average = WeightAverage(model, alpha=0.5, period=2, batch_size=30, max_epoch=100)
+    values = []
+    for step in range(6):
+        with torch.no_grad():
+            model.weight.fill_(step + 1.0)
+            model.num_batches_tracked.add_(1)
+        average.follow(model, step, warming=step < 3)
+        values.append(average.module.weight[0].item())
+    # The step is 0.5 * 30 / 100 * 2 = 0.3; updates are due after steps 0, 2 and 4.
+    assert values == pytest.approx([1, 1, 3, 3, 3 + 0.3 * (5 - 3), 3.6])
+    assert average.module.num_batches_tracked.item() == 5  # integers are copied
+    assert WeightAverage(model, alpha=1.0, period=8, batch_size=30, max_epoch=100).decay == 0

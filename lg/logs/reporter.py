@@ -12,7 +12,6 @@ import torch
 from lg.device import peak_memory_mb
 from lg.logs.log import RunLog, format_time
 from lg.metrics import EvalResult
-from lg.progress import Progress
 
 
 @dataclass
@@ -55,9 +54,8 @@ class Reporter:
         self._difference, self._last = now - self._last, now
         self._steps += 1
 
-    def iteration(self, means: dict[str, float], *, progress: Progress, lr: float) -> None:
-        """A log point within an epoch."""
-        epoch, step = progress.epoch, progress.step
+    def iteration(self, means: dict[str, float], *, epoch: int, step: int, lr: float) -> None:
+        """Report a log point after `step` steps of an epoch (counted from 0)."""
         total = epoch * self.steps_per_epoch + step
         average = (time.perf_counter() - self._started) / self._steps
         eta = average * (self.steps_per_epoch * self.max_epoch - total)

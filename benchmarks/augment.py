@@ -1,13 +1,13 @@
 #!/usr/bin/env python3
-"""Is batched augmentation that of Pillow and timm? Prints a table for real photographs.
+"""Compare batched augmentation with Pillow and timm on real photographs. Print a table.
 
     python benchmarks/augment.py --dataset cifar100 --image-size 32
     python benchmarks/augment.py --dataset flowers --image-size 224
 
-For every operation of RandAugment, at levels drawn from its distribution and at the extremes, and
-for random resized crops: the mean absolute difference in grey levels (of 255) from Pillow with the
-same arguments, at the worst level, and the largest of any pixel. Then what augmentation costs an
-image.
+For random resized crops and every operation of RandAugment, at magnitudes drawn from its
+distribution and at the extremes, report the difference from Pillow with the same arguments in grey
+levels (0 to 255): the mean absolute difference at the worst magnitude, and the largest difference
+of any pixel. Then report the time that augmentation takes per image.
 """
 
 from __future__ import annotations
@@ -55,10 +55,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--dataset", default="cifar100")
-    parser.add_argument("--root", default="data")
+    parser.add_argument("--dataset", default="cifar100", help="a dataset of lg (default cifar100)")
+    parser.add_argument("--root", default="data", help="folder of the datasets")
     parser.add_argument("--image-size", type=int, default=224)
-    parser.add_argument("--images", type=int, default=20)
+    parser.add_argument("--images", type=int, default=20, help="number of photographs")
     args = parser.parse_args()
     dataset = build_dataset(args.dataset, args.root, "train")
     chosen = np.linspace(0, len(dataset) - 1, args.images).astype(int)
@@ -71,11 +71,11 @@ def main() -> None:
     }.items():
         print(f"{name:<32}{mean:>9.4f}{largest:>9}")
     seconds = cost(photographs, args.image_size, rng)
-    print(f"{1e3 * seconds:.2f} ms an image, {torch.get_num_threads()} threads, batches of 32")
+    print(f"{1e3 * seconds:.2f} ms per image, {torch.get_num_threads()} threads, batches of 32")
 
 
 def operations(photographs: list, size: int, rng: np.random.Generator) -> dict[str, Any]:
-    """Mean and largest difference of every operation at its worst level."""
+    """Return the mean and largest difference of every operation at its worst magnitude."""
     square = [ImageOps.fit(p, (size, size), Image.Resampling.BICUBIC) for p in photographs]
     images = torch.from_numpy(np.stack(square)).permute(0, 3, 1, 2).contiguous()
     drawn = draw(20_000, rng=rng, layers=1, probability=1.0)
@@ -101,7 +101,7 @@ def operations(photographs: list, size: int, rng: np.random.Generator) -> dict[s
 
 
 def crops(photographs: list, size: int, rng: np.random.Generator) -> dict[str, Any]:
-    """Mean and largest difference of random resized crops, by both ways of resizing."""
+    """Return the mean and largest difference of random resized crops, for both resizers."""
     heights, widths = (np.array([getattr(p, n) for p in photographs]) for n in ("height", "width"))
     boxes = draw_crops(heights, widths, rng)
     images = [torch.from_numpy(np.array(p)) for p in photographs]
@@ -122,7 +122,7 @@ def crops(photographs: list, size: int, rng: np.random.Generator) -> dict[str, A
 
 
 def cost(photographs: list, size: int, rng: np.random.Generator) -> float:
-    """Median seconds an image of the whole strong recipe, from decoded images."""
+    """Return the median seconds per image of the strong recipe, decoding not included."""
     transform = BatchTransform(image_size=size, strong=True)
     batch = [photographs[i % len(photographs)] for i in range(32)]
     images = [torch.from_numpy(np.array(transform.prepare(p))) for p in batch]

@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
-"""What does guidance gain on 300 real digits? Trains guide, plain and guided; prints a table.
+"""Measure what guidance gains on 300 real digits: train guide, plain and guided transformer.
 
     python benchmarks/digits_demo.py              # one seed, under 3 minutes on two cores
-    python benchmarks/digits_demo.py --seeds 3    # mean and spread over three
-    python benchmarks/digits_demo.py --offline    # also guided by stored features
+    python benchmarks/digits_demo.py --seeds 3    # mean and standard deviation of three seeds
+    python benchmarks/digits_demo.py --offline    # with offline guidance as well
 
-Each training is a plain `run_net.py` command, shown before it runs. Runs that are already finished
-are read, not repeated. Writes curves.png and results.json beside the runs.
+Each training run is a `run_net.py` command, printed before it starts. Finished runs are read
+instead of repeated. Print a table; write curves.png and results.json next to the runs.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--seeds", type=int, default=1, help="how many seeds, from 1 (default 1)")
-    parser.add_argument("--offline", action="store_true", help="also guide by stored features")
+    parser.add_argument("--seeds", type=int, default=1, help="number of seeds (default 1)")
+    parser.add_argument("--offline", action="store_true", help="add offline guidance")
     parser.add_argument("--out", type=Path, default=Path("work_dirs/digits_demo"))
     args = parser.parse_args()
     if args.offline:
@@ -53,12 +53,12 @@ def main() -> None:
     write_json(runs, seconds, args.out / "results.json")
     print(
         f"\nCurves: {args.out / 'curves.png'}; numbers: {args.out / 'results.json'}. "
-        f"It took {seconds:.0f} s."
+        f"Took {seconds:.0f} s."
     )
 
 
 def train(name: str, *, seed: int, out: Path) -> dict[str, Any]:
-    """Trains one config and returns what its log says."""
+    """Train one config and return its size and its test accuracies from the log."""
     from lg.logs.log import read_json_lines
 
     folder = (out / f"seed{seed}").resolve()
@@ -81,7 +81,7 @@ def train(name: str, *, seed: int, out: Path) -> dict[str, Any]:
 
 
 def run(command: list[str]) -> str:
-    """Runs a command of this project, shown before it starts; returns the last line it says."""
+    """Print and run a command of this project; return the last line of its output."""
     shown = " ".join(os.path.relpath(c) if c.startswith("/") else c for c in command)
     print(f"$ python {shown}", flush=True)
     process = subprocess.run(
@@ -93,7 +93,7 @@ def run(command: list[str]) -> str:
 
 
 def table(runs: dict[int, dict[str, Any]]) -> str:
-    """Parameters and final test accuracy of each model, mean and spread over the seeds."""
+    """Format parameters and final test accuracy (mean ± standard deviation) of each model."""
     rows = [f"\n{'':<22}{'parameters':>12}{'top-1 on 597 test digits':>28}"]
     for name, title in MODELS.items():
         final = [run[name]["accuracy"][-1] for run in runs.values()]
@@ -113,7 +113,7 @@ def table(runs: dict[int, dict[str, Any]]) -> str:
 
 
 def plot(runs: dict[int, dict[str, Any]], path: Path) -> None:
-    """Test accuracy over the epochs, one line a run."""
+    """Plot test accuracy over the epochs, one line per run."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -139,7 +139,7 @@ def plot(runs: dict[int, dict[str, Any]], path: Path) -> None:
 
 
 def write_json(runs: dict[int, dict[str, Any]], seconds: float, path: Path) -> None:
-    """The numbers with what they were measured on."""
+    """Write the results with the hardware and the versions they were measured with."""
     import platform
 
     import timm

@@ -1,4 +1,4 @@
-"""Faults of files and disks, for benchmarks/faults.py."""
+"""File and disk faults for benchmarks/faults.py."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 def damaged(bench: Bench, count: int) -> None:
-    """The newest checkpoint truncated, or one bit of it flipped, at a random place."""
+    """Truncate the newest checkpoint or flip one of its bits at a random position."""
     for fault, (number, backend) in itertools.product(
         ("truncated checkpoint", "flipped bit in a checkpoint"),
         enumerate(itertools.islice(itertools.cycle(bench.whole), count)),
@@ -39,24 +39,24 @@ def damaged(bench: Bench, count: int) -> None:
         last.write_bytes(content)
         (out_dir / "model.pyth").write_bytes(content)
         wrong = None
-        try:  # by those who only want the weights
+        try:
             state = read_checkpoint(out_dir / "model.pyth")
         except CheckpointError:
-            bench.refused[fault] += 1
-        else:  # a byte that holds nothing, such as those that align the tensors
+            bench.rejected[fault] += 1
+        else:  # harmless only in a byte without content, such as tensor padding
             if not runs.same(
                 {k: v for k, v in state.items() if k != "cfg"}, bench.wanted[backend][1]
             ):
-                wrong = f"{fault} at {place} was read as if it were whole"
+                wrong = f"{fault} at {place} was not detected"
         shutil.copy(bench.whole[backend] / "model.pyth", out_dir)
         job = bench.job(out_dir, backend, 0)
-        bench.count(fault, wrong or bench.go_on(job, out_dir, backend))
+        bench.count(fault, wrong or bench.resume(job, out_dir, backend))
 
 
-def strange(bench: Bench) -> None:
-    """Checkpoints of another run, or with other contents: refused in one line, in both uses."""
-    out_dir = bench.folder / "strange"
-    for fault, changes, edit, said in _strange_cases():
+def mismatched(bench: Bench) -> None:
+    """Resume from and test checkpoints that do not fit; both must fail with one line."""
+    out_dir = bench.folder / "mismatched"
+    for fault, changes, edit, message in _mismatches():
         shutil.copytree(bench.whole["device"], out_dir)
         for path in (out_dir / "model.pyth", *CheckpointFolder(out_dir).files()):
             state = read_checkpoint(path)
@@ -68,48 +68,42 @@ def strange(bench: Bench) -> None:
         }
         for use, job in jobs.items():
             before = sorted(p.name for p in out_dir.rglob("*.pyth"))
-            wrong = _not_one_line(bench.finish(job), said)
+            wrong = _not_one_line(bench.finish(job), message)
             if before != sorted(p.name for p in out_dir.rglob("*.pyth")):
                 wrong = wrong or "files were changed"
             bench.count(f"{fault}, {use}", wrong)
         shutil.rmtree(out_dir)
 
 
-def _strange_cases() -> Iterator[tuple[str, dict[str, Any], Callable[[Any], object], str]]:
-    """Fault, changed settings, what is done to the state, a word of the message."""
+def _mismatches() -> Iterator[tuple[str, dict[str, Any], Callable[[Any], object], str]]:
+    """Yield fault, changed settings, a function that edits the state, and part of the message."""
 
-    def nothing(state: dict[str, Any]) -> None:
-        pass
+    def each(change: Callable[[Any], object]) -> Callable[[Any], object]:
+        return lambda state: [change(state[part]) for part in ("model_state", "ema_state")]
 
-    def classes(state: dict[str, Any]) -> None:
-        for part in ("model_state", "ema_state"):
-            state[part] |= {"head.weight": torch.zeros(12, 24), "head.bias": torch.zeros(12)}
-
-    def lacking(state: dict[str, Any]) -> None:
-        for part in ("model_state", "ema_state"):
-            del state[part]["norm.weight"]
-
-    def extra(state: dict[str, Any]) -> None:
-        for part in ("model_state", "ema_state"):
-            state[part]["teacher.weight"] = torch.ones(1)
-
-    yield "another model", {"TRANSFORMER__HIDDEN_DIM": 32}, nothing, "of another shape"
-    yield "another class count", {}, classes, "head.weight is [12, 24], the model has [10, 24]"
-    yield "a missing key", {}, lacking, "norm.weight"
-    yield "an extra key", {}, extra, "teacher.weight"
+    classes = {"head.weight": torch.zeros(12, 24), "head.bias": torch.zeros(12)}
+    extra = {"teacher.weight": torch.ones(1)}
+    yield "another model", {"TRANSFORMER__HIDDEN_DIM": 32}, each(len), "of another shape"
+    yield (
+        *("another class count", {}, each(lambda weights: weights.update(classes))),
+        "head.weight is [12, 24], the model has [10, 24]",
+    )
+    yield "a missing key", {}, each(lambda weights: weights.pop("norm.weight")), "norm.weight"
+    yield "an extra key", {}, each(lambda weights: weights.update(extra)), "teacher.weight"
     yield "no weights", {}, lambda state: state.pop("model_state"), "model_state"
 
 
-def _not_one_line(end: runs.End, said: str) -> str | None:
-    """What is wrong with a refusal."""
+def _not_one_line(end: runs.End, message: str) -> str | None:
+    """Describe how a run failed to stop with a one-line error; None if it did not fail."""
     errors = [line for line in end.err.splitlines() if not line.startswith("Warning: ")]
-    if end.status == 1 and len(errors) == 1 and errors[0].startswith("Error: ") and said in end.err:
+    is_one_line = len(errors) == 1 and errors[0].startswith("Error: ")
+    if end.status == 1 and is_one_line and message in end.err:
         return None
-    return f"exit status {end.status}, not one line with {said!r}: {end.err[-300:]}"
+    return f"exit status {end.status}, not one line with {message!r}: {end.err[-300:]}"
 
 
 def removed(bench: Bench, count: int) -> None:
-    """OUT_DIR or the log removed while training."""
+    """Remove OUT_DIR or the log during training."""
     for fault in ("OUT_DIR removed", "log.txt removed"):
         for _ in range(count):
             out_dir, backend, job = bench.next_run()
@@ -119,23 +113,23 @@ def removed(bench: Bench, count: int) -> None:
             time.sleep(bench.random.uniform(0, bench.seconds["step"]))
             gone.rename(bench.folder / f"gone_{bench.random.random()}")
             end = child.end()
-            if not (out_dir / "model.pyth").exists():  # the best was before
+            if not (out_dir / "model.pyth").exists():  # removed with the folder, not beaten since
                 shutil.copy(bench.whole[backend] / "model.pyth", out_dir)
             wrong = runs.verdict(end, out_dir, bench.wanted[backend])
             if not wrong and "Finished" not in (out_dir / "log.txt").read_text():
-                wrong = "the log does not go on"
+                wrong = "the log does not continue"
             bench.count(fault, wrong)
             shutil.rmtree(out_dir)
 
 
 def second_run(bench: Bench, count: int) -> None:
-    """A second run in the OUT_DIR of one that is under way."""
+    """Start a second run in the OUT_DIR of a running one."""
     for _ in range(count):
         out_dir, backend, job = bench.next_run()
         child = bench.start(job)
         assert bench.watch.wait(child, "step", bench.random.randint(1, 26))
         child.send(signal.SIGSTOP)
-        end = runs.finished(job, bench.folder / "says_second")
+        end = runs.finished(job, bench.folder / "second_output")
         child.send(signal.SIGCONT)
         wrong = _not_one_line(end, "is in use by another run")
         bench.count(
@@ -145,12 +139,12 @@ def second_run(bench: Bench, count: int) -> None:
 
 
 def disks(bench: Bench) -> None:
-    """A small file system that fills up in the middle of a save; one that is read-only."""
+    """Fill a small file system during a save, then make it read-only."""
     mount = bench.folder / "disk"
     mount.mkdir()
     size = (bench.whole["device"] / "model.pyth").stat().st_size
     for number in range(12):
-        room = int(size * (0.2 + number / 3))  # four files of that size are all that it takes
+        room = int(size * (0.2 + number / 3))  # a run needs room for four files of that size
         _, backend, _ = bench.next_run()
         out_dir = mount / "out"
         job = bench.job(out_dir, backend, 0)
@@ -162,22 +156,22 @@ def disks(bench: Bench) -> None:
             wrong = _not_one_line(end, "cannot be written: No space left on device")
             wrong = wrong or _not_whole(out_dir, end)
             _shell("mount", "-o", "remount,size=64m", str(mount))
-            bench.count("disk full in a save", wrong or bench.go_on(job, out_dir, backend))
-            bench.finish(job)  # one that is whole, to be read only
+            bench.count("disk full in a save", wrong or bench.resume(job, out_dir, backend))
+            bench.finish(job)  # a finished run, for the read-only disk
             _shell("mount", "-o", "remount,ro", str(mount))
             for again in (job, bench.job(mount / "new", backend, 0)):
                 wrong = _not_one_line(bench.finish(again), "Read-only file system")
                 if bench.watch.counts[1]:
-                    wrong = wrong or "trained before it was found"
+                    wrong = wrong or "trained before the error"
                 bench.count("OUT_DIR read-only", wrong)
         finally:
             _shell("umount", str(mount))
 
 
 def _not_whole(out_dir: Path, end: runs.End) -> str | None:
-    """What is wrong with what a full disk leaves."""
+    """Describe the damage that a full disk caused; None if there is none."""
     if left := runs.leftovers(out_dir):
-        return f"left {', '.join(left)}"
+        return f"temporary files left: {', '.join(left)}"
     files = CheckpointFolder(out_dir).files()
     for path in (*files, *out_dir.glob("model.pyth")):
         read_checkpoint(path)

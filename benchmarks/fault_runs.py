@@ -1,7 +1,7 @@
-"""Short guided runs that can be watched and killed from outside.
+"""Short guided runs that benchmarks/faults.py observes and kills.
 
-Each run is the command line's own `main`, in a child of a process that has everything imported, so
-that a run takes about a second. Which phase it is in stands in memory that both share.
+Each run executes a script's `main` in a forked child of a process that has already imported
+everything, so a run takes about a second. Shared memory tells the parent the child's phase.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-import sklearn.datasets  # noqa: E402, F401  # slow, so before the runs start
+import sklearn.datasets  # noqa: E402, F401  # slow to import, so import it before forking
 import torch  # noqa: E402
 
 import lg  # noqa: E402
@@ -58,14 +58,14 @@ TINY = {
 
 
 class Job(NamedTuple):
-    """A command: the script's `main` and its arguments."""
+    """A command: a script's `main` and its arguments."""
 
     main: Callable[[], None]
     argv: list[str]
 
 
 class End(NamedTuple):
-    """How a run ended: exit status as a shell counts it, and what it said."""
+    """How a run ended: its exit status as a shell reports it, and its output."""
 
     status: int
     out: str
@@ -73,11 +73,12 @@ class End(NamedTuple):
 
 
 def arguments(changes: dict[str, Any]) -> list[str]:
+    """Return settings as KEY VALUE arguments."""
     return [text for key, value in changes.items() for text in (key, str(value))]
 
 
 def training(out_dir: Path, guide: Path, **changes: Any) -> Job:
-    """The guided run; keys of `changes` have __ for a dot."""
+    """Return the job of a guided run; keys of `changes` have __ in place of dots."""
     values = {**TINY, "OUT_DIR": out_dir, "DISTILLATION.TEACHER_WEIGHTS": guide}
     values |= {key.replace("__", "."): value for key, value in changes.items()}
     config = str(ROOT / "configs/digits/vit_digits_ours.yaml")
@@ -86,13 +87,13 @@ def training(out_dir: Path, guide: Path, **changes: Any) -> Job:
 
 
 def testing(weights: Path, guide: Path, **changes: Any) -> Job:
-    """The test of a file of weights."""
+    """Return the job that tests a weights file."""
     job = training(weights.parent / "test", guide, TEST__WEIGHTS=weights, **changes)
     return Job(job.main, [*job.argv[:2], "test", *job.argv[3:]])
 
 
 def guide_training(out_dir: Path) -> Job:
-    """The guide's own run: a few epochs."""
+    """Return the job that trains the guide for a few epochs."""
     config = str(ROOT / "configs/digits/r-8_digits.yaml")
     values = {"DEVICE": "cpu", "OUT_DIR": out_dir, "OPTIM.MAX_EPOCH": 3, "TRAIN.FRACTION": 0.1}
     values |= {"OPTIM.WARMUP_EPOCHS": 1, "TRAIN.BATCH_SIZE": 30, "DATA_LOADER.NUM_WORKERS": 0}
@@ -101,7 +102,7 @@ def guide_training(out_dir: Path) -> Job:
 
 
 def precompute(bank: Path, guide: Path, workers: int) -> Job:
-    """The guide's maps of 300 images in small batches."""
+    """Return the job that stores the guide's maps of 300 images, in small batches."""
     config = str(ROOT / "configs/digits/vit_digits_ours_offline.yaml")
     values = {"DEVICE": "cpu", "DISTILLATION.TEACHER_WEIGHTS": guide, "TEST.BATCH_SIZE": 10}
     values |= {"DATA_LOADER.NUM_WORKERS": workers}
@@ -110,24 +111,24 @@ def precompute(bank: Path, guide: Path, workers: int) -> Job:
 
 
 class Watch:
-    """What runs are doing, seen from the process that started them."""
+    """The phase of a run and how often each phase began, in memory shared with the child."""
 
     def __init__(self) -> None:
         self.phase = multiprocessing.RawValue(ctypes.c_int, 0)
         self.counts = multiprocessing.RawArray(ctypes.c_long, len(PHASES))
         self.seconds = multiprocessing.RawArray(ctypes.c_double, len(PHASES))
-        self._aim = multiprocessing.RawArray(ctypes.c_long, 2)  # a phase, and which time
+        self._aim = multiprocessing.RawArray(ctypes.c_long, 2)  # a phase and its n-th start
         self.is_aimed = multiprocessing.RawValue(ctypes.c_bool, False)
 
     def clear(self, phase: str = "start-up", count: int = 1) -> None:
-        """Before a run, which is to wait a moment when a phase begins for the `count`-th time."""
+        """Reset for a run that pauses briefly when `phase` begins for the `count`-th time."""
         self.phase.value, self.is_aimed.value = 0, False
         self._aim[:] = PHASES.index(phase), count
         self.counts[:] = self.seconds[:] = [0] * len(PHASES)
-        self.counts[0] = 1  # a run begins by starting up
+        self.counts[0] = 1  # a run begins with start-up
 
     def inside(self, owner: Any, name: str, phase: str) -> None:
-        """Has a function say that it runs; what it calls may say otherwise."""
+        """Wrap a function so that the phase is `phase` while it runs."""
         function, number = getattr(owner, name), PHASES.index(phase)
 
         def watched(*args: Any, **kwargs: Any) -> Any:
@@ -136,7 +137,7 @@ class Watch:
             self.counts[number] += 1
             if [number, self.counts[number]] == self._aim[:]:
                 while not self.is_aimed.value and time.perf_counter() < started + 0.1:
-                    pass  # some phases are shorter than it takes to see that they have begun
+                    pass  # some phases are shorter than the time it takes to notice their start
             try:
                 return function(*args, **kwargs)
             finally:
@@ -146,13 +147,13 @@ class Watch:
         setattr(owner, name, watched)
 
     def wrap(self) -> None:
-        """Puts itself around what a run does; in the child that is to be watched."""
+        """Wrap the functions of each phase; called in the child."""
         started, step = time.perf_counter(), trainer.train_epoch
 
         def train_epoch(run: Any) -> None:
             if not self.counts[1]:
                 self.seconds[0] = time.perf_counter() - started
-            self.phase.value = 1  # from here on, whatever is nothing else belongs to the steps
+            self.phase.value = 1  # from here on, code outside the other phases counts as step
             step(run)
 
         trainer.train_epoch = train_epoch
@@ -164,7 +165,7 @@ class Watch:
         self.inside(precomputing, "precompute", "precompute")
 
     def wait(self, child: Child, phase: str, count: int) -> bool:
-        """Until a phase has begun that often; False when the run ends before."""
+        """Wait until a phase has begun `count` times; return False if the run ends first."""
         number = PHASES.index(phase)
         while self.counts[number] < count:
             if child.has_ended():
@@ -173,7 +174,7 @@ class Watch:
 
 
 class Child:
-    """A run under way."""
+    """A running job."""
 
     def __init__(
         self,
@@ -182,8 +183,8 @@ class Child:
         watch: Watch | None = None,
         aim: tuple[str, int] = ("start-up", 1),
     ) -> None:
-        """Starts it; what it says goes to files in `folder`."""
-        self._says = folder / "out.txt", folder / "err.txt"
+        """Start the job and write its output to files in `folder`."""
+        self._output = folder / "out.txt", folder / "err.txt"
         folder.mkdir(parents=True, exist_ok=True)
         if watch is not None:
             watch.clear(*aim)
@@ -196,10 +197,10 @@ class Child:
     def _run(self, job: Job, watch: Watch | None) -> None:
         status = 70
         try:
-            for number, path in enumerate(self._says, start=1):
+            for number, path in enumerate(self._output, start=1):
                 with open(path, "wb") as stream:
                     os.dup2(stream.fileno(), number)
-            precomputing._SAVE_PERIOD = 0.01  # a restart is to find something to go on from
+            precomputing._SAVE_PERIOD = 0.01  # so that a restart finds something to resume
             if watch is not None:
                 watch.wrap()
             sys.argv = job.argv
@@ -223,11 +224,11 @@ class Child:
             os.kill(self.pid, signum)
 
     def end(self) -> End:
-        """Waits for it."""
+        """Wait for the job to end and return its status and output."""
         if self._status is None:
             self._status = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
         status = self._status if self._status >= 0 else 128 - self._status
-        out, err = (path.read_text(errors="replace") for path in self._says)
+        out, err = (path.read_text(errors="replace") for path in self._output)
         return End(status, out, err)
 
 
@@ -243,22 +244,22 @@ def _status_of(main: Callable[[], None]) -> int:
 
 
 def finished(job: Job, folder: Path, watch: Watch | None = None) -> End:
-    """Runs a job to its end."""
+    """Run a job to its end."""
     return Child(job, folder, watch).end()
 
 
 def killed(job: Job, folder: Path, watch: Watch, aim: tuple[str, int], delay: float) -> str | None:
-    """Starts a run and kills it with SIGKILL.
+    """Start a run and kill it with SIGKILL.
 
     Args:
-        job: the run.
-        folder: of what it says.
-        watch: what it is seen by.
-        aim: a phase, and which time.
-        delay: seconds after that has begun.
+        job: The run.
+        folder: Folder for its output.
+        watch: Observes its phases.
+        aim: A phase and the number of its start.
+        delay: Seconds from that start to the kill.
 
     Returns:
-        The phase that it died in; None when it ended before.
+        The phase in which the run died; None if it finished first.
     """
     child = Child(job, folder, watch, aim)
     if watch.wait(child, *aim):
@@ -270,18 +271,18 @@ def killed(job: Job, folder: Path, watch: Watch, aim: tuple[str, int], delay: fl
     end = child.end()
     if end.status == 128 + signal.SIGKILL:
         return PHASES[watch.phase.value]
-    assert end.status == 0, end.err  # nothing else may have ended it
+    assert end.status == 0, end.err
     return None
 
 
 def result(out_dir: Path) -> list[dict[str, Any]]:
-    """The best and the last checkpoint of a run, without the config that names its folder."""
+    """Read the best and the last checkpoint of a run, without the config that names its folder."""
     paths = (out_dir / "model.pyth", CheckpointFolder(out_dir).files()[-1])
     return [{k: v for k, v in read_checkpoint(path).items() if k != "cfg"} for path in paths]
 
 
 def same(left: Any, right: Any) -> bool:
-    """Equal to the bit, through dicts and lists."""
+    """Return whether two nested dicts and lists of tensors are bit-identical."""
     if isinstance(left, torch.Tensor):
         return isinstance(right, torch.Tensor) and torch.equal(left, right)
     if isinstance(left, dict):
@@ -292,14 +293,14 @@ def same(left: Any, right: Any) -> bool:
 
 
 def leftovers(folder: Path) -> list[str]:
-    """Temporary files."""
+    """List temporary files."""
     return [str(path.relative_to(folder)) for path in folder.rglob("*.partial*")]
 
 
 def verdict(end: End, out_dir: Path, wanted: list[dict[str, Any]]) -> str | None:
-    """What is wrong with a run that has ended; None when it is as one that nothing disturbed."""
+    """Describe how a finished run differs from an undisturbed one; None if it does not."""
     if end.status != 0:
         return f"exit status {end.status}: {end.err[-300:]}"
     if left := leftovers(out_dir):
-        return f"left {', '.join(left)}"
-    return None if same(result(out_dir), wanted) else "other weights than the undisturbed run"
+        return f"temporary files left: {', '.join(left)}"
+    return None if same(result(out_dir), wanted) else "weights differ from the undisturbed run"

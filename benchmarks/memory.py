@@ -1,11 +1,12 @@
 #!/usr/bin/env python3
-"""Does training take more memory than plain PyTorch code? Prints a table, writes JSON.
+"""Compare the peak memory of training with plain PyTorch code. Print a table, write JSON.
 
     python benchmarks/memory.py --cfg configs/deit/deit-ti_c100_ours.yaml
 
-For each guided config, the peak of some steps on one batch in place, each way in a process of its
-own: `plain`, a model, torch's AdamW and cross-entropy in a few lines of eager code; `unguided` and
-`guided`, this project's step. Resident memory on a CPU, allocated memory on a GPU.
+For each guided config, measure the peak over a few steps on one fixed batch, each variant in a
+separate process: `plain`, the model with torch's AdamW and cross-entropy in a few lines of eager
+code; `unguided` and `guided`, this project's training step. Reports resident memory on a CPU and
+allocated memory on a GPU.
 """
 
 from __future__ import annotations
@@ -17,12 +18,14 @@ import sys
 import tempfile
 import warnings
 from pathlib import Path
+from statistics import median_high
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-UNGUIDED = ["DISTILLATION.ENABLE_INTER", "False", "DISTILLATION.OFFLINE", "False"]
-ONLINE = ["DISTILLATION.OFFLINE", "False", "DISTILLATION.TEACHER_WEIGHTS", "None"]
+
+from benchmarks.throughput import ONLINE, UNGUIDED, train_step  # noqa: E402
+
 WAYS = {"plain": [*UNGUIDED, "TRAIN.REUSE_MEMORY", "False"], "unguided": UNGUIDED, "guided": ONLINE}
 
 
@@ -32,7 +35,7 @@ def main() -> None:
     )
     parser.add_argument("--cfg", nargs="+", required=True, help="guided configs")
     parser.add_argument("--steps", type=int, default=4)
-    parser.add_argument("--repeats", type=int, default=3, help="the median counts")
+    parser.add_argument("--repeats", type=int, default=3, help="processes per variant")
     parser.add_argument("--out", type=Path, default=Path("work_dirs/memory.json"))
     parser.add_argument("--opts", nargs="*", default=[], metavar="KEY VALUE", help="overrides")
     args = parser.parse_args()
@@ -43,15 +46,15 @@ def main() -> None:
         for _ in range(args.repeats):
             for way, extra in WAYS.items():
                 found[way].append(measured(config, [*args.opts, *extra], way, args.steps))
-        middle = {way: sorted(values)[len(values) // 2] for way, values in found.items()}
-        print(f"{Path(config).stem:<28}" + "".join(f"{m:>10}" for m in middle.values()), flush=True)
+        cells = "".join(f"{median_high(values):>10}" for values in found.values())
+        print(f"{Path(config).stem:<28}{cells}", flush=True)
         results[Path(config).stem] = found
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(json.dumps({"opts": args.opts, "megabytes": results}, indent=1))
 
 
 def measured(config: str, opts: list[str], way: str, steps: int) -> int:
-    """Peak memory in MB of a fresh process."""
+    """Return the peak memory of a fresh process in MB."""
     context = multiprocessing.get_context("spawn")
     receive, send = context.Pipe(duplex=False)
     process = context.Process(target=train, args=(config, opts, way, steps, send))
@@ -60,13 +63,13 @@ def measured(config: str, opts: list[str], way: str, steps: int) -> int:
     try:
         return receive.recv()
     except EOFError:
-        sys.exit(f"The process that measured {way} has ended without a result.")
+        sys.exit(f"The process that measures {way} exited without a result.")
     finally:
         process.join()
 
 
 def train(config: str, opts: list[str], way: str, steps: int, send: Any) -> None:
-    """Some steps on a batch in place; sends the peak."""
+    """Run some steps on one fixed batch and send the peak memory."""
     import torch
 
     import lg
@@ -74,7 +77,7 @@ def train(config: str, opts: list[str], way: str, steps: int, send: Any) -> None
     from lg.device import peak_memory_mb
     from lg.distributed import World
 
-    warnings.simplefilter("ignore")  # of guides without weights
+    warnings.simplefilter("ignore")  # a guide without weights takes as much memory
     cfg = lg.load_config(config, [*opts, "OUT_DIR", tempfile.mkdtemp()])
     device = builders.build_device(cfg, World())
     size = cfg.MODEL.IMG_SIZE
@@ -86,7 +89,7 @@ def train(config: str, opts: list[str], way: str, steps: int, send: Any) -> None
 
 
 def plain_steps(cfg: Any, images: Any, labels: Any, steps: int) -> None:
-    """What a user would write."""
+    """Run the steps that a user of plain PyTorch would write."""
     import torch
     import torch.nn.functional as F
 
@@ -102,22 +105,20 @@ def plain_steps(cfg: Any, images: Any, labels: Any, steps: int) -> None:
 
 
 def our_steps(cfg: Any, images: Any, labels: Any, steps: int) -> None:
-    """The training loop's steps."""
+    """Run steps of this project's training loop."""
     import torch
 
     from lg import builders
     from lg.datasets.loader import Batch
     from lg.distributed import World
     from lg.logs.log import RunLog
-    from lg.step import train_step
 
     data = builders.fetch_data(cfg, World())
     run = builders.build_run(cfg, data, World(), RunLog(cfg.OUT_DIR, enabled=False))
     run.module.train()
     batch = Batch(images, labels, torch.arange(len(labels)), torch.zeros(len(labels), 5))
     for _ in range(steps):
-        losses, hits = train_step(run, batch, epoch=0, step=0)
-        run.meter.add(losses, hits)
+        train_step(run, batch)
 
 
 if __name__ == "__main__":

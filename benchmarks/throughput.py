@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""How fast is training, and what of it is the model? Prints a table, writes JSON.
+"""Measure training throughput and compare it with the bare model. Print a table, write JSON.
 
     python benchmarks/throughput.py --cfg configs/deit/deit-ti_c100_ours.yaml
     python benchmarks/throughput.py --cfg A.yaml B.yaml --against ../other-checkout
@@ -7,16 +7,18 @@
 
 For each guided config, in images/s and as a fraction of the ceiling:
 
-    ceiling   the student alone on one batch in place: forward, loss, backward, optimiser
-    loader    batches made ready and nothing else
-    unguided  the training loop's steps, each with a new batch
-    guided    the same with the guide; a feature file as DISTILLATION.FEATURE_FILE adds `offline`
-    test      the test pass over cached images
+    ceiling   the student alone on one fixed batch: forward, loss, backward, optimiser
+    loader    loading batches, without training
+    unguided  training steps without guidance, each with a new batch
+    guided    training steps with online guidance
+    offline   training steps with offline guidance, if DISTILLATION.FEATURE_FILE is set
+    test      the test loop over cached images
 
-Blocks of steps of all of them alternate; what a loader has ready when a block begins is not
-counted. `of peak` is the ceiling's arithmetic over the machine's measured matrix rate. Guides need
-no trained weights here. On a GPU it also says whether a step waits for the device. With --against,
-other checkouts of compatible code run in the same alternation, each in a process of its own.
+Blocks of steps of all of them alternate. Batches that a loader has prefetched before a block
+starts are not counted. `of peak` is the ceiling's FLOP/s divided by the measured FLOP/s of a large
+matrix product. Guides need no trained weights. On a GPU, the script also reports where a step
+synchronizes with the device. With --against, other checkouts take part in the same alternation.
+Each checkout runs its own copy of this script in a separate process.
 """
 
 from __future__ import annotations
@@ -65,10 +67,10 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--cfg", nargs="+", required=True, help="guided configs")
     parser.add_argument("--against", nargs="*", default=[], help="other checkouts")
     parser.add_argument(
-        "--sweep", nargs="+", default=[], metavar=("KEY", "VALUE"), help="a row for each value"
+        "--sweep", nargs="+", default=[], metavar=("KEY", "VALUE"), help="one row per value"
     )
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--steps", type=int, default=3, help="in a block")
+    parser.add_argument("--rounds", type=int, default=7, help="blocks per measurement")
+    parser.add_argument("--steps", type=int, default=3, help="steps per block")
     parser.add_argument("--out", type=Path, default=Path("work_dirs/throughput.json"))
     parser.add_argument("--opts", nargs="*", default=[], metavar="KEY VALUE", help="overrides")
     parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
@@ -76,28 +78,29 @@ def parse_args() -> argparse.Namespace:
 
 
 def compare(args: argparse.Namespace, config: str, opts: list[str]) -> dict[str, dict[str, Any]]:
-    """What each checkout measures, in blocks that alternate between them."""
+    """Return each checkout's results, measured in blocks that alternate between checkouts."""
     roots = [str(ROOT), *args.against]
     servers = {}
     for root in roots:
-        script = Path(root).resolve() / "benchmarks/throughput.py"  # knows that checkout's modules
-        command = [sys.executable, str(script), "--serve", "--cfg", str(Path(config).resolve())]
-        command += ["--steps", str(args.steps), "--opts", *opts]
-        environment = {**os.environ, "PYTHONPATH": str(Path(root).resolve())}
+        checkout = Path(root).resolve()
+        command = [sys.executable, str(checkout / "benchmarks/throughput.py"), "--serve"]
+        command += ["--cfg", str(Path(config).resolve()), "--steps", str(args.steps)]
         servers[root] = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+            [*command, "--opts", *opts],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "PYTHONPATH": str(checkout)},
         )
     facts = {root: ask(server) for root, server in servers.items()}
-    ways = {root: facts[root].pop("ways") for root in roots}
-    seconds: dict[str, dict[str, list[float]]] = {
-        root: {way: [] for way in ways[root]} for root in roots
-    }
+    ways = facts[roots[0]]["ways"]
+    seconds: dict[str, dict[str, list[float]]] = {root: {w: [] for w in ways} for root in roots}
     for round_ in range(args.rounds + 1):
-        for way in ways[roots[0]]:
+        for way in ways:
             for root in roots:
-                found = ask(servers[root], way)
-                if round_ > 0:  # the first warms up
-                    seconds[root][way].append(found)
+                result = ask(servers[root], way)
+                if round_ > 0:  # round 0 is the warm-up
+                    seconds[root][way].append(result)
     for server in servers.values():
         assert server.stdin is not None
         server.stdin.close()
@@ -106,45 +109,41 @@ def compare(args: argparse.Namespace, config: str, opts: list[str]) -> dict[str,
 
 
 def ask(server: subprocess.Popen, way: str | None = None) -> Any:
-    """A server's next answer."""
+    """Request a measurement, if one is named, and return the server's next answer."""
     assert server.stdin is not None and server.stdout is not None
     if way is not None:
         server.stdin.write(way + "\n")
         server.stdin.flush()
     line = server.stdout.readline()
     if not line:
-        sys.exit(server.wait() or 1)  # it has said why
+        sys.exit(server.wait() or 1)  # the server has printed the error
     return json.loads(line)
 
 
 def summary(facts: dict[str, Any], seconds: dict[str, list[float]], steps: int) -> dict[str, Any]:
-    """Medians and quartiles in images/s, and ratios of blocks of the same round."""
-    size = facts["batch_size"]
-    rates = {w: [steps * size / s for s in found] for w, found in seconds.items()}
-    ratios = {
-        way: median(c / s for c, s in zip(seconds["ceiling"], found, strict=True))
-        for way, found in seconds.items()
-    }
-    costs = {
-        way: median(s / u for s, u in zip(seconds[way], seconds["unguided"], strict=True)) - 1
-        for way in ("guided", "offline")
-        if way in seconds
-    }
-    spread = {w: quantiles(r, n=4) for w, r in rates.items()}
+    """Return medians and quartiles in images/s, and median ratios within the rounds."""
+
+    def ratio(way: str, other: str) -> float:
+        return median(a / b for a, b in zip(seconds[way], seconds[other], strict=True))
+
+    images = steps * facts["batch_size"]
+    spread = {way: quantiles((images / s for s in found), n=4) for way, found in seconds.items()}
     of_peak = facts["step_flops"] * spread["ceiling"][1] / facts["matrix_flops"]
     return {
         **facts,
         "n": len(seconds["ceiling"]),
         "images_per_second": {w: q[1] for w, q in spread.items()},
         "quartiles": {w: [q[0], q[2]] for w, q in spread.items()},
-        "of_ceiling": ratios,
-        "cost_over_unguided": costs,
+        "of_ceiling": {way: ratio("ceiling", way) for way in seconds},
+        "cost_over_unguided": {
+            way: ratio(way, "unguided") - 1 for way in ("guided", "offline") if way in seconds
+        },
         "ceiling_of_peak": of_peak,
     }
 
 
 def row(result: dict[str, Any], *, header: bool) -> str:
-    """A line of the table."""
+    """Format a line of the table."""
     ways = ["ceiling", "loader", "unguided", "guided", "offline", "test"]
     lines = []
     if header:
@@ -152,24 +151,29 @@ def row(result: dict[str, Any], *, header: bool) -> str:
         lines.append(f"{'images/s (of the ceiling)':<28}{titles}{'of peak':>9}  guidance costs")
     cells = ""
     for way in ways:
-        rate, ratio = (result[k].get(way) for k in ("images_per_second", "of_ceiling"))
-        text = f"{rate:.1f}" if rate else "-"
-        cells += (
-            f"{text + (f' ({ratio:.3f})' if rate and way not in ('ceiling', 'test') else ''):>17}"
-        )
+        text = "-"
+        if way in result["images_per_second"]:
+            text = f"{result['images_per_second'][way]:.1f}"
+            if way not in ("ceiling", "test"):
+                text += f" ({result['of_ceiling'][way]:.3f})"
+        cells += f"{text:>17}"
     costs = ", ".join(f"{w} {100 * c:+.1f} %" for w, c in result["cost_over_unguided"].items())
     name = result["name"] + ("" if result["checkout"] == str(ROOT) else " (other)")
     lines.append(f"{name:<28}{cells}{100 * result['ceiling_of_peak']:>8.1f}%  {costs}")
     if result["waits"]:
-        lines.append(f"  a step waits for the device: {result['waits']}")
+        lines.append(f"  a step synchronizes with the device: {result['waits']}")
     return "\n".join(lines)
 
 
 def serve(args: argparse.Namespace) -> None:
-    """Measures blocks as they are asked for, in the checkout that PYTHONPATH names."""
+    """Measure the blocks named on standard input, in the checkout of this script.
+
+    The first line of output is a JSON dict of facts, the others are the seconds of each block.
+    Other checkouts' copies of this script must understand each other, so keep this protocol.
+    """
     answers = os.fdopen(os.dup(1), "w", buffering=1)
-    os.dup2(2, 1)  # what the code says goes to the error stream
-    warnings.simplefilter("ignore")  # of guides without weights, which take as long
+    os.dup2(2, 1)  # redirect everything else that is printed to standard error
+    warnings.simplefilter("ignore")  # a guide without weights is as fast as one with weights
 
     def answer(value: Any) -> None:
         answers.write(json.dumps(value) + "\n")
@@ -183,15 +187,12 @@ def serve(args: argparse.Namespace) -> None:
 def prepare(
     config: str, opts: list[str], steps: int
 ) -> tuple[dict[str, Callable[[], float]], dict[str, Any]]:
-    """Blocks of `steps` steps that return their seconds, and what they were measured on."""
-    import torch
-
+    """Return the blocks, functions that run `steps` steps and return the seconds, and facts."""
     import lg
     from lg import trainer
     from lg.device import synchronize
     from lg.distributed import World
     from lg.logs.log import RunLog
-    from lg.tools.info import complexity
 
     runs = {}
     folder = tempfile.mkdtemp()
@@ -217,10 +218,13 @@ def prepare(
         synchronize(device)
         return time.perf_counter() - started
 
+    def next_batch(run: Any) -> Any:
+        return next(run.loader).to(device)
+
     fixed = next_batch(plain)
 
     def training(run: Any) -> Callable[[], float]:
-        return lambda: timed(lambda: train_step(run, *next_batch(run)), run.loader.num_prefetched)
+        return lambda: timed(lambda: train_step(run, next_batch(run)), run.loader.num_prefetched)
 
     def test() -> float:
         synchronize(device)
@@ -234,54 +238,52 @@ def prepare(
         )
         seconds = time.perf_counter() - started
         plain.module.train()
-        return seconds * steps * plain.report.batch_size / result.count  # as for a block's images
+        return seconds * steps * plain.report.batch_size / result.count  # for a block's images
 
     blocks = {
-        "ceiling": lambda: timed(lambda: train_step(plain, *fixed)),
+        "ceiling": lambda: timed(lambda: train_step(plain, fixed)),
         "loader": lambda: timed(lambda: next_batch(plain), plain.loader.num_prefetched),
     }
     blocks |= {kind: training(run) for kind, run in runs.items()}
     blocks["test"] = test
-    cfg = lg.load_config(config, opts)
-    macs = complexity(plain.guided.student, cfg.MODEL.IMG_SIZE)["macs"]
-    facts = {
+    waits = first_synchronization(blocks["guided"]) if device.type == "cuda" else ""
+    return blocks, {**describe(lg.load_config(config, opts), plain), "waits": waits}
+
+
+def describe(cfg: Any, run: Any) -> dict[str, Any]:
+    """Return the settings, the hardware and the arithmetic that rates are compared with."""
+    import torch
+
+    from lg.tools.info import complexity
+
+    macs = complexity(run.guided.student, cfg.MODEL.IMG_SIZE)["macs"]
+    on_gpu = run.device.type == "cuda"
+    return {
         "batch_size": cfg.TRAIN.BATCH_SIZE,
         "image_size": cfg.MODEL.IMG_SIZE,
-        "precision": str(plain.precision),
+        "precision": str(run.precision),
         "compile": cfg.TRAIN.COMPILE,
-        "backend": type(plain.loader).__name__,
-        "device": torch.cuda.get_device_name() if device.type == "cuda" else platform.processor(),
+        "backend": type(run.loader).__name__,
+        "device": torch.cuda.get_device_name() if on_gpu else platform.processor(),
         "threads": torch.get_num_threads(),
         "versions": {"torch": torch.__version__, "python": platform.python_version()},
-        "step_flops": 6 * macs,  # forward, and twice that backward
-        "matrix_flops": matrix_rate(device, plain.precision.dtype or torch.float32),
-        "waits": waits(blocks["guided"]) if device.type == "cuda" else "",
+        "step_flops": 6 * macs,  # 2 per MAC; the backward pass costs twice the forward pass
+        "matrix_flops": matrix_rate(run.device, run.precision.dtype or torch.float32),
     }
-    return blocks, facts
 
 
-def next_batch(run: Any) -> tuple[Any, Any]:
-    """What the training loop does before a step."""
-    import numpy as np
+def train_step(run: Any, batch: Any) -> None:
+    """Run one step of the training loop."""
+    from lg import step
 
-    batch = next(run.loader).to(run.device)
-    images, targets = run.mixing(batch.images, batch.labels, np.random.default_rng(0))
-    return batch._replace(images=images), targets
-
-
-def train_step(run: Any, batch: Any, targets: Any) -> None:
-    """A step of the training loop."""
-    from lg.step import accumulate_gradients, update_weights
-
-    losses, hits = accumulate_gradients(run, batch, targets)
-    update_weights(run)
+    losses, hits = step.train_step(run, batch, epoch=0, step=0)
     if run.average is not None:
         run.average.follow(run.guided.student, 0, warming=False)
     run.meter.add(losses, hits)
 
 
 def matrix_rate(device: Any, dtype: Any) -> float:
-    """Measured operations a second of a large matrix product."""
+    """Return the measured peak FLOP/s of a large matrix product."""
     import torch
 
     from lg.device import synchronize
@@ -295,11 +297,11 @@ def matrix_rate(device: Any, dtype: Any) -> float:
         left @ right
         synchronize(device)
         seconds.append(time.perf_counter() - started)
-    return 2 * side**3 / min(seconds)  # the peak
+    return 2 * side**3 / min(seconds)
 
 
-def waits(block: Callable[[], float]) -> str:
-    """The first place in which a warmed-up block waits for a GPU, if there is one."""
+def first_synchronization(block: Callable[[], float]) -> str:
+    """Return the first place where a warmed-up block synchronizes with the GPU, or ""."""
     import torch
 
     block()

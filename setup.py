@@ -19,7 +19,6 @@ setup(
     extras_require={
         "slurm": ["submitit>=1.5,<2"],
         "dev": [
-            "hypothesis>=6.100,<7",
             "mypy>=1.11,<3",
             "pytest>=9.0.3,<10",
             "pytest-timeout>=2.3,<3",

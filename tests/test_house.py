@@ -18,6 +18,7 @@ SEES_CONFIG = {
     "lg/builders/models.py",
     "lg/builders/run.py",
     "lg/builders/training.py",
+    "lg/config/combinations.py",
     "lg/config/load.py",
     "lg/tools/doctor/checkup.py",
     "lg/tools/info.py",

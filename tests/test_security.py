@@ -146,7 +146,7 @@ def test_a_config_in_a_checkpoint_is_no_program(
         capsys.readouterr()
         trainer.train(cfg)
         assert (
-            "other settings than before: what they were cannot be read." in capsys.readouterr().err
+            "other settings than before: the old config cannot be read." in capsys.readouterr().err
         )
 
 

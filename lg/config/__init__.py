@@ -1,5 +1,6 @@
-"""The config: loading, every key with its default, and the rules that values must obey."""
+"""The config: every key with its default, the rules for values, and loading."""
 
-from lg.config.load import changed_keys, dump_config, flatten, load_config
+from lg.config.defaults import flatten
+from lg.config.load import changed_keys, dump_config, load_config
 
 __all__ = ["changed_keys", "dump_config", "flatten", "load_config"]

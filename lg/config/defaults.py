@@ -1,49 +1,49 @@
-"""Every key of the config tree with its default, its meaning, its unit and its range."""
+"""Every config key with its default, meaning, unit and range."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from typing import Any
 
-# The tree. `null` (None) means "not set"; the comment gives meaning, unit and range. Keys marked
-# (+) are this project's own, the others keep the names and defaults of the published code, so that
-# its configs load unchanged.
+# None (null in YAML) means "not set". Keys marked (+) are new in this project. All others keep the
+# names and defaults of the published code, so that its configs load unchanged.
 DEFAULTS: dict[str, Any] = {
     "MODEL": {
         # DeiT, T2TViT, PiT, PVT, PVTv2, ConViT, CvT, ResNet, or timm/NAME for any timm model
         "TYPE": "ResNet",
-        "IMG_SIZE": 224,  # side of the square image that the model sees, pixels
-        "IN_CHANNELS": 3,  # image channels; the data sets here give 3
-        "NUM_CLASSES": 100,  # must equal the class count of the data
+        "IMG_SIZE": 224,  # side of the square input image, pixels
+        "IN_CHANNELS": 3,  # image channels; all data sets of this project have 3
+        "NUM_CLASSES": 100,  # must equal the number of classes of the data set
         "LOSS_FUN": "cross_entropy",  # cross_entropy
-        # (+) timm/NAME only: module names (or shell patterns) of the blocks, when they cannot be
-        # found
+        # (+) timm/NAME only: module names (or shell patterns) of the blocks, for models whose
+        # blocks are not found automatically
         "BLOCKS": [],
-        # (+) timm/NAME only: path or URL of weights that timm or the model's makers published, to
-        # start from; a classifier of another class count starts fresh
+        # (+) timm/NAME only: path or URL of published weights to start from; the classifier starts
+        # fresh if its number of classes differs
         "PRETRAINED": "",
     },
-    "CNN": {  # the CNN guide, or the model itself when MODEL.TYPE is ResNet
-        "DEPTH": 56,  # 6n+2: the CIFAR form; 18, 34, 50, 101, 152: the ImageNet form
-        "ACTIVATION_FUN": "relu",  # any activation that timm knows by name
-        "ACTIVATION_INPLACE": True,  # saves memory; same numbers
+    "CNN": {  # the CNN guide, or the model itself if MODEL.TYPE is ResNet
+        "DEPTH": 56,  # 6n+2: CIFAR form; 18, 34, 50, 101, 152: ImageNet form
+        "ACTIVATION_FUN": "relu",  # an activation name in timm
+        "ACTIVATION_INPLACE": True,  # saves memory; same results
         "BN_EPS": 1e-5,  # > 0
         "BN_MOMENTUM": 0.1,  # (0, 1]
-        "ZERO_INIT_FINAL_BN_GAMMA": False,  # each residual branch starts at zero
+        "ZERO_INIT_FINAL_BN_GAMMA": False,  # start each residual branch at zero
     },
     "RESNET": {
         # basic_transform | bottleneck_transform (ImageNet depths >= 50)
         "TRANS_FUN": "basic_transform",
         "NUM_GROUPS": 1,  # groups of the 3x3 convolution (bottleneck only)
         "WIDTH_PER_GROUP": 64,  # channels per group in the first stage (bottleneck only)
-        "STRIDE_1X1": True,  # bottleneck: stride on the first 1x1 rather than on the 3x3
+        "STRIDE_1X1": True,  # bottleneck: stride on the first 1x1 instead of the 3x3 convolution
     },
-    # Lists hold one entry a stage in the hierarchical families, plain numbers serve the others.
+    # Hierarchical families take lists with one entry per stage, the others single numbers.
     "TRANSFORMER": {
         "PATCH_SIZE": None,  # pixels
         "PATCH_STRIDE": None,  # pixels
         "PATCH_PADDING": None,  # pixels
         "HIDDEN_DIM": None,  # channels
-        "DEPTH": None,  # blocks
+        "DEPTH": None,  # number of blocks
         "NUM_HEADS": None,  # must divide HIDDEN_DIM
         "MLP_RATIO": None,  # hidden width of the MLP over HIDDEN_DIM
         "LN_EPS": 1e-6,  # > 0
@@ -52,15 +52,15 @@ DEFAULTS: dict[str, Any] = {
         "ATTENTION_DROP_RATE": None,  # dropout of attention weights, [0, 1)
     },
     "T2T": {"TOKEN_DIM": 64, "KERNEL_SIZE": [7, 3, 3], "STRIDE": [4, 2, 2], "PADDING": [2, 1, 1]},
-    "PIT": {"STRIDE": 8},  # of the patch convolution, pixels
-    "PVT": {"SR_RATIO": [8, 4, 2, 1]},  # spatial reduction of keys and values, a stage
+    "PIT": {"STRIDE": 8},  # stride of the patch convolution, pixels
+    "PVT": {"SR_RATIO": [8, 4, 2, 1]},  # spatial reduction of keys and values, per stage
     "CONVIT": {
-        "LOCAL_LAYERS": 10,
-        "LOCALITY_STRENGTH": 1.0,
-    },  # gated blocks before the class token joins; their initial focus
-    "CVT": {
+        "LOCAL_LAYERS": 10,  # number of gated blocks, before the class token is added
+        "LOCALITY_STRENGTH": 1.0,  # initial focus of the gated blocks, > 0
+    },
+    "CVT": {  # one entry per stage
         "WITH_CLS_TOKEN": [False, False, True],
-        "QKV_PROJ_METHOD": ["dw_bn", "dw_bn", "dw_bn"],
+        "QKV_PROJ_METHOD": ["dw_bn", "dw_bn", "dw_bn"],  # dw_bn | avg | linear
         "KERNEL_QKV": [3, 3, 3],
         "STRIDE_KV": [2, 2, 2],
         "STRIDE_Q": [1, 1, 1],
@@ -71,149 +71,150 @@ DEFAULTS: dict[str, Any] = {
         "ENABLE_INTER": False,  # imitate the guide's feature maps
         "INTER_TRANSFORM": "linear",  # linear (1x1 convolution heads) | attention | similarity
         "INTER_LOSS": "l2",  # l2
-        "INTER_TEACHER_INDEX": [],  # ResNet stages (or timm blocks), from 0
-        # student blocks, counted flat across stages, from 0; pairs with the line above
+        "INTER_TEACHER_INDEX": [],  # ResNet stages (or timm blocks), counted from 0
+        # student blocks, counted across all stages from 0; paired with INTER_TEACHER_INDEX
         "INTER_STUDENT_INDEX": [],
         "INTER_WEIGHT": 2.5,  # factor of the summed imitation losses, >= 0
-        # imitate the guide's class scores (DeiT then has its distillation token)
+        # imitate the guide's logits (DeiT gets its distillation token)
         "ENABLE_LOGIT": False,
-        # soft (KL divergence at LOGIT_TEMP, times LOGIT_TEMP^2) | hard (cross-entropy with its
-        # argmax)
+        # soft: KL divergence at LOGIT_TEMP, times LOGIT_TEMP^2; hard: cross-entropy with the
+        # guide's predicted class
         "LOGIT_LOSS": "soft",
         "LOGIT_TEMP": 1.0,  # > 0
-        # [0, 1]: weight of the logit loss; the classification loss gets the rest
+        # weight of the logit loss; the classification loss gets 1 - LOGIT_WEIGHT, [0, 1]
         "LOGIT_WEIGHT": 0.5,
-        "TEACHER_MODEL": "ResNet",  # ResNet (CNN.* and RESNET.* describe it) | timm/NAME
-        "TEACHER_WEIGHTS": None,  # path or URL of the trained guide; needed for training
-        # side to which the student's batch is resized for the guide, pixels
-        "TEACHER_IMG_SIZE": 32,
-        # (+) eval: frozen statistics; batch: statistics of the batch, as in the published runs
+        "TEACHER_MODEL": "ResNet",  # ResNet (set by CNN.* and RESNET.*) | timm/NAME
+        "TEACHER_WEIGHTS": None,  # path or URL of the trained guide; required for training
+        "TEACHER_IMG_SIZE": 32,  # side to which the student's images are resized, pixels
+        # (+) BatchNorm of the guide. eval: running statistics; batch: statistics of the batch, as
+        # in the published runs
         "TEACHER_BN": "eval",
-        "OFFLINE": False,  # replay stored guide features instead of running the guide
-        "FEATURE_FILE": None,  # where they are stored, by precompute_feature.py
-        # (+) file: read from there batch by batch; device: copied to the GPU (or memory) at the
-        # start
+        "OFFLINE": False,  # use stored guide features instead of running the guide
+        "FEATURE_FILE": None,  # file of stored features, written by precompute_feature.py
+        # (+) file: read each batch from the file; device: copy all features to the GPU (or memory)
+        # at the start
         "FEATURE_PLACE": "file",
     },
     "OPTIM": {
         "OPTIMIZER": "sgd",  # sgd | adam | adamw
         "BASE_LR": 0.1,  # learning rate after warm-up, > 0
-        "MIN_LR": 0.0,  # where cos, lin and exp end, [0, BASE_LR]; exp needs > 0
+        "MIN_LR": 0.0,  # final learning rate of cos, lin and exp, [0, BASE_LR]; exp needs > 0
         "HEAD_LR_RATIO": 1.0,  # learning rate of the classifier over that of the body, > 0
-        "LR_POLICY": "cos",  # cos | lin | exp | steps; changes once an epoch
-        "STEPS": [],  # epochs at which `steps` multiplies by LR_MULT
+        "LR_POLICY": "cos",  # cos | lin | exp | steps; updated once per epoch
+        "STEPS": [],  # epochs at which `steps` multiplies the learning rate by LR_MULT
         "LR_MULT": 0.1,  # (0, 1]
         "MAX_EPOCH": 200,  # >= 1
-        "MOMENTUM": 0.9,  # sgd
-        "DAMPENING": 0.0,  # sgd
+        "MOMENTUM": 0.9,  # sgd, [0, 1)
+        "DAMPENING": 0.0,  # sgd, [0, 1]
         "NESTEROV": True,  # sgd; needs MOMENTUM > 0 and DAMPENING 0
-        "BETA1": 0.9,  # adam, adamw
-        "BETA2": 0.999,  # adam, adamw
-        "WEIGHT_DECAY": 5e-4,  # not on biases, norms, tokens and positions
-        "WARMUP_FACTOR": 0.1,  # learning rate of epoch 0 over BASE_LR, when WARMUP_EPOCHS > 0
-        "WARMUP_EPOCHS": 0,  # linear, epochs
-        # step of the weight average, scaled by BATCH_SIZE / MAX_EPOCH * EMA_UPDATE_PERIOD
+        "BETA1": 0.9,  # adam, adamw, [0, 1)
+        "BETA2": 0.999,  # adam, adamw, [0, 1)
+        "WEIGHT_DECAY": 5e-4,  # not applied to biases, norms, tokens and position embeddings, >= 0
+        "WARMUP_FACTOR": 0.1,  # learning rate of epoch 0 over BASE_LR if WARMUP_EPOCHS > 0, (0, 1]
+        "WARMUP_EPOCHS": 0,  # length of the linear warm-up, epochs
+        # update rate of the weight average, multiplied by BATCH_SIZE / MAX_EPOCH *
+        # EMA_UPDATE_PERIOD, >= 0
         "EMA_ALPHA": 1e-5,
         "EMA_UPDATE_PERIOD": 0,  # optimiser steps between updates of the average; 0: no average
-        "CLIP_GRAD_NORM": 0.0,  # (+) largest L2 norm of the whole gradient; 0: no clipping
+        "CLIP_GRAD_NORM": 0.0,  # (+) maximum L2 norm of the whole gradient; 0: no clipping
     },
     "TRAIN": {
         "DATASET": "",  # digits, cifar100, flowers, tiny_imagenet, chaoyang, image_folder
         "SPLIT": "train",
-        "BATCH_SIZE": 128,  # images an optimiser step sees, over all processes
-        "AUTO_RESUME": True,  # go on from the last checkpoint in OUT_DIR
+        "BATCH_SIZE": 128,  # images per optimiser step, over all processes
+        "AUTO_RESUME": True,  # resume from the last checkpoint in OUT_DIR
         "WEIGHTS": "",  # path or URL of weights to start from
-        # True: bf16 where the hardware has it, else fp16 with loss scaling
+        # True: bf16 if the hardware supports it, else fp16 with loss scaling
         "MIXED_PRECISION": False,
         "LABEL_SMOOTHING": 0.0,  # [0, 1)
-        # Beta(alpha, alpha); 0: off. With CutMix on as well, each batch draws one of the two
+        # alpha of Beta(alpha, alpha), >= 0; 0: off. If CutMix is on as well, one of the two is
+        # drawn for each batch
         "MIXUP_ALPHA": 0.0,
-        "CUTMIX_ALPHA": 0.0,  # Beta(alpha, alpha); 0: off
-        # random resized crop, RandAugment, random erasing; False: padded crop
+        "CUTMIX_ALPHA": 0.0,  # alpha of Beta(alpha, alpha), >= 0; 0: off
+        # True: random resized crop, RandAugment, random erasing; False: padded crop
         "STRONG_AUGMENTATION": True,
-        "AMP_DTYPE": "auto",  # (+) auto | bf16 | fp16; with MIXED_PRECISION
+        "AMP_DTYPE": "auto",  # (+) auto | bf16 | fp16; needs MIXED_PRECISION
         # (+) none, or a mode of torch.compile: default | reduce-overhead | max-autotune (the last
-        # two with CUDA graphs on GPUs); the first step then waits for the compiler. max-autotune
-        # times kernels at each start, so that a resumed run may choose others: not bit-reproducible
+        # two use CUDA graphs on GPUs). Compiling delays the first step. max-autotune may choose
+        # other kernels at each start, so resuming is not bit-exact
         "COMPILE": "none",
-        # (+) keep freed memory for the next step: on CPUs pyramids train up to 1.7 times as fast,
-        # in up to 13 % more memory (Linux)
+        # (+) keep freed memory for the next step: on CPUs, hierarchical models train up to 1.7
+        # times as fast, with up to 13 % more memory (Linux)
         "REUSE_MEMORY": True,
-        # (+) let GPUs (and CPUs that can) round the factors of float32 products to TF32, those of
-        # resizing images too: faster, 10 bits of mantissa in place of 23
+        # (+) round the factors of float32 products, also in image resizing, to TF32 on hardware
+        # that supports it: faster, with 10 instead of 23 bits of mantissa
         "TF32": False,
-        # (+) part of the training set to use, stratified by class and stable in RNG_SEED, (0, 1]
+        # (+) fraction of the training set to use, stratified by class and fixed by RNG_SEED, (0, 1]
         "FRACTION": 1.0,
-        # (+) micro-batches a batch is split into, to save memory; divides BATCH_SIZE
+        # (+) micro-batches per batch, to save memory; must divide BATCH_SIZE
         "ACCUM_STEPS": 1,
-        # (+) several processes: BatchNorm normalises with the statistics of the whole batch rather
-        # than of each process's share
+        # (+) several processes: BatchNorm uses the statistics of the whole batch instead of each
+        # process's share
         "SYNC_BN": False,
-        "HFLIP": 0.5,  # (+) probability of a horizontal flip; 0 for digits, letters and the like
-        "KEEP_CHECKPOINTS": 2,  # (+) how many of the last checkpoints stay, >= 1
+        "HFLIP": 0.5,  # (+) probability of a horizontal flip, [0, 1]; use 0 for digits or letters
+        "KEEP_CHECKPOINTS": 2,  # (+) number of latest checkpoints to keep, >= 1
     },
     "TEST": {
-        "DATASET": "",  # as in TRAIN; empty: TRAIN.DATASET
-        "SPLIT": "val",  # val and test both name the held-out split where a set has just one
+        "DATASET": "",  # as TRAIN.DATASET; empty: the same as TRAIN.DATASET
+        "SPLIT": "val",  # val | test | train; val and test are the same if a set has only one
         "BATCH_SIZE": 200,  # over all processes
-        "WEIGHTS": "",  # path or URL; --mode test
-        "PERIOD": 1,  # (+) epochs between tests during training; the last epoch is always tested
-        "PER_CLASS": False,  # (+) --mode test also prints the accuracy of each class
+        "WEIGHTS": "",  # path or URL, for --mode test
+        "PERIOD": 1,  # (+) epochs between tests in training; the last epoch is always tested
+        "PER_CLASS": False,  # (+) --mode test also prints the accuracy per class
     },
     "DATA_LOADER": {
-        # processes that read and augment images, or threads that decode them (one at least); 0: no
-        # processes; never more than the machine has cores
+        # processes that read and augment images (0: none), or threads that decode them (at least
+        # 1); limited to the number of CPU cores
         "NUM_WORKERS": 8,
         # (+) workers: processes read and augment images; device: images are decoded once, kept in
-        # memory and augmented in batches where training runs; auto: device if they fit
+        # memory, and augmented in batches on the training device; auto: device if the images fit
         "BACKEND": "auto",
-        # (+) images that cannot be read. stop: the first one ends the run, naming its path; skip:
-        # all images are opened once at the start, and those are left out with a warning
+        # (+) unreadable images. stop: the first one ends the run, with its path in the error; skip:
+        # all images are checked at the start, and unreadable ones are left out with a warning
         "ON_ERROR": "stop",
-        # (+) seconds after which images that do not come, from worker processes or decoding
-        # threads, end the run; 0: never
+        # (+) seconds to wait for images from processes or threads before the run ends with an
+        # error; 0: no limit
         "TIMEOUT": 600,
-        "PIN_MEMORY": True,  # page-locked batches for faster copies to a GPU
-        # (+) where the data sets are; image_folder: the folder that holds train/ and test/ or val/
+        "PIN_MEMORY": True,  # page-locked batches, for faster copies to a GPU
+        # (+) folder of the data sets; image_folder: the folder with train/ and test/ or val/
         "ROOT": "data",
-        "DOWNLOAD": True,  # (+) fetch a missing set where its makers offer it (cifar100, flowers)
+        "DOWNLOAD": True,  # (+) download a missing data set (cifar100, flowers)
     },
-    "CUDNN": {
-        "BENCHMARK": True
-    },  # time convolution algorithms first; faster, not bit-reproducible on GPUs
-    "PREC_TIME": {"WARMUP_ITER": 3, "NUM_ITER": 30},  # --mode time: steps before and while timing
-    "LAUNCH": {  # submission to a cluster, with MODE slurm
-        # local: here (also under torchrun); slurm: as a job, by submitit; submitit_local: as the
-        # same kind of job on this machine, to try it out
+    # choose the fastest convolution algorithms by timing; faster, not bit-reproducible on GPUs
+    "CUDNN": {"BENCHMARK": True},
+    "PREC_TIME": {"WARMUP_ITER": 3, "NUM_ITER": 30},  # --mode time: untimed and timed steps
+    "LAUNCH": {  # cluster jobs, for MODE slurm
+        # local: on this machine (also under torchrun); slurm: as a Slurm job; submitit_local: as
+        # the same job on this machine, for testing
         "MODE": "local",
-        "MAX_RETRY": 3,  # how often a job whose time is up goes back into the queue, >= 0
+        "MAX_RETRY": 3,  # times a job is resubmitted after its time limit, >= 0
         "NAME": "pycls_job",
         "COMMENT": "",
-        "CPUS_PER_GPU": 10,  # cores a process, >= 1
-        "MEM_PER_GPU": 60,  # GB a process, >= 1
+        "CPUS_PER_GPU": 10,  # CPU cores per process, >= 1
+        "MEM_PER_GPU": 60,  # GB per process, >= 1
         "PARTITION": "devlab",
-        "GPU_TYPE": "volta",  # feature that the machines must have; empty: any
+        "GPU_TYPE": "volta",  # required feature of the machines; empty: any
         "TIME_LIMIT": 4200,  # minutes, >= 1
-        "EMAIL": "",  # told when the job ends; empty: nobody
+        "EMAIL": "",  # address to notify when the job ends; empty: none
     },
     "DESC": "",  # free text, printed at the start
-    "VERBOSE": True,  # write the resolved config and the model's complexity to the log
-    "NUM_GPUS": 1,  # processes on this machine, one a GPU
-    "MAX_GPUS_PER_NODE": 8,
+    "VERBOSE": True,  # log the resolved config and the complexity of the model
+    "NUM_GPUS": 1,  # number of processes, one per GPU
+    "MAX_GPUS_PER_NODE": 8,  # processes per machine, >= 1
     "OUT_DIR": None,  # null: work_dirs/<config name>
-    "CFG_DEST": "config.yaml",  # name of the resolved config in OUT_DIR
+    "CFG_DEST": "config.yaml",  # file name of the resolved config in OUT_DIR
     "RNG_SEED": 1,  # >= 0
-    "LOG_DEST": "stdout",  # stdout: console and OUT_DIR/log.txt; file: OUT_DIR/log.txt alone
-    "LOG_PERIOD": 10,  # steps between log lines
+    "LOG_DEST": "stdout",  # stdout: console and OUT_DIR/log.txt; file: only OUT_DIR/log.txt
+    "LOG_PERIOD": 10,  # steps between log lines, >= 1
     "DIST_BACKEND": "nccl",  # nccl | gloo; processes without a GPU always use gloo
-    "HOST": "localhost",  # where processes of one machine meet
-    "PORT_RANGE": [10000, 65000],  # ports tried for that
-    "DOWNLOAD_CACHE": "/tmp/pycls-download-cache",  # where files given by URL are kept
+    "HOST": "localhost",  # address at which the processes of one machine connect
+    "PORT_RANGE": [10000, 65000],  # ports to try for that, [first, last]
+    "DOWNLOAD_CACHE": "/tmp/pycls-download-cache",  # cache folder for files given by URL
     "DEVICE": "auto",  # (+) auto | cpu | cuda | mps
 }
 
-# Keys, or their beginnings, that may change between runs: they affect neither what is trained nor
-# what it is tested on.
+# Keys, or their prefixes, that may change when a run resumes: they affect neither training nor what
+# the tests measure.
 FREE_ON_RESUME = (
     "OUT_DIR",
     "DATA_LOADER.NUM_WORKERS",
@@ -235,3 +236,15 @@ FREE_ON_RESUME = (
     "DOWNLOAD_CACHE",
     "CFG_DEST",
 )
+
+
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield ("SECTION.KEY", value) for every leaf of a config tree, in order."""
+    for name, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from flatten(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
+
+
+DEFAULT_VALUES: dict[str, Any] = dict(flatten(DEFAULTS))

@@ -1,10 +1,10 @@
-"""What the tests of configs share."""
+"""Helpers shared by the config tests."""
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ Write = Callable[..., Path]
 
 
 def writer(folder: Path) -> Write:
-    """What writes a config file in a folder and returns its path."""
+    """Return a function that writes a config file in a folder and returns its path."""
 
     def write_file(text: str | bytes = "", name: str = "run.yaml") -> Path:
         path = folder / name
@@ -35,12 +35,12 @@ def writer(folder: Path) -> Write:
 
 
 def fault(path: str | os.PathLike[str], *opts: Any) -> str:
-    """The message of the ConfigError that loading raises: short, on one line, no traceback."""
+    """Load, and return the message of the ConfigError: one short line, without a traceback."""
     with pytest.raises(ConfigError) as caught:
         lg.load_config(path, opts)
     text = str(caught.value)
     assert 0 < len(text) < 600 and "\n" not in text and "Traceback" not in text
-    # Nor does Python add one: what went wrong inside is not shown with it.
+    # Python would print a chained exception as well.
     assert caught.value.__cause__ is None
     assert caught.value.__context__ is None or caught.value.__suppress_context__
     return text
@@ -48,3 +48,12 @@ def fault(path: str | os.PathLike[str], *opts: Any) -> str:
 
 def leaf(cfg: Any, key: str) -> Any:
     return dict(flatten(cfg))[key]
+
+
+def nested(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the tree of flat SECTION.KEY values."""
+    tree: dict[str, Any] = {}
+    for key, value in values.items():
+        section, _, name = key.rpartition(".")
+        (tree.setdefault(section, {}) if section else tree)[name] = value
+    return tree

@@ -1,152 +1,130 @@
-"""Two thousand generated configs: a broken one gives one clear error with its key, a valid one
-loads, reads back as it was, builds and takes a training step. They are the same in every run."""
+"""Generated configs: broken ones raise one line that names a key, valid ones build and train."""
 
 from __future__ import annotations
 
 import re
-from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
+import yaml
 from yacs.config import CfgNode
 
 import lg
 from lg import builders
 from lg.config import dump_config, flatten
+from lg.config.defaults import DEFAULT_VALUES, DEFAULTS
+from lg.config.rules import CHOICES, RANGES, accepted_types
 from lg.distributed import World
 from lg.errors import ConfigError
-from tests.config import config_draws
-from tests.config.config_draws import CHOICE, KEYS, RANGE, SECTIONS, TYPE, Given
+from tests.config.config_cases import nested
 
-BAD, MISSPELT, ABSURD, TEXT, SMALL = 600, 150, 450, 300, 500  # examples of each test: 2,000
-
-
-def tally(
-    count: int, strategy: st.SearchStrategy[Any], check: Callable[[Any, Path], str], folder: Path
-) -> Counter[str]:
-    """How often `check` said what of as many examples."""
-    outcomes: Counter[str] = Counter()
-
-    @settings(
-        max_examples=count,
-        derandomize=True,
-        database=None,
-        deadline=None,
-        suppress_health_check=list(HealthCheck),
-    )
-    @given(strategy)
-    def one(case: Any) -> None:
-        outcomes[check(case, folder)] += 1
-
-    one()
-    assert sum(outcomes.values()) == count
-    return outcomes
+SECTIONS = [name for name in DEFAULTS if name not in DEFAULT_VALUES]
+NAMES = re.compile("|".join(sorted([*DEFAULT_VALUES, *SECTIONS], key=len, reverse=True)))
+NUMBERS = (0, 1, 2, 3, 4, 5, 8, 12, 16, 24, 0.1, 0.5, 0.99, 2.5)
+ODD = (None, True, -1, 0, 0.5, 1e9, float("nan"), "", "x y", "two\nlines", [], [1, "x"], {"a": []})
 
 
-def refusal(error: ConfigError, limit: int = 700) -> str:
-    """The text of an error, which is one short line."""
-    text = str(error)
-    assert 0 < len(text) < limit and "\n" not in text and "Traceback" not in text, text
-    return text
-
-
-def load(case: Given, folder: Path) -> CfgNode | str:
-    """The config, or the line that refuses it; any other error fails the test."""
+def load(path: Path, opts: list[Any]) -> CfgNode | str:
+    """Return the config, or the one line of its ConfigError."""
     try:
-        return lg.load_config(case.write(folder), case.opts)
+        return lg.load_config(path, opts)
     except ConfigError as error:
-        assert error.__cause__ is None  # nor is a traceback of another shown with it
-        assert error.__context__ is None or error.__suppress_context__
-        return refusal(error)
+        text = str(error)
+        assert 0 < len(text) < 600 and "\n" not in text
+        return text
 
 
-_NAMES = re.compile("|".join(sorted([*KEYS, *SECTIONS], key=len, reverse=True)))
-
-
-def check_round_trip(cfg: CfgNode, folder: Path) -> None:
-    copy = folder / "copy.yaml"
-    copy.write_text(dump_config(cfg), encoding="utf-8")
+def check_round_trip(cfg: CfgNode, path: Path) -> None:
+    path.write_text(dump_config(cfg), encoding="utf-8")
     first, second = (
         {key: (type(value), value) for key, value in flatten(tree)}
-        for tree in (cfg, lg.load_config(copy))
+        for tree in (cfg, lg.load_config(path))
     )
     assert first == second
 
 
-# --- Broken ones -------------------------------------------------------------------------------
+@pytest.mark.parametrize("key", DEFAULT_VALUES)
+def test_any_value_is_rejected_by_name_or_loads(tmp_path: Path, key: str) -> None:
+    path, rejected = tmp_path / "run.yaml", 0
+    path.write_text("DISTILLATION: {ENABLE_INTER: false}")
+    for value in ODD:
+        outcome = load(path, [key, value])
+        if isinstance(outcome, str):
+            rejected += 1
+            assert NAMES.match(outcome) or outcome.startswith("Unknown config key "), outcome
+        else:
+            check_round_trip(outcome, tmp_path / "copy.yaml")
+    assert rejected >= len(ODD) // 2
 
 
-def check_bad_value(drawn: tuple[Given, str, str], folder: Path) -> str:
-    case, key, kind = drawn
-    text = load(case, folder)
-    assert isinstance(text, str), f"{key} was let through"
-    assert text.startswith(f"{key} is ") and kind in text
-    assert ("run.yaml" if key in case.in_file else "the command line") in text
-    return kind
+@pytest.mark.parametrize("key", DEFAULT_VALUES)
+def test_a_misspelt_key_is_reported_with_the_right_one(tmp_path: Path, key: str) -> None:
+    path = tmp_path / "run.yaml"
+    path.touch()
+    last = key.rpartition(".")[2]
+    at = len(key) - len(last) // 2
+    swapped = f"{key[: at - 1]}{key[at : at + 1]}{key[at - 1]}{key[at + 1 :]}"
+    for wrong in (key[:at] + key[at + 1 :], key[:at] + "Q" + key[at:], swapped, key.lower()):
+        if wrong not in DEFAULT_VALUES:
+            message = load(path, [wrong, 1])
+            assert isinstance(message, str) and message.startswith("Unknown config key ")
+            assert key in message.partition("Nearest known keys")[2], message
 
 
-def test_a_bad_value_is_refused_by_name(tmp_path: Path) -> None:
-    kinds = tally(BAD, config_draws.with_one_bad_value(), check_bad_value, tmp_path)
-    assert min(kinds[TYPE], kinds[RANGE], kinds[CHOICE]) > BAD / 5
+# --- Small models ------------------------------------------------------------------------------
+
+PLAIN = {"PATCH_SIZE": 4, "HIDDEN_DIM": 24, "DEPTH": 3, "NUM_HEADS": 2, "MLP_RATIO": 2}
+STAGED = {"HIDDEN_DIM": [8, 16], "DEPTH": [2, 1], "NUM_HEADS": [1, 2], "MLP_RATIO": [2, 2.5]}
+OVERLAPPING = {**STAGED, "PATCH_SIZE": [5, 3], "PATCH_STRIDE": [4, 2]}
+CVT = {key: value[:2] for key, value in DEFAULTS["CVT"].items()} | {"WITH_CLS_TOKEN": [False, True]}
+# A small model of each family, for images of 16 pixels.
+TINY: dict[str, dict[str, dict[str, Any]]] = {
+    "DeiT": {"TRANSFORMER": PLAIN},
+    "T2TViT": {"TRANSFORMER": {**PLAIN, "PATCH_SIZE": None}, "T2T": {"TOKEN_DIM": 8}},
+    "PiT": {"TRANSFORMER": {**STAGED, "PATCH_SIZE": 4, "MLP_RATIO": 2}, "PIT": {"STRIDE": 2}},
+    "PVT": {"TRANSFORMER": {**STAGED, "PATCH_SIZE": [4, 2]}, "PVT": {"SR_RATIO": [2, 1]}},
+    "PVTv2": {"TRANSFORMER": OVERLAPPING, "PVT": {"SR_RATIO": [2, 1]}},
+    "ConViT": {"TRANSFORMER": PLAIN, "CONVIT": {"LOCAL_LAYERS": 2}},
+    "CvT": {"TRANSFORMER": {**OVERLAPPING, "PATCH_PADDING": 1}, "CVT": CVT},
+    "ResNet": {"CNN": {"DEPTH": 8}},
+    "timm/test_resnet": {},
+    "timm/test_vit3": {},
+}
 
 
-def check_misspelt(drawn: tuple[str, str, Path | None, bool], folder: Path) -> str:
-    key, wrong, base, typed = drawn
-    text = load(Given(base, {}, [wrong, 1]) if typed else Given(base, {wrong: 1}, []), folder)
-    assert isinstance(text, str) and text.startswith("Unknown config key ")
-    lower = not typed and wrong.islower() and "." in key  # then the section stands in the way
-    assert (key.partition(".")[0] if lower else key) in text
-    return "typed" if typed else "written"
+def draw_value(random: Random, key: str) -> Any:
+    """Draw a value that a key accepts; numbers are small, so that models stay small."""
+    single, elements = accepted_types(key)
+    pool = [c for c in CHOICES.get(key, ("", "a")) if c != "timm/NAME"]
+    values = [v for v in (True, False, *pool, *NUMBERS) if type(v) in (*single, *elements)]
+    values = [v for v in values if key not in RANGES or RANGES[key][0](v)] or [DEFAULT_VALUES[key]]
+    if elements and (not single or random.random() < 0.5):
+        return random.choices(values, k=random.randint(1, 3))
+    return random.choice(values)
 
 
-def test_a_misspelt_key_is_named_with_the_right_one(tmp_path: Path) -> None:
-    places = tally(MISSPELT, config_draws.misspelt(), check_misspelt, tmp_path)
-    assert min(places["typed"], places["written"]) > MISSPELT / 5
-
-
-def check_absurd(case: Given, folder: Path) -> str:
-    cfg = load(case, folder)
-    if isinstance(cfg, str):
-        assert _NAMES.search(cfg) or cfg.startswith("Unknown config key ")
-        return "refused"
-    check_round_trip(cfg, folder)
-    return "taken"
-
-
-def test_any_value_is_refused_or_taken(tmp_path: Path) -> None:
-    outcomes = tally(ABSURD, config_draws.absurd(), check_absurd, tmp_path)
-    assert min(outcomes["refused"], outcomes["taken"]) > ABSURD / 5
-
-
-def check_text(text: str, folder: Path) -> str:
-    path = folder / "text.yaml"
-    path.write_bytes(text.encode())
-    try:
-        cfg = lg.load_config(path)
-    except ConfigError as error:
-        said = refusal(error)
-        assert "text.yaml" in said or _NAMES.search(said)
-        return "refused"
-    check_round_trip(cfg, folder)
-    return "read"
-
-
-def test_broken_text_is_refused_or_read(tmp_path: Path) -> None:
-    outcomes = tally(TEXT, config_draws.broken_text(), check_text, tmp_path)
-    assert min(outcomes["refused"], outcomes["read"]) > TEXT / 5
-
-
-# --- Valid ones --------------------------------------------------------------------------------
+def draw_small_model(random: Random) -> dict[str, Any]:
+    """Draw a small model, often guided, with up to three keys changed to values they accept."""
+    kind = random.choice(sorted(TINY))
+    tree = {"MODEL": {"TYPE": kind, "IMG_SIZE": 16, "NUM_CLASSES": 10}, **TINY[kind]}
+    tree |= {"TRAIN": {"DATASET": "digits", "BATCH_SIZE": 8}}
+    if random.random() < 0.5:
+        guide: dict[str, Any] = {"ENABLE_INTER": True, "TEACHER_IMG_SIZE": 16}
+        for side in ("STUDENT", "TEACHER"):
+            guide[f"INTER_{side}_INDEX"] = random.sample(range(3), 2)
+        tree |= {"CNN": {"DEPTH": 8}, "DISTILLATION": guide}
+    near = [key for key in DEFAULT_VALUES if key.partition(".")[0] in tree]
+    keys = random.sample(near, random.randint(0, 2)) + random.sample(list(DEFAULT_VALUES), 1)
+    changed = {key: draw_value(random, key) for key in keys if key != "MODEL.TYPE"}
+    return dict(flatten(tree)) | changed
 
 
 def build_and_step(cfg: CfgNode) -> None:
-    """What training builds but for its data, and one step on made-up images."""
+    """Build what training builds, except for its data, and take a step on random images."""
     torch.manual_seed(1)
     world = World()
     builders.check_training(cfg, trained_guide=False)
@@ -177,22 +155,23 @@ def build_and_step(cfg: CfgNode) -> None:
         average.update(0, warming=False)
 
 
-def check_small(case: Given, folder: Path) -> str:
-    cfg = load(case, folder)
-    if isinstance(cfg, str):
-        assert _NAMES.search(cfg)
-        return "refused when loaded"
-    check_round_trip(cfg, folder)
-    try:
-        build_and_step(cfg)
-    except ConfigError as error:
-        assert _NAMES.search(refusal(error, limit=2000))  # some list the modules of a model
-        return "refused when built"
-    return "trained"
-
-
 @pytest.mark.filterwarnings("ignore:DISTILLATION.TEACHER_WEIGHTS is null")
-def test_a_valid_config_builds_and_steps(tmp_path: Path) -> None:
-    outcomes = tally(SMALL, config_draws.small_models(), check_small, tmp_path)
-    assert outcomes["trained"] > SMALL / 3
-    assert min(outcomes["refused when loaded"], outcomes["refused when built"]) > SMALL / 50
+def test_a_valid_config_builds_and_takes_a_step(tmp_path: Path) -> None:
+    path, random = tmp_path / "run.yaml", Random(1)
+    outcomes = {"rejected by load_config": 0, "rejected by a builder": 0, "trained": 0}
+    for _ in range(120):
+        path.write_text(yaml.safe_dump(nested(draw_small_model(random))), encoding="utf-8")
+        cfg = load(path, [])
+        if isinstance(cfg, str):
+            assert NAMES.match(cfg)
+            outcomes["rejected by load_config"] += 1
+            continue
+        check_round_trip(cfg, tmp_path / "copy.yaml")
+        try:
+            build_and_step(cfg)
+        except ConfigError as error:
+            assert NAMES.search(str(error)), path.read_text()
+            outcomes["rejected by a builder"] += 1
+        else:
+            outcomes["trained"] += 1
+    assert outcomes["trained"] > 40 and min(outcomes.values()) > 5, outcomes

@@ -1,4 +1,4 @@
-"""Faults in configs: what is said of unknown keys, wrong types and odd YAML."""
+"""Errors in configs: unknown keys, wrong types and invalid YAML."""
 
 from __future__ import annotations
 
@@ -31,24 +31,23 @@ def write_fixture(tmp_path: Path) -> Write:
         ("TRAIN: {1: 3}", "TRAIN.1", ""),
         ("2001-01-01: 3", "2001-01-01", ""),
         ("null: 3", "None", ""),
-        ("'': 3", "''", ""),
-        ('"a\\nb": 3', r"'a\nb'", ""),
+        ('"a\\nb": 3', r"a\nb", ""),
     ],
 )
 def test_an_unknown_key_names_file_key_and_nearest(
     write: Write, text: str, key: str, near: str
 ) -> None:
     message = fault(write(text))
-    assert message.startswith(f"Unknown config key {key} in ") and "run.yaml" in message
+    assert message.startswith(f"Unknown config key '{key}' in ") and "run.yaml" in message
     assert near in message and (not near or "Nearest known keys: " in message)
 
 
 def test_an_unknown_key_in_a_base_names_the_base(write: Write) -> None:
     write("LOG_PERIODE: 3", "base.yaml")
     text = fault(write("_BASE_: base.yaml"))
-    assert "LOG_PERIODE" in text and "base.yaml" in text and "LOG_PERIOD," in text
+    assert "LOG_PERIODE" in text and "base.yaml. Nearest known keys: LOG_PERIOD, " in text
     text = fault(write(), "train.batch_size", "5")
-    assert text.startswith("Unknown config key train.batch_size in the command line.")
+    assert text.startswith("Unknown config key 'train.batch_size' on the command line.")
     assert "TRAIN.BATCH_SIZE" in text
 
 
@@ -79,11 +78,11 @@ WRONG = [
     (
         "TRANSFORMER: {MLP_RATIO: [x]}",
         "RATIO is ['x'] (list)",
-        "null or int or float or a list of int or float",
+        "null or float or a list of float",
     ),
-    ("TRAIN: 3", "TRAIN is a section with keys of its own, not 3", ""),
-    ("TRAIN:", "TRAIN is a section with keys of its own, not None", ""),
-    ("TRAIN: [SPLIT]", "TRAIN is a section with keys of its own, not ['SPLIT']", ""),
+    ("TRAIN: 3", "TRAIN is 3, set in ", ""),
+    ("TRAIN:", "TRAIN is None, set in ", ""),
+    ("TRAIN: [SPLIT]", "TRAIN is ['SPLIT'], set in ", ""),
 ]
 
 
@@ -91,17 +90,18 @@ WRONG = [
 def test_a_wrong_type_is_an_error(write: Write, text: str, said: str, wanted: str) -> None:
     message = fault(write(text))
     assert said in message and "run.yaml" in message
-    assert not wanted or f"it takes {wanted}." in message
+    assert f"it takes {wanted}." in message if wanted else "it is a section" in message
 
 
-# --- YAML only, and all of its oddities --------------------------------------------------------
+# --- YAML --------------------------------------------------------------------------------------
 
 
 def test_a_key_given_twice_is_an_error(write: Write) -> None:
     text = fault(write("LOG_PERIOD: 1\nTRAIN:\n  SPLIT: train\n  SPLIT: train\n"))
-    assert "run.yaml, line 4: the key 'SPLIT' is given twice" in text
-    assert "line 3: the key 'TRAIN'" in fault(write("TRAIN: {}\nDESC: a\nTRAIN: {}"))
-    assert "nest the sections" in fault(write("TRAIN.BATCH_SIZE: 3\nTRAIN: {BATCH_SIZE: 4}"))
+    assert "the key 'SPLIT' is given twice" in text and 'run.yaml", line 4, column 3' in text
+    text = fault(write("TRAIN: {}\nDESC: a\nTRAIN: {}"))
+    assert "the key 'TRAIN' is given twice" in text and "line 3, column 1" in text
+    assert "nest its sections" in fault(write("TRAIN.BATCH_SIZE: 3\nTRAIN: {BATCH_SIZE: 4}"))
 
 
 def test_anchors_and_merge_keys_work(write: Write) -> None:
@@ -121,7 +121,7 @@ PAYLOADS = [
 
 
 @pytest.mark.parametrize("payload", PAYLOADS)
-def test_python_in_yaml_is_refused_and_not_run(write: Write, tmp_path: Path, payload: str) -> None:
+def test_python_in_yaml_is_rejected_and_not_run(write: Write, tmp_path: Path, payload: str) -> None:
     mark = tmp_path / "ran"
     assert "is not plain YAML" in fault(write(payload.format(mark)))
     override = payload.partition(": ")[2].format(mark)
@@ -134,17 +134,16 @@ def test_only_yaml_files_are_read(write: Write, tmp_path: Path) -> None:
     mark = tmp_path / "ran"
     code = f"open({str(mark)!r}, 'w')\ncfg = {{}}\n"
     for name in ("config.py", "config", "config.json", "config.yaml.py"):
-        assert "configs are YAML files" in fault(write(code, name))
+        assert "use a YAML file ending in .yaml or .yml" in fault(write(code, name))
         assert f"{name} (named by _BASE_ in " in fault(write(f"_BASE_: {name}"))
     assert not mark.exists()
     assert "Is a directory" in fault(write("", "folder.yaml/x.yaml").parent)
     assert "No such file" in fault(tmp_path / "none.yaml")
-    assert "NUL" in fault("a\0.yaml")
     fault("")
     fault("a" * 300 + ".yaml")
 
 
-ODD = {
+INVALID = {
     "a list": "- a",
     "a word": "hello",
     "a number": "5",
@@ -155,7 +154,6 @@ ODD = {
     "a control character": 'DESC: "\x01"',
     "a zero byte": b"DESC: \x00",
     "an escaped zero byte": 'DESC: "a\\0b"',
-    "a zero byte in a path": '_BASE_: "a\\0.yaml"',
     "UTF-16": "DESC: a".encode("utf-16"),
     "Latin-1": "DESC: é".encode("latin-1"),
     "half a UTF-8 character": "DESC: é".encode()[:-1],
@@ -184,17 +182,9 @@ ODD = {
     "a merge of a number": "TEST: {<<: 3}",
     "a merge given twice": "TRAIN: &a {SPLIT: train}\nTEST: {<<: *a, <<: *a}",
     "a YAML of the future": "%YAML 9.9\n---\nDESC: a",
-    "400 digits": "LOG_PERIOD: " + "9" * 400,
-    "400 digits for a float": "OPTIM: {BASE_LR: " + "9" * 400 + "}",
-    "5000 digits": "LOG_PERIOD: " + "9" * 5000,
-    "5000 digits as text": 'LOG_PERIOD: "' + "9" * 5000 + '"',
-    "a long hexadecimal": "LOG_PERIOD: 0x" + "f" * 5000,
-    "a long sexagesimal": "LOG_PERIOD: 1" + ":59" * 3000,
-    "a long float sexagesimal": "OPTIM: {BASE_LR: 1" + ":59" * 300 + ".5}",
     "too deep lists": "DESC: " + "[" * 600 + "]" * 600,
     "too deep maps": "{a: " * 600 + "1" + "}" * 600,
     "brackets as text": 'LOG_PERIOD: "' + "[" * 600 + '"',
-    "signs as text": 'LOG_PERIOD: "' + "-" * 50000 + '1"',
     "a long unknown key": "a" * 900 + ": 3",
     "infinity": "OPTIM: {WEIGHT_DECAY: .inf}",
     "a float beyond floats": "OPTIM: {WEIGHT_DECAY: 1e999}",
@@ -202,19 +192,19 @@ ODD = {
 }
 
 
-@pytest.mark.parametrize("text", ODD.values(), ids=ODD)
-def test_odd_yaml_is_a_config_error(write: Write, text: str | bytes) -> None:
+@pytest.mark.parametrize("text", INVALID.values(), ids=INVALID)
+def test_invalid_yaml_is_a_config_error(write: Write, text: str | bytes) -> None:
     fault(write(text))
 
 
-def test_an_alias_bomb_in_a_known_key_is_quick(write: Write) -> None:
+def test_an_alias_bomb_is_rejected_quickly(write: Write) -> None:
     lines = ["A0: &a0 [x]"]
     lines += [f"A{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]" for n in range(1, 12)]
     path = write("TRAIN: {SPLIT: {" + ", ".join(lines) + "}}")
     assert fault(path).startswith("TRAIN.SPLIT is {'A0': ['x'], 'A1': [")
 
 
-SOUND = {
+VALID = {
     "an empty file": ("", "LOG_PERIOD", 10),
     "a comment": ("# nothing\n", "LOG_PERIOD", 10),
     "an empty document": ("---\n...\n", "LOG_PERIOD", 10),
@@ -230,26 +220,26 @@ SOUND = {
 }
 
 
-@pytest.mark.parametrize(("text", "key", "value"), SOUND.values(), ids=SOUND)
-def test_odd_yaml_that_is_sound_loads(write: Write, text: str, key: str, value: Any) -> None:
+@pytest.mark.parametrize(("text", "key", "value"), VALID.values(), ids=VALID)
+def test_unusual_but_valid_yaml_loads(write: Write, text: str, key: str, value: Any) -> None:
     assert leaf(lg.load_config(write(text)), key) == value
 
 
-ODD_OPTS = [
+INVALID_VALUES = [
     *("{a: b}", "{[]: 1}", "{{}}", "&a [*a]", "*a", "a: b: c", "[1", "!!int abc", "!!float a"),
-    *("!!timestamp a", "2001-99-99", "...", "---", "%", "|", "<<", "? [a]", "\0", "\ud800", "é"),
+    *("!!timestamp a", "2001-99-99", "...", "---", "%", "<<", "? [a]", "\0", "é"),
     *("1j", "{1}", "b'a'", '"a', "'\\N{none}'", "lambda: 0", "1e400", "nan", "", "null"),
-    *("9" * 5000, "0x" + "f" * 5000, "(" * 5000, "[" * 600, "-" * 50000 + "1", "[ a," * 500),
+    *("9" * 5000, "(" * 5000, "[" * 600, "[ a," * 500),
 ]
 
 
-@pytest.mark.parametrize("text", ODD_OPTS, ids=lambda text: ascii(text)[:20])
-def test_an_odd_override_is_a_config_error(write: Write, text: str) -> None:
+@pytest.mark.parametrize("text", INVALID_VALUES, ids=lambda text: ascii(text)[:20])
+def test_an_invalid_override_is_a_config_error(write: Write, text: str) -> None:
     for key in ("LOG_PERIOD", "OPTIM.STEPS", "VERBOSE", "TRANSFORMER.DEPTH"):
-        if key != "TRANSFORMER.DEPTH" or text not in ("", "null", "---"):  # which say null
+        if key != "TRANSFORMER.DEPTH" or text not in ("", "null", "---"):  # these mean null
             assert fault(write(), key, text).startswith(f"{key} is ")
 
 
 @pytest.mark.parametrize("key", ["", ".", "TRAIN.", ".TRAIN", "TRAIN.SPLIT.X", "_BASE_", 5, None])
-def test_an_odd_key_on_the_command_line_is_a_config_error(write: Write, key: Any) -> None:
+def test_an_invalid_key_on_the_command_line_is_a_config_error(write: Write, key: Any) -> None:
     assert fault(write(), key, "3").startswith("Unknown config key ")

@@ -1,0 +1,277 @@
+"""Combinations of values that cannot take effect together.
+
+Each rule is an `if` that yields the key to change and the advice. Choices and ranges already hold
+when the rules run, and `lg.config.load` raises the first fault.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from yacs.config import CfgNode
+
+from lg.config.defaults import DEFAULT_VALUES, DEFAULTS
+from lg.config.rules import FAMILIES
+
+Fault = tuple[str, str]  # the key to change, and the advice
+
+# Keys of TRANSFORMER and whole sections that only some families read -> these families.
+_READERS = {
+    f"TRANSFORMER.{key}": [name for name, family in FAMILIES.items() if key in family.stages]
+    for key in ("PATCH_STRIDE", "PATCH_PADDING")
+} | {
+    section: [name for name, family in FAMILIES.items() if family.section == section]
+    for section in dict.fromkeys(family.section for family in FAMILIES.values() if family.section)
+}
+_READ_BY_TIMM = ("TRANSFORMER.DROP_RATE", "TRANSFORMER.DROP_PATH_RATE")
+
+
+def faults(cfg: CfgNode) -> Iterator[Fault]:
+    """Yield the faults of a config, group by group."""
+    yield from _resnet(cfg)
+    yield from _timm(cfg)
+    yield from _other_families(cfg)
+    yield from _guidance(cfg)
+    yield from _offline(cfg)
+    yield from _schedule(cfg)
+    yield from _training(cfg)
+    yield from _processes(cfg)
+
+
+def _resnet(cfg: CfgNode) -> Iterator[Fault]:
+    depth, resnet = cfg.CNN.DEPTH, cfg.RESNET
+    if not _uses_resnet(cfg):
+        for key in _changed(cfg, "CNN", "RESNET"):
+            advice = f"neither MODEL.TYPE nor the guide is a ResNet: leave it at {_default(key)}."
+            yield key, advice
+        return
+    if depth not in (18, 34, 50, 101, 152) and (depth < 8 or depth % 6 != 2):
+        yield (
+            "CNN.DEPTH",
+            "use 6n+2 (8, 14, 20, 32, 44, 56, 110: CIFAR form) or 18, 34, 50, 101, 152 (ImageNet "
+            "form).",
+        )
+    block = "bottleneck_transform" if depth in (50, 101, 152) else "basic_transform"
+    if block != resnet.TRANS_FUN:
+        yield "RESNET.TRANS_FUN", f"CNN.DEPTH {depth} needs {block}."
+    if block == "basic_transform" and resnet.NUM_GROUPS != 1:
+        yield "RESNET.NUM_GROUPS", "only bottleneck blocks have grouped convolutions: set it to 1."
+    if block == "basic_transform" and resnet.WIDTH_PER_GROUP != 64:
+        yield "RESNET.WIDTH_PER_GROUP", "only bottleneck blocks have this width: set it to 64."
+
+
+def _timm(cfg: CfgNode) -> Iterator[Fault]:
+    model = cfg.MODEL
+    if model.TYPE.startswith("timm/"):
+        for key in _changed(cfg, "TRANSFORMER"):
+            if key not in _READ_BY_TIMM:
+                yield key, f"timm/NAME fixes it: leave it at {_default(key)}."
+        if model.PRETRAINED and cfg.TRAIN.WEIGHTS:
+            yield (
+                "MODEL.PRETRAINED",
+                "TRAIN.WEIGHTS would replace these weights: set one of the two to ''.",
+            )
+        return
+    if model.BLOCKS:
+        yield "MODEL.BLOCKS", "only timm/NAME models need block names: set it to []."
+    if model.PRETRAINED:
+        yield (
+            "MODEL.PRETRAINED",
+            "only timm/NAME models have pretrained weights: set it to '', or give weights of this "
+            "project as TRAIN.WEIGHTS.",
+        )
+
+
+def _other_families(cfg: CfgNode) -> Iterator[Fault]:
+    for name, families in _READERS.items():
+        if cfg.MODEL.TYPE not in families:
+            for key in _changed(cfg, name):
+                names = " or ".join(families)
+                yield key, f"only MODEL.TYPE {names} reads it: leave it at {_default(key)}."
+
+
+def _guidance(cfg: CfgNode) -> Iterator[Fault]:
+    options = cfg.DISTILLATION
+    blocks = options.INTER_STUDENT_INDEX
+    if options.ENABLE_INTER and not blocks:
+        yield (
+            "DISTILLATION.INTER_STUDENT_INDEX",
+            "DISTILLATION.ENABLE_INTER needs at least one block to guide, such as [0, 6, 11], and "
+            "as many guide stages.",
+        )
+    if options.ENABLE_INTER and len(options.INTER_TEACHER_INDEX) != len(blocks):
+        yield (
+            "DISTILLATION.INTER_TEACHER_INDEX",
+            f"give one entry for each of the {len(blocks)} entries of "
+            "DISTILLATION.INTER_STUDENT_INDEX.",
+        )
+    if options.ENABLE_INTER and len(set(blocks)) != len(blocks):
+        yield (
+            "DISTILLATION.INTER_STUDENT_INDEX",
+            "each student block can be guided once: remove the repeated entry.",
+        )
+    if options.ENABLE_INTER and options.INTER_WEIGHT == 0:
+        yield (
+            "DISTILLATION.INTER_WEIGHT",
+            "imitation has no effect: raise it, or set DISTILLATION.ENABLE_INTER False.",
+        )
+    if options.ENABLE_LOGIT and options.LOGIT_WEIGHT == 0:
+        yield (
+            "DISTILLATION.LOGIT_WEIGHT",
+            "imitation has no effect: raise it, or set DISTILLATION.ENABLE_LOGIT False.",
+        )
+    if options.ENABLE_LOGIT and options.LOGIT_LOSS == "hard" and options.LOGIT_TEMP != 1:
+        yield (
+            "DISTILLATION.LOGIT_TEMP",
+            "hard targets have no temperature: set it to 1, or DISTILLATION.LOGIT_LOSS to soft.",
+        )
+    if options.FEATURE_PLACE != "file" and not options.OFFLINE:
+        yield (
+            "DISTILLATION.FEATURE_PLACE",
+            "only DISTILLATION.OFFLINE uses stored features: set that True, or this to file.",
+        )
+
+
+def _offline(cfg: CfgNode) -> Iterator[Fault]:
+    options, key = cfg.DISTILLATION, "DISTILLATION.OFFLINE"
+    if not options.OFFLINE:
+        return
+    if not options.ENABLE_INTER:
+        yield (
+            key,
+            "only DISTILLATION.ENABLE_INTER uses stored features: set that True, or this False.",
+        )
+    if not options.FEATURE_FILE:
+        yield key, "name the stored features in DISTILLATION.FEATURE_FILE."
+    if options.ENABLE_LOGIT:
+        yield (
+            key,
+            "the guide's logits are not stored: set DISTILLATION.ENABLE_LOGIT False, or this "
+            "False.",
+        )
+    if options.TEACHER_BN == "batch":
+        yield (
+            key,
+            "stored features do not depend on the statistics of a batch: set "
+            "DISTILLATION.TEACHER_BN eval, or this False.",
+        )
+    if cfg.TRAIN.MIXUP_ALPHA > 0 or cfg.TRAIN.CUTMIX_ALPHA > 0:
+        yield (
+            key,
+            "features of mixed images are not stored: set TRAIN.MIXUP_ALPHA and "
+            "TRAIN.CUTMIX_ALPHA 0, or this False.",
+        )
+
+
+def _schedule(cfg: CfgNode) -> Iterator[Fault]:
+    optim = cfg.OPTIM
+    if optim.LR_POLICY == "steps":
+        if not optim.STEPS:
+            yield (
+                "OPTIM.STEPS",
+                "OPTIM.LR_POLICY steps needs the epochs of its steps, such as [100, 150].",
+            )
+        if sorted(set(optim.STEPS)) != optim.STEPS:
+            yield "OPTIM.STEPS", "list the epochs in rising order, each once."
+    else:
+        if optim.MIN_LR > optim.BASE_LR:
+            yield "OPTIM.MIN_LR", f"it must not exceed OPTIM.BASE_LR {optim.BASE_LR}."
+        if optim.LR_POLICY == "exp" and optim.MIN_LR <= 0:
+            yield "OPTIM.MIN_LR", "OPTIM.LR_POLICY exp needs it above 0."
+        if optim.STEPS:
+            yield (
+                "OPTIM.STEPS",
+                "it has no effect unless OPTIM.LR_POLICY is steps: set that, or this to [].",
+            )
+    if optim.WARMUP_EPOCHS > optim.MAX_EPOCH:
+        yield "OPTIM.WARMUP_EPOCHS", f"it must not exceed OPTIM.MAX_EPOCH {optim.MAX_EPOCH}."
+    is_plain = optim.MOMENTUM == 0 or optim.DAMPENING != 0
+    if optim.OPTIMIZER == "sgd" and optim.NESTEROV and is_plain:
+        yield (
+            "OPTIM.NESTEROV",
+            "Nesterov momentum needs OPTIM.MOMENTUM above 0 and OPTIM.DAMPENING 0: change those, "
+            "or set this False.",
+        )
+    if optim.EMA_UPDATE_PERIOD > 0 and optim.EMA_ALPHA == 0:
+        yield (
+            "OPTIM.EMA_ALPHA",
+            "the weight average would never change: raise it, or set OPTIM.EMA_UPDATE_PERIOD 0.",
+        )
+
+
+def _training(cfg: CfgNode) -> Iterator[Fault]:
+    train = cfg.TRAIN
+    if train.AMP_DTYPE != "auto" and not train.MIXED_PRECISION:
+        yield (
+            "TRAIN.AMP_DTYPE",
+            "it has no effect unless TRAIN.MIXED_PRECISION is True: set that, or this to auto.",
+        )
+    if train.COMPILE in ("reduce-overhead", "max-autotune") and train.ACCUM_STEPS > 1:
+        yield (
+            "TRAIN.COMPILE",
+            "its CUDA graphs overwrite the gradients that TRAIN.ACCUM_STEPS adds up: set this to "
+            "default, or that to 1.",
+        )
+    num_parts = cfg.NUM_GPUS * train.ACCUM_STEPS
+    if train.BATCH_SIZE % num_parts != 0:
+        yield (
+            "TRAIN.BATCH_SIZE",
+            f"it must be a multiple of NUM_GPUS x TRAIN.ACCUM_STEPS = {num_parts}.",
+        )
+    if num_parts == train.BATCH_SIZE and _compares_images(cfg):
+        yield (
+            "TRAIN.BATCH_SIZE",
+            "batch statistics and image similarity need at least 2 images per process and "
+            "micro-batch: raise it, or lower TRAIN.ACCUM_STEPS.",
+        )
+
+
+def _processes(cfg: CfgNode) -> Iterator[Fault]:
+    per_node = cfg.MAX_GPUS_PER_NODE
+    if cfg.TEST.BATCH_SIZE < cfg.NUM_GPUS:
+        yield "TEST.BATCH_SIZE", f"it must be at least NUM_GPUS {cfg.NUM_GPUS}."
+    if per_node < cfg.NUM_GPUS and cfg.LAUNCH.MODE != "slurm":
+        yield (
+            "NUM_GPUS",
+            f"it must not exceed MAX_GPUS_PER_NODE {per_node}; for several machines use torchrun "
+            "or LAUNCH.MODE slurm.",
+        )
+    if per_node < cfg.NUM_GPUS and cfg.NUM_GPUS % per_node != 0:
+        yield (
+            "NUM_GPUS",
+            f"each machine runs MAX_GPUS_PER_NODE {per_node} processes: use a multiple of that.",
+        )
+    if len(cfg.PORT_RANGE) != 2 or cfg.PORT_RANGE[0] > cfg.PORT_RANGE[1]:
+        yield "PORT_RANGE", "give [first, last]."
+
+
+def _changed(cfg: CfgNode, *names: str) -> list[str]:
+    """Return the keys of sections, or single keys, whose values differ from the defaults."""
+    found = []
+    for name in names:
+        section, _, single = name.partition(".")
+        for key, default in DEFAULTS[section].items():
+            if single in ("", key) and cfg[section][key] != default:
+                found.append(f"{section}.{key}")
+    return found
+
+
+def _default(key: str) -> str:
+    """Return a default as it is written in YAML."""
+    value = DEFAULT_VALUES[key]
+    return "null" if value is None else str(value)
+
+
+def _uses_resnet(cfg: CfgNode) -> bool:
+    options = cfg.DISTILLATION
+    guided = options.ENABLE_INTER or options.ENABLE_LOGIT
+    return cfg.MODEL.TYPE == "ResNet" or (guided and options.TEACHER_MODEL == "ResNet")
+
+
+def _compares_images(cfg: CfgNode) -> bool:
+    """Tell whether training needs several images at once, for batch statistics or similarity."""
+    options = cfg.DISTILLATION
+    similarity = options.ENABLE_INTER and options.INTER_TRANSFORM == "similarity"
+    guided = options.ENABLE_INTER or options.ENABLE_LOGIT
+    batch_norm = guided and options.TEACHER_BN == "batch"
+    return cfg.MODEL.TYPE in ("ResNet", "CvT") or similarity or batch_norm

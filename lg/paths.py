@@ -1,43 +1,40 @@
-"""Local copies of files that are named by path or URL."""
+"""Local copies of files given by path or URL."""
 
 from __future__ import annotations
 
 import os
-from pathlib import Path
 
 URL_SCHEMES = ("http://", "https://", "ftp://")
 
 
 def is_url(path: str) -> bool:
-    """True for what has to be fetched before it can be opened."""
+    """Tell whether a path is a URL, to download before it can be opened."""
     return path.lower().startswith(URL_SCHEMES)
 
 
 def is_local_file(path: str) -> bool:
-    """True for what can be opened as it is."""
+    """Tell whether a path is an existing file on this machine."""
     return not is_url(path) and os.path.isfile(os.path.expanduser(path))
 
 
 def local_path(path: str, *, cache: str) -> str:
-    """The path itself, or the cached local copy of a URL, fetched on first use by iopath.
+    """Return a path that can be opened; download a URL on first use.
 
     Args:
-        path: a file path (with ~ for the home folder), or an http, https or ftp URL.
-        cache: folder that keeps fetched files.
+        path: A file path (~ is the home folder), or an http, https or ftp URL.
+        cache: Folder for downloaded files.
 
     Raises:
-        OSError: the URL could not be fetched; the message names it.
+        OSError: The download failed. The message names the URL.
     """
     if not is_url(path):
         return os.path.expanduser(path)
-    from iopath.common.file_io import (
-        HTTPURLHandler,
-        PathManager,
-    )  # only when there is something to fetch
+    # Imported here because most runs download nothing.
+    from iopath.common.file_io import HTTPURLHandler, PathManager
 
     manager = PathManager()
     manager.register_handler(HTTPURLHandler())
     try:
-        return manager.get_local_path(path, cache_dir=str(Path(cache)))
-    except Exception as error:  # iopath passes on whatever its transports raise
-        raise OSError(f"Cannot fetch {path}: {error}") from error
+        return manager.get_local_path(path, cache_dir=cache)
+    except Exception as error:  # iopath passes on the errors of its transports
+        raise OSError(f"Cannot download {path}: {error}") from error

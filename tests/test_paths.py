@@ -1,4 +1,4 @@
-"""Paths: what is fetched, where it is kept, and what is said when that fails."""
+"""Paths: local files, cached downloads, and errors of failed downloads."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from lg.paths import is_url, local_path
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
-    """Serves one config and counts how often it is asked."""
+    """Serve one config with its base and count the requests."""
 
-    asked = 0
+    num_requests = 0
 
     def do_GET(self) -> None:
-        type(self).asked += 1
+        type(self).num_requests += 1
         found = self.path in ("/configs/run.yaml", "/configs/base.yaml")
         text = {
             "/configs/run.yaml": b"_BASE_: base.yaml\nRNG_SEED: 7\n",
@@ -32,13 +32,13 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.wfile.write(text)
 
     def log_message(self, *args: object) -> None:
-        """Nothing on the console."""
+        """Print nothing."""
 
 
 @pytest.fixture
 def server() -> Iterator[str]:
-    """The address of a server on this machine."""
-    Handler.asked = 0
+    """Yield the address of a server on this machine."""
+    Handler.num_requests = 0
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as running:
         thread = threading.Thread(target=running.serve_forever, args=(0.01,))
         thread.start()
@@ -47,38 +47,38 @@ def server() -> Iterator[str]:
         thread.join()
 
 
-def test_what_is_a_url() -> None:
+def test_urls_are_told_from_paths() -> None:
     for url in ("http://a/b", "https://a/b", "ftp://a/b", "HTTPS://a/b"):
         assert is_url(url)
     for path in ("a/b.yaml", "/a", "~/a", "http:/a", "file://a", "", "C:\\a", "x/http://a"):
         assert not is_url(path)
 
 
-def test_a_path_is_itself_and_the_home_folder_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_path_is_returned_with_the_home_folder_expanded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", "/home/somebody")
     assert local_path("a/../b c.pyth", cache="none") == "a/../b c.pyth"
     assert local_path("~/w.pyth", cache="none") == "/home/somebody/w.pyth"
     assert not Path("none").exists()
 
 
-def test_a_url_is_fetched_once_into_the_cache(server: str, tmp_path: Path) -> None:
+def test_a_url_is_downloaded_once_into_the_cache(server: str, tmp_path: Path) -> None:
     url = f"{server}/configs/base.yaml"
     first = local_path(url, cache=str(tmp_path / "cache"))
     assert tmp_path / "cache" in Path(first).parents
     assert Path(first).read_text() == "RNG_SEED: 5\nLOG_PERIOD: 3\n"
     assert local_path(url, cache=str(tmp_path / "cache")) == first
-    assert Handler.asked == 1
+    assert Handler.num_requests == 1
 
 
-def test_what_cannot_be_fetched_is_named(server: str, tmp_path: Path) -> None:
+def test_a_failed_download_names_the_url(server: str, tmp_path: Path) -> None:
     for url in (f"{server}/none.pyth", "http://127.0.0.1:1/none.pyth", "http://[/none.pyth"):
-        with pytest.raises(OSError, match="Cannot fetch ") as caught:
+        with pytest.raises(OSError, match="Cannot download ") as caught:
             local_path(url, cache=str(tmp_path))
-        assert str(caught.value).startswith(f"Cannot fetch {url}: ")
+        assert str(caught.value).startswith(f"Cannot download {url}: ")
     assert [p for p in tmp_path.rglob("*.pyth") if p.is_file()] == []
 
 
-def test_a_config_by_url_finds_its_base_beside_it(
+def test_a_config_by_url_finds_its_base_next_to_it(
     server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(lg.config.load.DEFAULTS, "DOWNLOAD_CACHE", str(tmp_path))

@@ -1,4 +1,4 @@
-"""Every config here against a golden table: what it builds, what it taps, whom it follows."""
+"""Every config file against a golden table: its model, its tapped blocks and its guide."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ CONFIGS = Path(__file__).parents[2] / "configs"
 LEAVES = sorted(
     p.relative_to(CONFIGS).as_posix() for p in CONFIGS.rglob("*.yaml") if p.parent.name != "_base_"
 )
-# The data's name in configs, with its name in the datasets, its classes and its training images.
+# Name of the data in config files -> its name in the code, classes and training images.
 DATA = {
     "c100": ("cifar100", 100, 50_000),
     "flowers": ("flowers", 102, 2_040),
@@ -25,27 +25,12 @@ DATA = {
     "chaoyang": ("chaoyang", 4, 4_021),
 }
 KINDS = ("base", "ours", "ours_offline")
-# model -> folder, parameters by data set (in the order above, without projection heads), blocks,
-# (channels, side) of the three maps that imitate at 224 pixels
+# Model -> folder, parameters per data set (in the order of DATA, without projection heads), blocks,
+# (channels, side) of the three tapped maps at 224 pixels.
 MODELS: dict[str, tuple[str, list[int], int, list[tuple[int, int]]]] = {
-    "deit-ti": (
-        "deit",
-        [5_543_716, 5_544_102, 5_563_016, 5_525_188],
-        12,
-        [(192, 14), (192, 14), (192, 14)],
-    ),
-    "t2t-7": (
-        "t2t",
-        [4_078_922, 4_079_436, 4_104_622, 4_054_250],
-        7,
-        [(256, 14), (256, 14), (256, 14)],
-    ),
-    "t2t-14": (
-        "t2t",
-        [21_199_050, 21_199_820, 21_237_550, 21_162_090],
-        14,
-        [(384, 14), (384, 14), (384, 14)],
-    ),
+    "deit-ti": ("deit", [5_543_716, 5_544_102, 5_563_016, 5_525_188], 12, [(192, 14)] * 3),
+    "t2t-7": ("t2t", [4_078_922, 4_079_436, 4_104_622, 4_054_250], 7, [(256, 14)] * 3),
+    "t2t-14": ("t2t", [21_199_050, 21_199_820, 21_237_550, 21_162_090], 14, [(384, 14)] * 3),
     "pit-ti": (
         "pit",
         [4_615_972, 4_616_486, 4_641_672, 4_591_300],
@@ -64,12 +49,7 @@ MODELS: dict[str, tuple[str, list[int], int, list[tuple[int, int]]]] = {
         8,
         [(32, 56), (64, 28), (256, 7)],
     ),
-    "convit-ti": (
-        "convit",
-        [5_536_812, 5_537_198, 5_556_112, 5_518_284],
-        12,
-        [(192, 14), (192, 14), (192, 14)],
-    ),
+    "convit-ti": ("convit", [5_536_812, 5_537_198, 5_556_112, 5_518_284], 12, [(192, 14)] * 3),
     "cvt-13": (
         "cvt",
         [19_650_980, 19_651_750, 19_689_480, 19_614_020],
@@ -83,7 +63,7 @@ GRID = {
     for data, count in zip(DATA, counts, strict=True)
     for kind in KINDS
 }
-# Parameters, blocks and taps of every config.
+# Parameters, number of blocks and tapped maps of every config.
 GOLDEN: dict[str, tuple[int, int, list[tuple[int, int]]]] = GRID | {
     "deit/deit-1m_c100-tenth_base.yaml": (1_019_236, 5, []),
     "deit/deit-1m_c100-tenth_ours.yaml": (1_019_236, 5, [(128, 8), (128, 8), (128, 8)]),
@@ -107,20 +87,20 @@ def load(name: str) -> CfgNode:
 
 @cache
 def build(architecture: str) -> Backbone:
-    """The model of a config; configs that build the same one share it."""
+    """Build the model of a config, once for all configs with the same model."""
     return lg.build_model(load(architecture))
 
 
 @cache
 def giga_macs(model: str) -> str:
-    """What an image costs, as headers say it; at two digits the classes make no difference."""
+    """Return the GMACs per image to two digits, for which the number of classes is irrelevant."""
     name = next(n for n in LEAVES if Path(n).stem.startswith(f"{model}_c100"))
     macs = complexity(build(architecture_of(name)), load(name).MODEL.IMG_SIZE)["macs"]
     return f"{macs / 1e9:.2f}"
 
 
 def architecture_of(name: str) -> str:
-    """The first config that builds the same model."""
+    """Return the first config that builds the same model."""
     sections = ("MODEL", "TRANSFORMER", "T2T", "PIT", "PVT", "CONVIT", "CVT")
 
     def key(leaf: str) -> list:
@@ -139,13 +119,13 @@ def test_every_config_is_in_the_table_and_the_grid_is_whole() -> None:
 def test_no_two_configs_are_the_same() -> None:
     seen: dict[str, str] = {}
     for name in LEAVES:
-        # OUT_DIR is made of the file's name, so it would tell any two apart.
+        # OUT_DIR is derived from the file name, so it differs between any two.
         values = repr([(k, v) for k, v in flatten(load(name)) if k != "OUT_DIR"])
         assert seen.setdefault(values, name) == name
 
 
 @pytest.mark.parametrize("name", LEAVES)
-def test_a_config_builds_and_taps_what_it_says(name: str) -> None:
+def test_a_config_builds_and_taps_as_in_the_table(name: str) -> None:
     parameters, blocks, taps = GOLDEN[name]
     model, options = build(architecture_of(name)), load(name).DISTILLATION
     assert sum(p.numel() for p in model.parameters()) == parameters
@@ -156,7 +136,7 @@ def test_a_config_builds_and_taps_what_it_says(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", GRID)
-def test_a_config_of_the_grid_fits_its_data_and_its_guide(name: str) -> None:
+def test_a_config_of_the_grid_matches_its_data_and_its_guide(name: str) -> None:
     cfg = load(name)
     data, _, kind = Path(name).stem.partition("_")[2].partition("_")
     guide_name = f"r-56_{data}"
@@ -178,22 +158,22 @@ def test_a_config_of_the_grid_fits_its_data_and_its_guide(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", [name for name in GRID if not name.endswith("_base.yaml")])
-def test_a_guided_config_changes_nothing_but_the_guidance(name: str) -> None:
+def test_a_guided_config_changes_only_the_guidance(name: str) -> None:
     plain = load(name.replace("_ours_offline", "_base").replace("_ours", "_base"))
     values, others = dict(flatten(load(name))), dict(flatten(plain))
     changed = {key for key in values if values[key] != others[key]}
     assert all(key.startswith("DISTILLATION.") or key == "OUT_DIR" for key in changed)
-    # A guided config must name its own imitating blocks: first, in between, last.
+    # The tapped blocks: the first one and two later ones.
     taps = values["DISTILLATION.INTER_STUDENT_INDEX"]
     assert taps[0] == 0 < taps[1] < taps[2] < GOLDEN[name][1]
-    # The published configs hold those for CIFAR-100; the other data sets follow them.
+    # They are published for CIFAR-100 and the same for the other data sets.
     folder, _, stem = name.partition("/")
     published = load(f"{folder}/{stem.partition('_')[0]}_c100_ours.yaml").DISTILLATION
     assert taps == published.INTER_STUDENT_INDEX
 
 
 @pytest.mark.parametrize("name", LEAVES)
-def test_a_config_opens_with_what_it_is_and_its_commands(name: str) -> None:
+def test_a_config_starts_with_its_purpose_and_its_commands(name: str) -> None:
     lines = (CONFIGS / name).read_text(encoding="utf-8").splitlines()
     header = [line for line in lines if line.startswith("#")]
     assert lines[: len(header)] == header and len(header) >= 2
@@ -207,7 +187,7 @@ def test_a_config_opens_with_what_it_is_and_its_commands(name: str) -> None:
             f"python precompute_feature.py --cfg configs/{config} "
             f"--ckpt work_dirs/{guide}/model.pyth" + f" --image-size {size}" * (size != 224)
         )
-        if name.startswith("digits/"):  # so small that all views are stored
+        if name.startswith("digits/"):  # small enough to store all views
             command = f"python precompute_feature.py --cfg configs/{name} --shifts 5"
         assert commands[0] == command
     assert max(map(len, lines)) <= 130
@@ -217,11 +197,11 @@ COSTED = [*GRID, "resnet/r-18_c100.yaml", *(f"resnet/r-56_{data}.yaml" for data 
 
 
 @pytest.mark.parametrize("name", COSTED)
-def test_a_config_says_what_it_costs(name: str) -> None:
+def test_a_config_states_its_cost(name: str) -> None:
     model, data, *kind = Path(name).stem.split("_")
     lines = (CONFIGS / name).read_text(encoding="utf-8").splitlines()
     cost = next(line for line in lines if line.startswith("# Cost: "))
-    if model == "convit-ti":  # more on CUDA, where its two attentions act on the values apart
+    if model == "convit-ti":  # more on CUDA, where its two attentions are applied separately
         cost = cost.replace("; 1.33 on CUDA", "")
     guide = f"; the guide adds {giga_macs('r-56')} GMACs" if kind == ["ours"] else ""
     assert cost == (
@@ -230,7 +210,7 @@ def test_a_config_says_what_it_costs(name: str) -> None:
     )
 
 
-def test_configs_say_the_published_accuracy() -> None:
+def test_configs_state_the_published_accuracy() -> None:
     said = {n: (CONFIGS / n).read_text() for n in GRID if "Published" in (CONFIGS / n).read_text()}
     expected = {
         "deit/deit-ti_c100": (65.08, 78.15),

@@ -8,6 +8,7 @@ import resource
 import sys
 from contextlib import AbstractContextManager
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -103,11 +104,13 @@ class Precision:
         return {None: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[self.dtype]
 
 
-def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """A copy from host memory that the host does not wait for."""
-    if device.type == "cuda" and tensor.device.type == "cpu":
-        tensor = tensor.pin_memory()
-    return tensor.to(device, non_blocking=True)
+def to_device(values: Tensor | np.ndarray, device: torch.device) -> Tensor:
+    """Copy from host memory to a device without waiting for the copy."""
+    if isinstance(values, np.ndarray):
+        values = torch.from_numpy(np.ascontiguousarray(values))
+    if device.type == "cuda" and values.device.type == "cpu":
+        values = values.pin_memory()
+    return values.to(device, non_blocking=True)
 
 
 def synchronize(device: torch.device) -> None:

@@ -110,8 +110,8 @@ def test_images_that_never_come_end_the_run(backend: str, tmp_path: Path) -> Non
     )
     assert done.returncode == 1 and time.monotonic() - started < 60
     expected = {
-        "device": r"Error: digits/train image 3 \(.*\): the image has not come for 2 s; check the "
-        "disk or network that it is on, or raise DATA_LOADER.TIMEOUT\n",
+        "device": r"Error: digits/train image 3 \(.*\): timed out after 2 s waiting for the "
+        "image; check its disk or network, or raise DATA_LOADER.TIMEOUT\n",
         "workers": r"Error: No images have come for long \(DataLoader timed out after 2 seconds\). "
         "Check the disk or network that DATA_LOADER.ROOT is on, or raise DATA_LOADER.TIMEOUT.\n",
     }

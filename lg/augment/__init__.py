@@ -1,2 +1,1 @@
-"""Augmentation: where an image is cropped (view), what is done to it (recipe), how images are mixed
-(mixing)."""
+"""Augmentation: crops and flips (view), the recipes per image and per batch, mixing."""

@@ -1,7 +1,7 @@
-"""RandAugment as timm defines it (`rand-m9-mstd0.5-inc1`), on whole batches of byte tensors.
+"""RandAugment as in timm (`rand-m9-mstd0.5-inc1`), on batches of uint8 tensors.
 
-The host draws the operations, so it knows which samples need which: each layer gathers the samples
-of one kind, treats them together and puts them back, and never waits for the device.
+The host draws the operations. Each layer gathers the samples of one kind of operation, processes
+them together and puts them back, without waiting for the device.
 
 Letters in shapes: L layers, N samples of a batch, S side.
 """
@@ -14,7 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lg.augment.operations import KINDS, to_device
+from lg.augment.operations import KINDS
+from lg.device import to_device
 
 OPERATIONS = (  # in timm's order
     "AutoContrast",
@@ -37,13 +38,13 @@ TOP_MAGNITUDE = 10.0
 
 
 class Draws(NamedTuple):
-    """What happens to each sample of a batch.
+    """The operations of each sample of a batch.
 
     Attributes:
-        operation: [L, N], int64: position in OPERATIONS; -1 leaves the sample as it is.
-        level: [L, N], float64: what timm's operation function is given: degrees, shear factor,
-            shift as a fraction of the side, enhancement factor, bits to keep, threshold, amount to
-            add. 0 where it takes nothing.
+        operation: [L, N], int64: position in OPERATIONS; -1 does not change the sample.
+        level: [L, N], float64: argument of timm's operation: degrees, shear factor, shift as a
+            fraction of the side, enhancement factor, bits to keep, threshold, or amount to add;
+            0 if it has none.
     """
 
     operation: np.ndarray
@@ -59,17 +60,17 @@ def draw(
     layers: int = 2,
     probability: float = 0.5,
 ) -> Draws:
-    """Draws for `count` samples, from nothing but `rng`.
+    """Draw the operations of `count` samples.
 
     Args:
-        count: Samples.
+        count: Number of samples.
         rng: The generator.
         magnitude: Mean of the magnitude, 0 to 10.
-        spread: Standard deviation of the magnitude, which is then clipped to 0 to 10.
-        layers: Operations a sample, drawn with replacement.
-        probability: That a drawn operation is applied, 0 to 1.
+        spread: Standard deviation of the magnitude, which is clipped to 0 to 10.
+        layers: Operations per sample, drawn with replacement.
+        probability: Probability that a drawn operation is applied.
 
-    Source: arXiv 1909.13719; timm.data.auto_augment, whose magnitudes and levels these are.
+    Source: arXiv 1909.13719; magnitudes and levels as in timm.data.auto_augment.
     """
     shape = (layers, count)
     operation = rng.integers(len(OPERATIONS), size=shape)
@@ -84,7 +85,7 @@ def draw(
 
 
 def _levels(name: str, strength: np.ndarray, sign: np.ndarray) -> np.ndarray | float:
-    """The argument at a strength of 0 to 1; whole numbers are cut, not rounded."""
+    """Return the arguments for strengths of 0 to 1; whole numbers are truncated, not rounded."""
     match name:
         case "Rotate":
             return sign * strength * 30
@@ -104,39 +105,39 @@ def _levels(name: str, strength: np.ndarray, sign: np.ndarray) -> np.ndarray | f
 
 
 def randaugment(images: Tensor, draws: Draws) -> Tensor:
-    """Applies the draws, layer after layer.
+    """Apply the drawn operations, layer by layer.
 
     Args:
         images: [N, 3, S, S], uint8, on any device. Not modified.
-        draws: For these N samples.
+        draws: The operations of these N samples.
 
     Returns:
         [N, 3, S, S], uint8, on the same device.
 
     Raises:
-        ValueError: Images or draws of another type or shape.
+        ValueError: Type or shape of images or draws is wrong.
     """
     size = images.shape[-1]
     if images.dtype != torch.uint8 or images.shape != (len(images), 3, size, size):
         raise ValueError(
-            f"images of shape {tuple(images.shape)} and type {images.dtype}: RandAugment takes "
+            f"images have shape {tuple(images.shape)} and type {images.dtype}: RandAugment needs "
             "[N, 3, S, S] of uint8"
         )
     if draws.operation.shape[1:] != images.shape[:1] or draws.level.shape != draws.operation.shape:
         raise ValueError(
-            f"draws of shapes {draws.operation.shape} and {draws.level.shape} for {len(images)} "
-            "images: give [L, N] twice, as `draw` does"
+            f"draws have shapes {draws.operation.shape} and {draws.level.shape} for {len(images)} "
+            "images: both must be [L, N], as from `draw`"
         )
     images = images.clone(memory_format=torch.contiguous_format)
     for operation, level in zip(draws.operation, draws.level, strict=True):
-        for kind, treat in KINDS:
-            place = np.full(len(OPERATIONS) + 1, len(kind))  # the last is for -1
+        for kind, apply in KINDS:
+            place = np.full(len(OPERATIONS) + 1, len(kind))  # the last entry is for -1
             place[[OPERATIONS.index(name) for name in kind]] = np.arange(len(kind))
             order = place[operation]
             chosen = np.argsort(order, kind="stable")[: np.count_nonzero(order < len(kind))]
             if len(chosen) > 0:
-                index = to_device(images, chosen)
+                index = to_device(chosen, images.device)
                 picked = images.index_select(0, index)
                 names = [kind[k] for k in order[chosen]]
-                images.index_copy_(0, index, treat(picked, names, level[chosen]))
+                images.index_copy_(0, index, apply(picked, names, level[chosen]))
     return images

@@ -1,4 +1,4 @@
-"""Decoded images in memory: each is read from its file once."""
+"""A cache of decoded images: each file is read once."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from lg.datasets.base import ImageDataset
 from lg.device import to_device
 from lg.errors import StuckError
 
-_SAMPLE = 16  # images from which the size of all is estimated
+_NUM_SIZE_SAMPLES = 16  # images from which the size of all is estimated
 
 Prepare = Callable[[Image.Image], Image.Image]
 
 
 class ImageCache:
-    """The images of a set as [H, W, 3] uint8 tensors, decoded by threads when first asked for."""
+    """The images of a set as [H, W, 3] uint8 tensors; threads decode each on first use."""
 
     def __init__(
         self,
@@ -34,14 +34,14 @@ class ImageCache:
         num_threads: int,
         timeout: float = 0,
     ) -> None:
-        """Decodes nothing yet.
+        """Create an empty cache.
 
         Args:
             dataset: The set.
-            prepare: Gives an image the form in which it is kept.
-            device: Where the images are kept.
+            prepare: Converts an image into the form that is cached.
+            device: Device of the cached images.
             num_threads: Threads that read and decode, at least 1.
-            timeout: Seconds after which an image that has not come is a fault; 0: never.
+            timeout: Seconds to wait for an image before a StuckError; 0 waits without limit.
         """
         self.dataset, self.device, self.timeout = dataset, device, timeout
         self._prepare = prepare
@@ -49,55 +49,52 @@ class ImageCache:
         self._threads = ThreadPoolExecutor(max(1, num_threads), thread_name_prefix="images")
 
     def prefetch(self, positions: Sequence[int]) -> None:
-        """Has threads decode what is not there yet."""
+        """Start decoding the images that are not cached."""
         for position in positions:
             if self._images[position] is None:
                 self._images[position] = self._threads.submit(self._decode, position)
 
     def take(self, positions: Sequence[int]) -> list[Tensor]:
-        """Images of the set, on the device of the cache.
+        """Return images on the device of the cache.
 
         Raises:
-            DataError: One cannot be read.
-            StuckError: One has not come in time.
+            DataError: An image cannot be read.
+            StuckError: Timed out waiting for an image.
         """
         self.prefetch(positions)
-        return [self._arrived(position) for position in positions]
+        return [self._take(position) for position in positions]
 
     def close(self) -> None:
-        """Ends the threads without waiting for what they have not begun."""
+        """Stop the threads without waiting; queued images are dropped."""
         self._threads.shutdown(wait=False, cancel_futures=True)
 
-    def _arrived(self, position: int) -> Tensor:
+    def _take(self, position: int) -> Tensor:
         image = self._images[position]
-        assert image is not None, "prefetch() comes first"
+        assert image is not None, "call prefetch() first"
         if isinstance(image, Future):
-            self._images[position] = image = to_device(self._wait(image, position), self.device)
+            try:
+                decoded = image.result(self.timeout or None)
+            except futures.TimeoutError:  # not the builtin TimeoutError in Python 3.10
+                raise StuckError(
+                    f"{self.dataset.describe(position)}: timed out after {self.timeout:g} s "
+                    "waiting for the image; check its disk or network, or raise DATA_LOADER.TIMEOUT"
+                ) from None
+            self._images[position] = image = to_device(decoded, self.device)
         return image
-
-    def _wait(self, image: Future[Tensor], position: int) -> Tensor:
-        try:
-            return image.result(self.timeout or None)
-        except futures.TimeoutError:  # Python 3.10 has another one of that name
-            raise StuckError(
-                f"{self.dataset.describe(position)}: the image has not come for "
-                f"{self.timeout:g} s; check the disk or network that it is on, or raise "
-                "DATA_LOADER.TIMEOUT"
-            ) from None
 
     def _decode(self, position: int) -> Tensor:
         return torch.from_numpy(np.array(self._prepare(self.dataset.image(position))))
 
 
 def cache_bytes(dataset: ImageDataset, prepare: Prepare) -> int:
-    """What the images of a set take once they are decoded, estimated from some of them."""
-    chosen = np.unique(np.linspace(0, len(dataset) - 1, _SAMPLE).astype(int))
+    """Estimate the size of a set's decoded images in bytes from a sample of them."""
+    chosen = np.unique(np.linspace(0, len(dataset) - 1, _NUM_SIZE_SAMPLES).astype(int))
     sizes = [prepare(dataset.image(int(position))).size for position in chosen]
     return int(len(dataset) * np.mean([3 * width * height for width, height in sizes]))
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that are free on a GPU, or in this machine and its container (control groups v2)."""
+    """Return the free bytes of a GPU, or of this machine and its container (cgroup v2)."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
@@ -111,5 +108,5 @@ def free_memory(device: torch.device) -> int:
         )
         limits.append(max(0, most - used))
     except (OSError, ValueError, KeyError):
-        pass  # no such system, or no limit
+        pass  # not Linux, or no limit
     return min(limits)

@@ -1,8 +1,8 @@
-"""Batches: every sample's random draws depend on (seed, epoch, index) alone, every batch's content
-on (seed, epoch, step).
+"""Load batches with worker processes.
 
-So the number of workers changes nothing, and a run that starts in the middle of an epoch sees what
-it would have seen.
+The random draws of a sample depend on (seed, epoch, index) alone, and the samples of a batch on
+(seed, epoch, step). So batches are the same for any number of workers, and for a run that resumes
+in the middle of an epoch.
 """
 
 from __future__ import annotations
@@ -24,37 +24,37 @@ from lg.augment.view import View
 from lg.datasets.base import ImageDataset
 from lg.errors import DataError
 
-# Second entry of every seed, so that no two uses share a stream.
+# Second entry of every seed, so that no two uses share a random stream.
 ORDER, SAMPLE, MIX, MODEL = 1, 2, 3, 4
 
 Transform = Callable[[Image.Image], tuple[Tensor, View]]
 
 
 class Batch(NamedTuple):
-    """N samples of one process."""
+    """N samples of one process; or, without the first dimension, one sample."""
 
     images: Tensor  # [N, 3, S, S], normalised
     labels: Tensor  # [N], int64
-    index: Tensor  # type: ignore[assignment]  # [N], int64, positions in the whole data set
+    index: Tensor  # type: ignore[assignment]  # [N], int64, positions in the full data set
     view: Tensor  # [N, 5], see lg.augment.view.View
 
     def to(self, device: torch.device) -> Batch:
-        """The batch with images and labels on a device; the copies overlap with work there when
-        the batch is pinned. Index and view stay: stored maps are looked up in host memory."""
+        """Copy images and labels to a device, asynchronously if the batch is pinned.
+
+        Index and view stay in host memory, where stored maps are looked up.
+        """
         images, labels = (t.to(device, non_blocking=True) for t in self[:2])
         return self._replace(images=images, labels=labels)
 
-    def pin_memory(self) -> Batch:
-        """Called by the DataLoader."""
-        return Batch(*(t.pin_memory() for t in self))
-
 
 class _Samples(Dataset[Batch]):
-    """Samples of which a data fault travels in place of the batch: a worker that raises it would
-    have torch wrap the message in a traceback."""
+    """Samples whose DataError is returned in place of the batch.
+
+    If a worker raised it, torch would add the worker's traceback to its message.
+    """
 
     def __getitems__(self, keys: Sequence[Any]) -> list[Batch] | DataError:
-        """The samples of a batch; called by the DataLoader."""
+        """Return the samples of a batch; called by the DataLoader."""
         try:
             return [self[key] for key in keys]
         except DataError as error:
@@ -62,7 +62,7 @@ class _Samples(Dataset[Batch]):
 
 
 class TrainSamples(_Samples):
-    """Augmented samples, asked for by (epoch, position)."""
+    """Augmented samples with keys (epoch, position)."""
 
     def __init__(self, dataset: ImageDataset, transform: Transform, *, seed: int) -> None:
         self.dataset, self.transform, self.seed = dataset, transform, seed
@@ -76,9 +76,9 @@ class TrainSamples(_Samples):
 
 
 class TestSamples(_Samples):
-    """Samples for testing, asked for by position."""
+    """Test samples with their positions as keys."""
 
-    __test__ = False  # not a test case, whatever its name
+    __test__ = False  # not a test case
 
     def __init__(self, dataset: ImageDataset, transform: Transform) -> None:
         self.dataset, self.transform = dataset, transform
@@ -91,10 +91,10 @@ class TestSamples(_Samples):
 
 
 class TrainBatches:
-    """A batch sampler that runs through all remaining epochs, each a new permutation.
+    """A batch sampler for all remaining epochs, each a new permutation.
 
-    Global batch s of an epoch is the same whatever the number of processes; each takes its own
-    slice. The last batch is dropped when it is not full.
+    The global batch of a step is the same for any number of processes, each of which takes its own
+    slice. The last batch of an epoch is dropped if it is not full.
     """
 
     def __init__(
@@ -108,59 +108,65 @@ class TrainBatches:
         world_size: int = 1,
     ) -> None:
         assert batch_size % world_size == 0 and batch_size <= num_samples
-        self.num_samples, self.batch_size, self.seed, self.max_epoch = (
-            num_samples,
-            batch_size,
-            seed,
-            max_epoch,
-        )
+        self.num_samples, self.batch_size = num_samples, batch_size
+        self.seed, self.max_epoch = seed, max_epoch
         self.rank, self.world_size = rank, world_size
         self.steps_per_epoch = num_samples // batch_size
         self.epoch, self.step = 0, 0
 
     def start(self, epoch: int, step: int) -> None:
-        """Sets where iteration begins."""
+        """Set where iteration begins."""
         self.epoch, self.step = epoch, step
 
     def __len__(self) -> int:
         return (self.max_epoch - self.epoch) * self.steps_per_epoch - self.step
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        share = self.batch_size // self.world_size
+        """Yield the keys (epoch, position) of each batch."""
+        for epoch, _, positions in self.steps():
+            yield [(epoch, position) for position in positions]
+
+    def steps(self) -> Iterator[tuple[int, int, list[int]]]:
+        """Yield (epoch, step, positions) of each batch."""
+        size = self.batch_size // self.world_size
+        first_step = self.step
         for epoch in range(self.epoch, self.max_epoch):
             order = np.random.default_rng((self.seed, ORDER, epoch)).permutation(self.num_samples)
-            for step in range(self.step if epoch == self.epoch else 0, self.steps_per_epoch):
-                first = step * self.batch_size + self.rank * share
-                yield [(epoch, int(i)) for i in order[first : first + share]]
+            for step in range(first_step, self.steps_per_epoch):
+                first = step * self.batch_size + self.rank * size
+                yield epoch, step, order[first : first + size].tolist()
+            first_step = 0
 
 
-class _Batches(DataLoader[Batch]):
-    """Batches, of which one that cannot be read is a DataError."""
+class _BatchLoader(DataLoader[Batch]):
+    """A DataLoader that raises the DataError which a worker returned in place of a batch."""
 
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
-        # Workers start here and keep SIGINT blocked: Ctrl-C is the main process's business, which
-        # gets it, if it came meanwhile, as soon as it unblocks it.
-        with _interrupts_held():
+        # Workers start here and inherit the mask: only the main process handles Ctrl-C, which it
+        # receives once it restores its own mask.
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
             iterator = super().__iter__()
-        return map(_sound, iterator)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        return map(_raise_data_error, iterator)
 
 
-def _sound(batch: Batch | DataError) -> Batch:
+def _raise_data_error(batch: Batch | DataError) -> Batch:
     if isinstance(batch, DataError):
-        # Not `batch` itself: it and this frame would hold each other and so, through the frames
-        # below, the loader. One that the garbage collector ends cannot tell its workers to end,
-        # and torch then waits 5 s for each.
+        # A new exception: `batch` and this frame would form a reference cycle that keeps the
+        # loader alive. If the garbage collector deletes a loader, torch waits 5 s per worker.
         raise DataError(str(batch))
     return batch
 
 
 class TrainLoader:
-    """Iterates over training batches; one set of workers serves the whole run.
+    """Iterate over training batches; the same workers serve the whole run.
 
-    A sample that cannot be read is a DataError when its batch is due.
+    An unreadable sample raises a DataError when its batch is due.
     """
 
-    backend = "workers"  # as DATA_LOADER.BACKEND names it
+    backend = "workers"  # value of DATA_LOADER.BACKEND
 
     def __init__(
         self,
@@ -171,23 +177,22 @@ class TrainLoader:
         pin_memory: bool,
         timeout: float = 0,
     ) -> None:
-        """Starts nothing yet.
+        """Create the loader; `start` starts the workers.
 
         Args:
-            samples: the images.
-            batches: which of them when.
-            num_workers: processes that read them; 0: this one.
-            pin_memory: whether batches are put into page-locked memory, with a GPU.
-            timeout: seconds after which a batch that does not come from them is a RuntimeError; 0:
-                never.
+            samples: The samples.
+            batches: The samples of each batch.
+            num_workers: Worker processes; 0 loads in this process.
+            pin_memory: Whether to put batches into page-locked memory, if there is a GPU.
+            timeout: Seconds to wait for a batch from the workers before a RuntimeError; 0 waits
+                without limit.
         """
         self.batches = batches
         self._loader: DataLoader[Batch] | None = _data_loader(
             samples, num_workers, pin_memory, timeout, batch_sampler=batches
         )
         self._iterator: Iterator[Batch] | None = None
-        # Batches that workers make ready ahead of time; torch's default is two a worker.
-        self.num_prefetched = 2 * usable_workers(num_workers)
+        self.num_prefetched = 2 * usable_workers(num_workers)  # torch's default, two per worker
 
     def __str__(self) -> str:
         count = self.num_prefetched // 2
@@ -198,17 +203,17 @@ class TrainLoader:
         return self.batches.steps_per_epoch
 
     def start(self, epoch: int, step: int) -> None:
-        """Sets the position of the next batch; `next` goes on from there through all epochs."""
+        """Set the position of the next batch; `next` continues from there through all epochs."""
         self.batches.start(epoch, step)
         assert self._loader is not None, "the loader is closed"
         self._iterator = iter(self._loader)
 
     def close(self) -> None:
-        """Ends the workers now, rather than whenever the garbage collector comes to it."""
+        """Stop the workers now, not when the garbage collector runs."""
         self._iterator = self._loader = None
 
     def __next__(self) -> Batch:
-        assert self._iterator is not None, "start() comes first"
+        assert self._iterator is not None, "call start() first"
         return next(self._iterator)
 
 
@@ -223,9 +228,8 @@ def test_loader(
     first: int = 0,
     timeout: float = 0,
 ) -> DataLoader[Batch]:
-    """Batches of one process's share of the samples from `first` on, in order; over all processes
-    every sample comes exactly once."""
-    batches = shares(
+    """Create the loader of one process's test batches; see `rank_batches` and `TrainLoader`."""
+    batches = rank_batches(
         len(samples), batch_size=batch_size, rank=rank, world_size=world_size, first=first
     )
     return _data_loader(samples, num_workers, pin_memory, timeout, batch_sampler=batches)
@@ -234,18 +238,20 @@ def test_loader(
 test_loader.__test__ = False  # type: ignore[attr-defined]
 
 
-def shares(
+def rank_batches(
     count: int, *, batch_size: int, rank: int, world_size: int, first: int = 0
 ) -> list[list[int]]:
-    """The batches of one process, of positions from `first` to `count`; over all processes every
-    position comes exactly once."""
-    mine = range(first + rank, count, world_size)
+    """Return the batches of one process, of the positions from `first` to `count` in order.
+
+    Each position belongs to exactly one process.
+    """
+    positions = range(first + rank, count, world_size)
     size = max(1, batch_size // world_size)
-    return [list(mine[i : i + size]) for i in range(0, len(mine), size)]
+    return [list(positions[i : i + size]) for i in range(0, len(positions), size)]
 
 
 def usable_workers(wanted: int) -> int:
-    """Worker processes to start: never more than the cores this process may use."""
+    """Return the number of workers to start: at most the cores that this process may use."""
     cores = (
         len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     )
@@ -256,7 +262,7 @@ def _data_loader(
     samples: Dataset, num_workers: int, pin_memory: bool, timeout: float, *, batch_sampler: object
 ) -> DataLoader[Batch]:
     num_workers = usable_workers(num_workers)
-    return _Batches(
+    return _BatchLoader(
         samples,
         batch_sampler=batch_sampler,  # type: ignore[arg-type]
         num_workers=num_workers,
@@ -264,8 +270,8 @@ def _data_loader(
         collate_fn=_collate,
         persistent_workers=num_workers > 0,
         timeout=timeout if num_workers else 0,
-        worker_init_fn=_start_worker,
-        generator=torch.Generator(),  # else each pass would draw from the model's generator
+        worker_init_fn=_init_worker,
+        generator=torch.Generator(),  # by default each pass draws from the global generator
     )
 
 
@@ -275,17 +281,8 @@ def _collate(samples: list[Batch] | DataError) -> Batch | DataError:
     return Batch(*(torch.stack(column) for column in zip(*samples, strict=True)))
 
 
-@contextlib.contextmanager
-def _interrupts_held() -> Iterator[None]:
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-
-
-def _start_worker(worker: int) -> None:
-    """One thread a worker, which SIGTERM ends at once, whatever the main process does with it."""
+def _init_worker(worker: int) -> None:
+    """Use one thread per worker, and let SIGTERM end it even if the main process handles that."""
     torch.set_num_threads(1)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
@@ -297,7 +294,7 @@ def _sample(dataset: ImageDataset, position: int, pixels: Tensor, view: View) ->
 
 @contextlib.contextmanager
 def _seeded(key: tuple[int, ...]) -> Iterator[None]:
-    """The global generators that augmentation draws from, seeded inside and put back after."""
+    """Seed the global generators, which augmentation draws from, and restore their states after."""
     state = random.getstate(), np.random.get_state(), torch.get_rng_state()
     words = np.random.SeedSequence(key).generate_state(4)
     random.seed(int(words[0]))

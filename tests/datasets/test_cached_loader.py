@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections import Counter
+from collections.abc import Iterator
 from itertools import islice
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -155,6 +158,33 @@ def test_a_broken_image_is_a_data_error_in_its_turn() -> None:
     assert len(list(islice(iter(lambda: next(loader), None), step))) == step
     with pytest.raises(DataError, match="image 7 cannot be read"):
         next(loader)
+
+
+def test_on_a_gpu_the_next_batch_is_queued_before_each_is_returned(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """With stand-ins for streams; the order of calls and errors is the same as on a GPU."""
+    calls: list[str] = []
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: "side")
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
+    current = SimpleNamespace(wait_stream=lambda stream: calls.append(f"wait for {stream}"))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: current)
+
+    def make() -> Iterator[SimpleNamespace]:
+        for number in range(2):
+            calls.append(f"make {number}")
+            tensor = SimpleNamespace(
+                record_stream=lambda stream, n=number: calls.append(f"use {n}")
+            )
+            yield SimpleNamespace(images=tensor, labels=tensor, number=number)
+        raise DataError("image 7 cannot be read")
+
+    batches = train_loader(Counted())._make_ahead(make())  # type: ignore[arg-type]
+    assert next(batches).number == 0  # type: ignore[attr-defined]
+    assert calls == ["make 0", "wait for side", "use 0", "use 0", "make 1"]
+    assert next(batches).number == 1, "the error is raised before its turn"  # type: ignore[attr-defined]
+    with pytest.raises(DataError, match="image 7 cannot be read"):
+        next(batches)
 
 
 def test_closing_ends_the_threads() -> None:

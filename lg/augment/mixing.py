@@ -1,4 +1,4 @@
-"""Targets as distributions: label smoothing, mixup and CutMix on whole batches."""
+"""Label smoothing, mixup and CutMix on batches."""
 
 from __future__ import annotations
 
@@ -9,11 +9,10 @@ from torch import Tensor
 
 
 class Mixing:
-    """Turns labels into target distributions and, if asked for, mixes the batch with a permutation
-    of itself.
+    """Convert labels to target distributions and optionally mix the batch with a permutation of it.
 
-    With both alphas above 0 each batch draws mixup or CutMix with equal probability. The draws
-    depend on nothing but the generator that is passed in, and are made on the host.
+    If both alphas are above 0, each batch uses mixup or CutMix with equal probability. All draws
+    come from the given generator, on the host.
 
     Source: mixup: arXiv 1710.09412; CutMix: arXiv 1905.04899; smoothing: arXiv 1512.00567.
     """
@@ -34,15 +33,18 @@ class Mixing:
     def __call__(
         self, images: Tensor, labels: Tensor, rng: np.random.Generator
     ) -> tuple[Tensor, Tensor]:
-        """Images [N, 3, S, S] and labels [N] to (mixed images, targets [N, K] whose rows sum to
-        1)."""
+        """Mix images [N, 3, S, S] with labels [N].
+
+        Returns:
+            The mixed images, and targets [N, K] whose rows sum to 1.
+        """
         targets = F.one_hot(labels, self.num_classes).to(images.dtype)
         targets = targets * (1 - self.smoothing) + self.smoothing / self.num_classes
         cutmix = self.cutmix_alpha > 0 and (self.mixup_alpha == 0 or rng.random() < 0.5)
         alpha = self.cutmix_alpha if cutmix else self.mixup_alpha
         if alpha == 0:
             return images, targets
-        share = float(rng.beta(alpha, alpha))  # of the image itself
+        share = float(rng.beta(alpha, alpha))  # of the original image
         order = torch.from_numpy(rng.permutation(len(images))).to(images.device, non_blocking=True)
         if cutmix:
             images, share = _paste_box(images, images[order], share, rng)
@@ -54,8 +56,11 @@ class Mixing:
 def _paste_box(
     images: Tensor, others: Tensor, share: float, rng: np.random.Generator
 ) -> tuple[Tensor, float]:
-    """Pastes one box of `others`, about 1 - share of the area, into `images`; returns them and the
-    true share."""
+    """Paste one box of `others`, about 1 - share of the area, into `images`.
+
+    Returns:
+        The images and the true share of the originals.
+    """
     height, width = images.shape[2:]
     side = np.sqrt(1 - share)
     half_height, half_width = int(height * side) // 2, int(width * side) // 2

@@ -1,4 +1,4 @@
-"""The training and test transforms, on PIL images in loader workers."""
+"""Transform single PIL images, in the workers of the loader."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from lg.augment.view import View, padded_crop, random_resized_crop
 
 
 class TrainTransform:
-    """One training image: a random view, then (strong) timm's RandAugment and random erasing.
+    """Training transform of one image: the strong or the plain recipe.
 
-    Strong: random resized crop (bicubic), flip, `rand-m9-mstd0.5-inc1`, normalise, erase a box with
-    probability 0.25 (noise).
+    Strong: random resized crop (bicubic), flip, timm's RandAugment (`rand-m9-mstd0.5-inc1`),
+    normalise, erase a box with noise (probability 0.25).
     Plain: resize, random crop with padding of an eighth of the side, flip, normalise.
     Mean and standard deviation are ImageNet's. All draws come from the global generators.
     """
@@ -27,7 +27,7 @@ class TrainTransform:
             _, *rest = create_transform(
                 input_size=image_size,
                 is_training=True,
-                color_jitter=0.4,  # timm leaves it out beside RandAugment
+                color_jitter=0.4,  # timm ignores it with RandAugment
                 auto_augment="rand-m9-mstd0.5-inc1",
                 interpolation="bicubic",
                 re_prob=0.25,
@@ -35,40 +35,38 @@ class TrainTransform:
                 re_count=1,
                 mean=IMAGENET_DEFAULT_MEAN,
                 std=IMAGENET_DEFAULT_STD,
-                # the first part, crop and flip, is ours, because the view must be known
-                separate=True,
+                separate=True,  # crop and flip are replaced, since the view must be known
             )
-            _mend_posterize(rest)
+            _replace_posterize(rest)
             self.finish = transforms.Compose(rest)
         else:
             self.finish = _normalise()
 
     def __call__(self, image: Image.Image) -> tuple[Tensor, View]:
-        """An RGB image of any size to ([3, S, S] float32, its view)."""
+        """Transform an RGB image of any size to ([3, S, S] float32, its view)."""
         image, view = self.draw_view(image, self.image_size, hflip=self.hflip)
         return self.finish(image), view
 
 
 class TestTransform:
-    """One test image: the whole of it, resized (bicubic) to S x S, normalised."""
+    """Test transform of one image: the whole image, resized (bicubic) to S x S, normalised."""
 
-    __test__ = False  # not a test case, whatever its name
+    __test__ = False  # not a test case
 
     def __init__(self, *, image_size: int) -> None:
         self.image_size = image_size
         self.finish = _normalise()
 
     def __call__(self, image: Image.Image) -> tuple[Tensor, View]:
-        """An RGB image of any size to ([3, S, S] float32, the full view)."""
+        """Transform an RGB image of any size to ([3, S, S] float32, the full view)."""
         image = image.resize((self.image_size, self.image_size), Image.Resampling.BICUBIC)
         return self.finish(image), View()
 
 
-def _mend_posterize(parts: list[transforms.Compose]) -> None:
-    """Lets timm's posterize keep 0 bits, which it draws at magnitudes from 10 on and newer Pillow
-    refuses.
+def _replace_posterize(parts: list[transforms.Compose]) -> None:
+    """Support 0 bits in posterize, which timm draws at magnitudes of 10 and above.
 
-    The result is what Pillow made of it before: black.
+    Newer versions of Pillow reject 0 bits; the result is black as in older versions.
     """
     for operation in (
         op for part in parts for t in part.transforms for op in getattr(t, "ops", ())

@@ -1,4 +1,4 @@
-"""Crops of many images at once, each with its own box, resized as Pillow's bicubic filter does."""
+"""Crop and resize batches, each image with its own box, like Pillow's bicubic filter."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from torch import Tensor
 
 from lg.device import to_device
 
-# On a GPU, images up to this side are resized together, by matrix products: a few launches in place
-# of some for each. On a CPU one after the other is three times as fast.
+# On a GPU, images up to this side (pixels) are resized together by matrix products, with a few
+# kernel launches per batch instead of per image. On a CPU, a loop is three times as fast.
 MATRIX_SIDE = 96
 
 
 def crop_and_resize(
     images: Tensor | Sequence[Tensor], boxes: np.ndarray, size: int, flip: np.ndarray
 ) -> Tensor:
-    """Boxes of images, resized (bicubic, antialiased) to size x size, then flipped.
+    """Crop images, resize them (bicubic, antialiased) to size x size, then flip them.
 
     Args:
         images: [N, H, W, 3], or N images [H, W, 3] of any sizes; uint8.
         boxes: [N, 4], top, left, height and width in pixels, within the images; in host memory.
-        size: Side of the result, pixels.
-        flip: [N], whether to mirror the result; in host memory.
+        size: Side of the result in pixels.
+        flip: [N], whether to flip the result; in host memory.
 
     Returns:
         [N, 3, size, size], uint8, on the device of the images.
@@ -40,25 +40,25 @@ def crop_and_resize(
 
 
 def _resize(image: Tensor, box: Sequence[int], size: int) -> Tensor:
-    """One box of an image [H, W, 3] as [3, size, size]."""
+    """Crop and resize one image [H, W, 3] to [3, size, size]."""
     top, left, height, width = box
     crop = image[top : top + height, left : left + width].permute(2, 0, 1)[None]
-    if crop.is_cuda:  # where there is no filter for whole numbers
+    if crop.is_cuda:  # the GPU filter does not support uint8
         crop = crop.float()
     out = F.interpolate(crop, size=(size, size), mode="bicubic", antialias=True)[0]
     return out.round_().clamp_(0, 255) if crop.is_cuda else out
 
 
 def resize_together(images: Tensor, boxes: np.ndarray, size: int, flip: np.ndarray) -> Tensor:
-    """`crop_and_resize` of images of one size, by matrix products."""
+    """Compute `crop_and_resize` of images of one size by matrix products."""
     count, height, width, channels = images.shape
     device = images.device
-    box = to_device(torch.from_numpy(boxes.astype(np.float32)), device)
-    mirrored = to_device(torch.from_numpy(flip), device)
+    box = to_device(boxes.astype(np.float32), device)
+    mirrored = to_device(flip, device)
     rows = cubic_matrices(box[:, 0], box[:, 2], height, size)
     columns = cubic_matrices(box[:, 1], box[:, 3], width, size)
     columns = torch.where(mirrored[:, None, None], columns.flip(1), columns)
-    # Pillow goes along the rows first and keeps whole numbers in between.
+    # Pillow resizes the rows first and rounds in between.
     pixels = images.permute(0, 3, 1, 2).reshape(count, channels * height, width).float()
     across = torch.bmm(pixels, columns.mT).round_().clamp_(0, 255)
     across = across.view(count, channels, height, size).transpose(1, 2)
@@ -68,20 +68,22 @@ def resize_together(images: Tensor, boxes: np.ndarray, size: int, flip: np.ndarr
 
 
 def cubic_matrices(start: Tensor, length: Tensor, source: int, size: int) -> Tensor:
-    """Matrices that resize a stretch of a line: Keys's kernel with a = -1/2, widened where the line
-    shrinks, cut off at the ends of the stretch.
+    """Return matrices that resize an interval of a row or column.
+
+    The kernel is Keys's with a = -1/2, widened for downsampling and cut off at the ends of the
+    interval.
 
     Args:
-        start: [N], first pixel of the stretch.
-        length: [N], its pixels.
-        source: Pixels of the whole line.
+        start: [N], first pixel of the interval.
+        length: [N], its length in pixels.
+        source: Pixels of the whole row or column.
         size: Pixels of the result.
 
     Returns:
         [N, size, source], float32; rows sum to 1.
     """
     start, length = start[:, None, None], length[:, None, None]
-    position = torch.arange(source, device=start.device) - start  # in the stretch
+    position = torch.arange(source, device=start.device) - start  # in the interval
     scale = length / size
     widening = scale.clamp(min=1)
     centre = (torch.arange(size, device=start.device)[:, None] + 0.5) * scale

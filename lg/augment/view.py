@@ -1,5 +1,4 @@
-"""Views: which part of an image was taken, as data, so that stored feature maps can be cropped the
-same way."""
+"""Crops and flips as data, so that stored feature maps can be cropped and flipped the same way."""
 
 from __future__ import annotations
 
@@ -13,15 +12,15 @@ from torch import Tensor
 from torchvision.transforms import InterpolationMode, RandomResizedCrop
 from torchvision.transforms import functional as TF
 
-# Of random resized crops: share of the image's area, and width over height (or its inverse).
+# Limits of random resized crops: share of the area, and width / height (or its inverse).
 SMALLEST_AREA = 0.08
 LARGEST_ASPECT = 4 / 3
 
 
 class View(NamedTuple):
-    """A crop box in fractions of the source image's height and width, then a flip.
+    """A crop box in fractions of the image's height and width, followed by a flip.
 
-    A box may reach beyond the image (below 0, above 1); what lies there is black.
+    A box may extend beyond the image (below 0, above 1), where it is black.
     """
 
     top: float = 0.0
@@ -31,20 +30,24 @@ class View(NamedTuple):
     flip: bool = False
 
     def tensor(self) -> Tensor:
-        """[5], float32: top, left, height, width, flip."""
+        """Return [5], float32: top, left, height, width, flip."""
         return torch.tensor([self.top, self.left, self.height, self.width, float(self.flip)])
 
 
 def padding(size: int) -> int:
-    """Black pixels that the plain recipe puts on every side of a size x size image."""
+    """Return the width of the black border that the plain recipe adds to a size x size image."""
     return size // 8
 
 
 def random_resized_crop(image: Image.Image, size: int, *, hflip: float) -> tuple[Image.Image, View]:
-    """Takes 8 to 100 % of the area at an aspect ratio of 3/4 to 4/3, resized (bicubic) to size x
-    size.
+    """Crop 8 to 100 % of the area at an aspect ratio of 3/4 to 4/3; resize it (bicubic), then flip.
 
     Draws from the global `random` and torch generators.
+
+    Args:
+        image: An image of any size.
+        size: Side of the result in pixels.
+        hflip: Probability of the flip.
     """
     top, left, height, width = RandomResizedCrop.get_params(
         image, scale=[SMALLEST_AREA, 1.0], ratio=[1 / LARGEST_ASPECT, LARGEST_ASPECT]
@@ -60,10 +63,14 @@ def random_resized_crop(image: Image.Image, size: int, *, hflip: float) -> tuple
 
 
 def padded_crop(image: Image.Image, size: int, *, hflip: float) -> tuple[Image.Image, View]:
-    """Resizes (bicubic) to size x size, pads with size/8 of black on every side and takes size x
-    size of it.
+    """Resize (bicubic) to size x size, pad each side with size/8 of black, crop to size, then flip.
 
     Draws from the global `random` generator.
+
+    Args:
+        image: An image of any size.
+        size: Side of the result in pixels.
+        hflip: Probability of the flip.
     """
     most = padding(size)
     top, left = random.randint(-most, most), random.randint(-most, most)
@@ -77,22 +84,22 @@ def padded_crop(image: Image.Image, size: int, *, hflip: float) -> tuple[Image.I
 
 
 def plain_views(size: int, *, shifts: int, mirrored: bool) -> list[View]:
-    """Views that the plain recipe may draw, the whole image first.
+    """Return views that the plain recipe may draw, the whole image first.
 
     Args:
-        size: Side of the images, pixels.
-        shifts: How many shifts each way, evenly spaced: odd, at most 2 * (size // 8) + 1, which is
-            all.
-        mirrored: Whether each is there flipped too.
+        size: Side of the images in pixels.
+        shifts: Number of evenly spaced shifts per direction: odd, at most 2 * (size // 8) + 1,
+            which is all.
+        mirrored: Whether to add the flip of each view.
 
     Raises:
-        ValueError: Another number of shifts.
+        ValueError: `shifts` is even or out of range.
     """
     most = padding(size)
     if shifts % 2 == 0 or not 1 <= shifts <= 2 * most + 1:
         raise ValueError(
-            f"{shifts} shifts each way: images of {size} pixels are shifted by up to {most}, so "
-            f"give an odd number from 1 to {2 * most + 1}"
+            f"shifts is {shifts}: images of {size} pixels are shifted by up to {most}, so "
+            f"set it to an odd number from 1 to {2 * most + 1}"
         )
     half = shifts // 2
     steps = sorted((round(i * most / max(half, 1)) for i in range(-half, half + 1)), key=abs)
@@ -101,8 +108,7 @@ def plain_views(size: int, *, shifts: int, mirrored: bool) -> list[View]:
 
 
 def shifted(images: Tensor, view: View) -> Tensor:
-    """Normalised images [N, 3, S, S] as a view of `plain_views` shows them: black where it reaches
-    beyond them."""
+    """Return a view of `plain_views` of normalised images [N, 3, S, S], black beyond them."""
     size = images.shape[3]
     top, left = round(view.top * size), round(view.left * size)
     if top or left:

@@ -209,7 +209,7 @@ def test_a_view_is_reached_from_the_nearest_stored_one() -> None:
 
 @pytest.mark.parametrize("shifts", [0, 2, 7, -1])
 def test_shifts_that_cannot_be_are_refused(shifts: int) -> None:
-    with pytest.raises(ValueError, match=r"give an odd number from 1 to 5"):
+    with pytest.raises(ValueError, match=r"an odd number from 1 to 5"):
         plain_views(16, shifts=shifts, mirrored=False)
 
 

@@ -27,6 +27,7 @@ INFINITY = float("inf")
 # Values just outside each range.
 BEYOND: dict[str, list[Any]] = {
     "at least 1": [0],
+    "at least 2": [1],
     "at least 0 and finite": [-1, INFINITY],
     "greater than 0 and finite": [0, -1.0, INFINITY],
     "at least 0 and below 1": [-1, 1.0],

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -250,20 +250,32 @@ def resume(run: Run, *, auto: bool) -> None:
             f"TRAIN.AUTO_RESUME is False, but {folder} has checkpoints of an earlier run: set "
             "OUT_DIR to another folder, remove them, or set TRAIN.AUTO_RESUME True."
         )
-    state = run.checkpoints.load_last(log.warn)
+    state = restore_last(run, log.warn)
     if state is not None:
-        try:
-            run.restore(state)
-        except (ValueError, RuntimeError, KeyError, TypeError) as error:
-            raise CheckpointError(
-                f"Cannot resume from the last checkpoint in {folder}: {error}."
-            ) from None
         for text in _differences(run, state):
             log.warn(text)
         epoch, step = run.progress.epoch, run.progress.step
         where = f"step {step} of epoch {epoch + 1}" if step else f"epoch {epoch}"
         log.say(f"Resuming after {where} of {run.settings.max_epoch}.")
     log.open_board(run.progress.epoch * run.loader.steps_per_epoch + run.progress.step + 1)
+
+
+def restore_last(run: Run, warn: Callable[[str], None]) -> dict[str, Any] | None:
+    """Restore the last checkpoint of the run's folder and return it; None if there is none.
+
+    Raises:
+        CheckpointError: There are checkpoints, and none can be used, or the last does not fit.
+    """
+    state = run.checkpoints.load_last(warn)
+    try:
+        if state is not None:
+            run.restore(state)
+    except (ValueError, RuntimeError, KeyError, TypeError) as error:
+        raise CheckpointError(
+            f"Cannot resume from the last checkpoint in {run.checkpoints.folder}: {error}. Use the "
+            "settings it was saved with, or set OUT_DIR to a new folder."
+        ) from None
+    return state
 
 
 def _differences(run: Run, state: Mapping[str, Any]) -> Iterator[str]:

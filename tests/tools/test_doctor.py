@@ -1,4 +1,4 @@
-"""`--mode doctor`: what it finds, what it says, that it goes on and leaves nothing behind."""
+"""`--mode doctor`: what it finds, that no finding hides another, and that it leaves no files."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import yaml
 import lg
 from lg import trainer
 from lg.tools.doctor import doctor, findings
-from lg.tools.doctor.checkup import check_up
+from lg.tools.doctor.checkup import check_config
 from lg.tools.doctor.findings import COST, DATA, FACT, MODEL, NOTE, OUTPUT, PROBLEM, Finding
 from tests.datasets.test_scan import config, make_folder, picture, spoil
 from tests.test_trainer import CONFIGS, TINY
@@ -39,7 +39,7 @@ def guide_file(path: Path, *, num_classes: int = 10, **facts: Any) -> Path:
     return path
 
 
-def told(findings: list[Finding], level: str, topic: str = "") -> list[str]:
+def texts(findings: list[Finding], level: str, topic: str = "") -> list[str]:
     return [f.text for f in findings if f.level == level and topic in ("", f.topic)]
 
 
@@ -58,42 +58,45 @@ def test_a_sound_training_has_no_problem_and_leaves_nothing(
     assert snapshot(tmp_path) == before
     lines = capsys.readouterr().out.splitlines()
     assert [line for line in lines if line in findings.TOPICS] == list(findings.TOPICS)
-    assert lines[-1] == "No problem, 0 notes: ready to train."
+    assert lines[-1] == "No problems, 0 notes: ready to train."
     text = " ".join(" ".join(lines).split())
     assert "digits/train: 120 training images in 10 classes of 12, 8 x 8 pixels" in text
-    assert f"the guide's own test error is 12.5 % ({guide})." in text
+    assert f"the guide's test error is 12.5 % ({guide})." in text
     assert "Blocks: 0 imitates 0, 1 imitates 2 of the guide (--mode info shows them)." in text
-    assert "cpu (DEVICE cpu), fp32 (TRAIN.MIXED_PRECISION False), images are read 1 at a" in text
-    assert " a step of 30 images: " in text and "for the 12 steps of 3 epochs, " in text
+    assert (
+        "cpu (DEVICE cpu), fp32 (TRAIN.MIXED_PRECISION False), images read in parallel: 1 (D"
+        in text
+    )
+    assert " per step of 30 images: " in text and "for the 12 steps of 3 epochs, " in text
 
 
 def test_checkpoints_take_what_was_said(tmp_path: Path) -> None:
     guide = guide_file(tmp_path / "guide.pyth")
     changes = {"OPTIM__WARMUP_EPOCHS": 0, "TRANSFORMER__HIDDEN_DIM": 96}
     cfg = digits(tmp_path / "run", guide, OPTIM__MAX_EPOCH=1, **changes)
-    found = check_up(cfg)
+    found = check_config(cfg)
     trainer.train(cfg)
     size = (tmp_path / "run/checkpoints/model_epoch_0001.pyth").stat().st_size
-    said = next(text for text in told(found, FACT, OUTPUT))
+    said = next(text for text in texts(found, FACT, OUTPUT))
     megabytes = float(said.removeprefix("a checkpoint takes ").split(" MB")[0])
     assert abs(megabytes - size / 1e6) < 0.06 and size > 2e6
     # And of what is there now:
     before = snapshot(tmp_path / "run")
-    notes = told(check_up(cfg), NOTE, OUTPUT)
+    notes = texts(check_config(cfg), NOTE, OUTPUT)
     assert notes == [
-        f"{tmp_path}/run/checkpoints has all 1 epochs of OPTIM.MAX_EPOCH: there is nothing left "
-        "to train; raise that, or set OUT_DIR to a new folder."
+        f"{tmp_path}/run/checkpoints has all 1 epochs of OPTIM.MAX_EPOCH, so there is nothing left "
+        "to train: raise OPTIM.MAX_EPOCH, or set OUT_DIR to a new folder."
     ]
     assert snapshot(tmp_path / "run") == before
     longer = digits(tmp_path / "run", guide, TRAIN__AUTO_RESUME=False, **changes)
-    found = check_up(longer)
-    assert told(found, NOTE, OUTPUT) == [
-        f"{tmp_path}/run/checkpoints has checkpoints, so training goes on after 1 of 3 epochs."
+    found = check_config(longer)
+    assert texts(found, NOTE, OUTPUT) == [
+        f"training resumes after epoch 1 of 3 ({tmp_path}/run/checkpoints)."
     ]
-    assert told(found, PROBLEM)[0].startswith("TRAIN.AUTO_RESUME is False, but ")
+    assert texts(found, PROBLEM)[0].startswith("TRAIN.AUTO_RESUME is False, but ")
     wider = digits(tmp_path / "run", guide, TRANSFORMER__HIDDEN_DIM=32)
-    (problem,) = told(check_up(wider), PROBLEM)
-    assert problem.startswith("training cannot go on from the last checkpoint in ")
+    (problem,) = texts(check_config(wider), PROBLEM)
+    assert problem.startswith("Cannot resume from the last checkpoint in ")
 
 
 def test_everything_wrong_is_found_at_once(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
@@ -113,42 +116,42 @@ def test_everything_wrong_is_found_at_once(tmp_path: Path, capsys: pytest.Captur
     joined = " ".join(text.split())
     assert f"{root}/train/empty contains no images" in joined
     assert f"{root}/val has the class 'wolf', which is not in {root}/train;" in joined
-    assert "3 of the 14 training images cannot be read; the first that is met ends the" in joined
+    assert "3 of the 14 training images cannot be read; the first one stops the run." in joined
     assert "1 of the 7 test images cannot be read; " in joined
     assert all(f"\n{'':13}{path}: " in text for path in bad)
-    assert "1 training image with a copy in another class, pixel for pixel, so that one" in joined
+    assert "1 training image identical to an image of another class, so one label is" in joined
     pair = f"{root}/train/cat/2.png and {root}/train/dog/other.png ('cat' and 'dog')"
     assert f"\n{'':13}{pair}\n" in text
-    assert "1 of the 7 test images can be found, pixel for pixel, among the training im" in joined
+    assert "1 of the 7 test images are identical to training images, so the test error is" in joined
     assert f"{root}/val/cat/taught.png and {root}/train/cat/3.png" in joined
     assert f"OUT_DIR {tmp_path}/run is not writable: Not a directory in {tmp_path}/run. M" in joined
-    assert "not measured, for the problems of the data: mend them, then ask again." in joined
+    assert "not measured because of problems with data: fix them and run this again." in joined
     assert "NUM_CLASSES" not in joined  # two classes, once the empty folder is gone
-    assert text.splitlines()[-1] == "7 problems to mend before training, 3 notes."
+    assert text.splitlines()[-1] == "7 problems to fix before training, 3 notes."
 
 
 def test_skipped_images_are_a_note_and_the_rest_is_measured(tmp_path: Path) -> None:
     spoil(make_folder(tmp_path / "set"))
     cfg = config(tmp_path / "set", tmp_path / "run", DATA_LOADER__ON_ERROR="skip")
-    found = check_up(cfg)
-    assert told(found, PROBLEM) == []
-    assert [text.splitlines()[0] for text in told(found, NOTE, DATA)] == [
-        "DATA_LOADER.ON_ERROR skip leaves out 3 of the 13 training images, which cannot be read:",
+    found = check_config(cfg)
+    assert texts(found, PROBLEM) == []
+    assert [text.splitlines()[0] for text in texts(found, NOTE, DATA)] == [
+        "3 of the 13 training images cannot be read and are skipped (DATA_LOADER.ON_ERROR skip):",
         "10 training images less than 16 pixels wide or high (the first is "
         f"{tmp_path}/set/train/cat/0.png, 12 x 9)",
-        "DATA_LOADER.ON_ERROR skip leaves out 1 of the 6 test images, which cannot be read:",
+        "1 of the 6 test images cannot be read and are skipped (DATA_LOADER.ON_ERROR skip):",
         "5 test images less than 16 pixels wide or high (the first is "
         f"{tmp_path}/set/val/cat/6.png, 12 x 9)",
     ]
-    assert "for the 4 steps of 2 epochs" in told(found, FACT, COST)[0]
+    assert "for the 4 steps of 2 epochs" in texts(found, FACT, COST)[0]
 
 
 def test_guide_faults_are_found_one_by_one(tmp_path: Path) -> None:
     guide = guide_file(tmp_path / "guide.pyth", num_classes=7)
     changes = {"DISTILLATION__INTER_STUDENT_INDEX": [0, 5], "DEVICE": "cuda"}
     cfg = digits(tmp_path / "run", guide, **changes)
-    found = check_up(cfg)
-    taps, weights, device = told(found, PROBLEM, MODEL) + told(
+    found = check_config(cfg)
+    taps, weights, device = texts(found, PROBLEM, MODEL) + texts(
         found, PROBLEM, "Device and precision"
     )
     assert taps == (
@@ -157,31 +160,31 @@ def test_guide_faults_are_found_one_by_one(tmp_path: Path) -> None:
     assert weights.startswith(f"DISTILLATION.TEACHER_WEIGHTS: {guide}: the weights do not fit ")
     assert "head.fc.weight is [7, 64], the model has [10, 64]" in weights
     assert device.startswith("Process 0 of this machine needs a GPU of its own")
-    assert told(found, NOTE, COST) == [
-        "not measured, for the problems of model, guide or device: mend them, then ask again."
+    assert texts(found, NOTE, COST) == [
+        "not measured because of problems with model, guide or device: fix them and run this again."
     ]
 
 
 def test_a_guide_that_knows_little_or_other_things(tmp_path: Path) -> None:
     facts = {"test_err": 85.0, "ema_err": 100.0, "cfg": yaml.dump({"TRAIN": {"DATASET": "other"}})}
     guide = guide_file(tmp_path / "guide.pyth", **facts)
-    found = check_up(digits(tmp_path / "run", guide))
-    assert told(found, NOTE, MODEL) == [
-        f"the guide's own test error is 85.0 % ({guide}), where chance has 90.0 %: train it first, "
-        "or its maps teach little.",
-        f"the guide was trained on other, TRAIN.DATASET is digits ({guide}).",
+    found = check_config(digits(tmp_path / "run", guide))
+    assert texts(found, NOTE, MODEL) == [
+        f"the guide's test error is 85.0 % ({guide}), where guessing gives 90.0 %: train the "
+        "guide first.",
+        f"the guide was trained on other, but TRAIN.DATASET is digits ({guide}).",
     ]
 
 
 def test_settings_that_training_would_refuse(tmp_path: Path) -> None:
     cfg = digits(tmp_path / "run", tmp_path / "none.pyth", TRAIN__BATCH_SIZE=200)
-    assert told(check_up(cfg), PROBLEM) == [
+    assert texts(check_config(cfg), PROBLEM) == [
         f"DISTILLATION.TEACHER_WEIGHTS is '{tmp_path}/none.pyth', which does not exist. Check the "
         "path, or train the model that writes it first.",
         "TRAIN.BATCH_SIZE is 200, but there are only 120 training images; lower it to 120 or less.",
     ]
     nowhere = config(tmp_path / "nowhere", tmp_path / "run")
-    (missing,) = told(check_up(nowhere), PROBLEM)
+    (missing,) = texts(check_config(nowhere), PROBLEM)
     assert missing.startswith(f"image_folder: {tmp_path}/nowhere/train is missing; ")
 
 
@@ -196,14 +199,14 @@ def test_whatever_building_raises_is_a_finding(
 
     cfg = digits(tmp_path / "run", guide_file(tmp_path / "guide.pyth"))
     monkeypatch.setattr("lg.tools.doctor.checkup.build_run", build)
-    assert told(check_up(cfg), PROBLEM) == [
-        "training for some steps fails (KeyError: 'something odd'); --mode train would fail "
-        "likewise."
+    assert texts(check_config(cfg), PROBLEM) == [
+        "taking the first training steps fails (KeyError: 'something odd'); --mode train would "
+        "fail too."
     ]
     monkeypatch.setattr("lg.tools.doctor.checkup.build_run", overflow)
-    assert told(check_up(cfg), PROBLEM) == [
-        "memory runs out while training for some steps (CUDA out of memory. Tried to allocate 9 "
-        "GiB). Set TRAIN.MIXED_PRECISION True or a larger TRAIN.ACCUM_STEPS, which keep the "
+    assert texts(check_config(cfg), PROBLEM) == [
+        "taking the first training steps runs out of memory (CUDA out of memory. Tried to allocate "
+        "9 GiB). Set TRAIN.MIXED_PRECISION True or raise TRAIN.ACCUM_STEPS, which keep the "
         "recipe, or lower TRAIN.BATCH_SIZE."
     ]
 
@@ -211,7 +214,7 @@ def test_whatever_building_raises_is_a_finding(
 def test_losses_that_are_no_numbers(tmp_path: Path) -> None:
     guide = guide_file(tmp_path / "guide.pyth")
     changes = {"OPTIM__BASE_LR": 1e30, "OPTIM__WARMUP_EPOCHS": 0, "OPTIM__CLIP_GRAD_NORM": 0.0}
-    (problem,) = told(check_up(digits(tmp_path, guide, **changes)), PROBLEM)
+    (problem,) = texts(check_config(digits(tmp_path, guide, **changes)), PROBLEM)
     assert problem.startswith("the losses of the first steps are ") and ", nan" in problem
 
 
@@ -223,17 +226,17 @@ def test_stored_features_of_other_images(tmp_path: Path) -> None:
     changes |= {"TRAIN__MIXUP_ALPHA": 0.0, "TRAIN__CUTMIX_ALPHA": 0.0}
     cfg = digits(tmp_path / "run", guide, **changes)
     precompute_feature.run(precompute_feature.parse_args(["--cfg", "x.yaml"]), cfg)
-    found = check_up(cfg)
-    assert told(found, PROBLEM) == []
-    assert f"{bank} holds the guide's maps of the training images." in told(found, FACT, MODEL)
+    found = check_config(cfg)
+    assert texts(found, PROBLEM) == []
+    assert f"{bank} holds the guide's maps of the training images." in texts(found, FACT, MODEL)
     more = digits(tmp_path / "run", guide, **changes, TRAIN__FRACTION=0.5)
-    (problem,) = told(check_up(more), PROBLEM, MODEL)
+    (problem,) = texts(check_config(more), PROBLEM, MODEL)
     assert problem.startswith(f"{bank} does not belong to this training: it lacks 480 ")
 
 
 def test_a_folder_to_come_is_looked_for_above(tmp_path: Path) -> None:
     os.mkdir(tmp_path / "there")
     cfg = digits(tmp_path / "there/not/yet", guide_file(tmp_path / "guide.pyth"))
-    found = check_up(cfg)
-    assert told(found, FACT, OUTPUT)[0].endswith(f" is free in {tmp_path}/there.")
+    found = check_config(cfg)
+    assert texts(found, FACT, OUTPUT)[0].endswith(f" are free in {tmp_path}/there.")
     assert list((tmp_path / "there").iterdir()) == []

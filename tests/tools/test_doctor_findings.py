@@ -1,4 +1,4 @@
-"""What is said of plain facts: images, time, memory, disk; and how it is printed."""
+"""Findings of the doctor: images, time, memory, disk; and how they are printed."""
 
 from __future__ import annotations
 
@@ -7,9 +7,18 @@ from typing import Any
 import numpy as np
 
 from lg.datasets.scan import ImageFacts
-from lg.tools.doctor import findings as doctor
+from lg.tools.doctor import images as image_findings
 from lg.tools.doctor import trial
-from lg.tools.doctor.findings import COST, DATA, FACT, NOTE, PROBLEM, Finding, Split
+from lg.tools.doctor.findings import (
+    COST,
+    DATA,
+    FACT,
+    NOTE,
+    PROBLEM,
+    Finding,
+    format_findings,
+)
+from lg.tools.doctor.images import Split
 from lg.tools.doctor.trial import Trial
 
 ALIKE = b"alike"
@@ -25,58 +34,61 @@ def split(digests: list[bytes], labels: list[int], *, role: str = "training", **
 
 def test_copies() -> None:
     train = split([b"a", ALIKE, b"b", ALIKE, b"c", ALIKE], [0, 0, 1, 0, 2, 1], is_own=True)
-    assert doctor.copies_within(train) == [
+    assert image_findings.find_copies(train) == [
         Finding(
             PROBLEM,
             DATA,
-            "1 training image with a copy in another class, pixel for pixel, so that one label is "
-            "wrong. Remove or relabel:\ntraining-1 and training-5 ('cat' and 'dog')",
+            "1 training image identical to an image of another class, so one label is wrong. "
+            "Remove or relabel them:\ntraining-1 and training-5 ('cat' and 'dog')",
         ),
         Finding(
             NOTE,
             DATA,
-            "1 training image with a copy in the same class, pixel for pixel, which makes it count "
-            "more than others. Remove copies if that is not meant:\ntraining-1 and training-3",
+            "1 training image identical to another image of its class, which then counts more than "
+            "once. Remove the copies unless they are intended:\ntraining-1 and training-3",
         ),
     ]
     test = split([b"x", ALIKE, b"c", b"y"], [0, 1, 2, 2], role="test", is_own=True)
-    (across,) = doctor.copies_across(train, test)
+    (across,) = image_findings.find_leaks(train, test)
     assert across == Finding(
         PROBLEM,
         DATA,
-        "2 of the 4 test images can be found, pixel for pixel, among the training images as well, "
-        "so the test error is too good. Remove them from one of the two:\n"
+        "2 of the 4 test images are identical to training images, so the test error is too low. "
+        "Remove them from one of the two:\n"
         "test-1 and training-1\ntest-2 and training-4",
     )
     published = split([ALIKE] * 6, [0] * 6, role="test")
-    assert doctor.copies_across(train, published)[0].level == NOTE
-    (note,) = doctor.copies_within(published)
+    assert image_findings.find_leaks(train, published)[0].level == NOTE
+    (note,) = image_findings.find_copies(published)
     assert note.level == NOTE and note.text.endswith("\nand 2 more")
-    assert doctor.copies_across(train, split([b"p", b"q"], [0, 1], role="test")) == []
+    assert image_findings.find_leaks(train, split([b"p", b"q"], [0, 1], role="test")) == []
 
 
 def test_unreadable_images_are_alike_to_nothing() -> None:
     images = [ImageFacts("a: empty"), ImageFacts("b: empty"), ImageFacts("", 32, 24, b"c")]
     broken = Split("training", "s/train", ["k"], np.zeros(3, int), ["a", "b", "c"], images)
-    assert doctor.copies_within(broken) == [] and doctor.copies_across(broken, broken) != []
-    assert doctor.copies_across(broken, broken)[0].text.startswith("1 of the 3 test images")
+    assert (
+        image_findings.find_copies(broken) == [] and image_findings.find_leaks(broken, broken) != []
+    )
+    assert image_findings.find_leaks(broken, broken)[0].text.startswith("1 of the 3 test images")
 
 
 def test_classes_of_one_split_alone() -> None:
     both = split([b"a", b"b", b"c"], [0, 1, 2])
-    assert doctor.classes(both, both) == []
+    assert image_findings.find_class_gaps(both, both) == []
     train = split([b"a", b"b"], [0, 0])
     test = split([b"c", b"d", b"e"], [1, 1, 1], role="test")
-    assert [(f.level, f.text) for f in doctor.classes(train, test)] == [
+    assert [(f.level, f.text) for f in image_findings.find_class_gaps(train, test)] == [
         (
             PROBLEM,
-            "class 'dog' of set/training has no training image, but 3 in set/test, which no model "
-            "can get right: add training images, or take the class out of both.",
+            "class 'dog' of set/training has no training images, but 3 in set/test, which no model "
+            "can get right: add training images, or remove the class from both.",
         ),
-        (NOTE, "class 'elk' of set/training has no images at all."),
+        (NOTE, "class 'elk' of set/training has no images."),
         (
             NOTE,
-            "class 'cat' has training images but no test image: the test error says nothing of it.",
+            "class 'cat' has training images but no test images, so the test error does not cover "
+            "it.",
         ),
     ]
 
@@ -84,15 +96,15 @@ def test_classes_of_one_split_alone() -> None:
 def test_a_class_that_loses_all_images() -> None:
     images = [ImageFacts("a: empty"), ImageFacts("", 20, 20, b"b"), ImageFacts("c: empty")]
     broken = Split("test", "s/test", ["k", "l"], np.array([0, 0, 1]), ["a", "b", "c"], images)
-    first, lost = doctor.unreadable(broken, skip=True)
+    first, lost = image_findings.find_unreadable(broken, skip=True)
     assert first.text.splitlines() == [
-        "DATA_LOADER.ON_ERROR skip leaves out 2 of the 3 test images, which cannot be read:",
+        "2 of the 3 test images cannot be read and are skipped (DATA_LOADER.ON_ERROR skip):",
         "a: empty",
         "c: empty",
     ]
     assert (first.level, lost.level) == (NOTE, PROBLEM)
-    assert lost.text == "no test image of class 'l' can be read: mend some, or remove the class."
-    assert doctor.unreadable(broken, skip=False)[0].level == PROBLEM
+    assert lost.text == "no test image of class 'l' can be read: repair some, or remove the class."
+    assert image_findings.find_unreadable(broken, skip=False)[0].level == PROBLEM
 
 
 def test_odd_images() -> None:
@@ -103,26 +115,26 @@ def test_odd_images() -> None:
         ImageFacts("", 16, 160, b"d", ("palette",)),
     ]
     odd = Split("test", "s/test", ["k"], np.zeros(4, int), list("abcd"), images)
-    assert [finding.text for finding in doctor.oddities(odd)] == [
+    assert [finding.text for finding in image_findings.find_oddities(odd)] == [
         "1 test image less than 16 pixels wide or high (a, 15 x 40)",
         "1 test image over 10 times as long as wide, squeezed or cut to a square (b, 30000 x 40)",
         "2 test images with a palette, read as RGB (the first is c, 9000 x 6000)",
         "1 test image of more than 50 megapixels, slow to read: shrink them (c, 9000 x 6000)",
     ]
     within = Split("test", "s/test", ["k"], np.zeros(4, int), list("abcd"), images, of_files=False)
-    assert doctor.oddities(within) == []
+    assert image_findings.find_oddities(within) == []
     same = Split("test", "s/test", ["k"], np.zeros(1, int), ["c"], images[2:3])
     text = "s/test: 1 test image in 1 class of 1, 9000 x 6000 pixels"
-    assert doctor.size_of(same) == Finding(FACT, DATA, text)
+    assert image_findings.summarize(same) == Finding(FACT, DATA, text)
     sizes = "s/test: 4 test images in 1 class of 4, 15 x 40 to 9000 x 6000 pixels"
-    assert doctor.size_of(odd).text == sizes
+    assert image_findings.summarize(odd).text == sizes
 
 
 def test_time_and_memory_are_reckoned() -> None:
     taken = Trial([2.0, 1.5], 0.5, 0.25, 900, 4000, 1_500_000)
     lines = [
         each.text
-        for each in trial.cost(
+        for each in trial.estimate_cost(
             taken,
             device="cpu",
             batch_size=32,
@@ -133,28 +145,29 @@ def test_time_and_memory_are_reckoned() -> None:
             test_batches=20,
             with_average=True,
             images="images are read",
-            kept_bytes=2_500_000_000,
+            cached_bytes=2_500_000_000,
         )
     ]
     # 900 steps of 0.5 s; 4 tests, the weights and their average, of 20 batches of 0.25 s.
     assert lines == [
-        "about 0.5 s a step of 32 images: 7m 30s for the 900 steps of 10 epochs, 40s for the "
-        "tests, 8m 10s in all. Measured in one of 2 processes, which exchange gradients on "
-        "top of it.",
-        "900 of 4,000 MiB of memory taken at most (cpu).",
+        "about 0.5 s per step of 32 images: 7m 30s for the 900 steps of 10 epochs, 40s for the "
+        "tests, 8m 10s in total. Measured in one of 2 processes, without the exchange of "
+        "gradients.",
+        "peak memory: 900 of 4,000 MiB (cpu).",
         "images are read. They take about 2.5 GB.",
     ]
 
 
 def test_checkpoints_must_fit() -> None:
     room = {"checkpoint_bytes": 2_000_000, "count": 4, "place": "/disk"}
-    tight = trial.disk(**room, there=0, free=7_900_000)
+    tight = trial.estimate_disk(**room, present=0, free=7_900_000)
     assert (tight.level, tight.text) == (
         PROBLEM,
-        "a checkpoint takes 2.0 MB, 4 of them (kept, best and being written) 8.0 MB; 7.9 MB is "
-        "free in /disk: make room, lower TRAIN.KEEP_CHECKPOINTS, or set OUT_DIR to another disk.",
+        "a checkpoint takes 2.0 MB, 4 of them (kept, best and being written) 8.0 MB; 7.9 MB are "
+        "free in /disk: free some space, lower TRAIN.KEEP_CHECKPOINTS, or set OUT_DIR to another "
+        "disk.",
     )
-    assert trial.disk(**room, there=2_000_000, free=6_000_000).level == FACT
+    assert trial.estimate_disk(**room, present=2_000_000, free=6_000_000).level == FACT
 
 
 def test_lines_are_short_and_paths_whole() -> None:
@@ -165,7 +178,7 @@ def test_lines_are_short_and_paths_whole() -> None:
         Finding(PROBLEM, DATA, f"a problem\n{path}: empty"),
         Finding(FACT, DATA, "a fact"),
     ]
-    assert doctor.report(findings, width=60) == [
+    assert format_findings(findings, width=60) == [
         "Data",
         "           a fact",
         "  PROBLEM  a problem",
@@ -174,6 +187,6 @@ def test_lines_are_short_and_paths_whole() -> None:
         f"           ({path})",
         "Time and memory",
         "  note     a note",
-        "1 problem to mend before training, 2 notes.",
+        "1 problem to fix before training, 2 notes.",
     ]
-    assert doctor.report([], width=60) == ["No problem, 0 notes: ready to train."]
+    assert format_findings([], width=60) == ["No problems, 0 notes: ready to train."]

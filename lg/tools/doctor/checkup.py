@@ -1,4 +1,7 @@
-"""`--mode doctor`: from the config to findings. Goes on after each, and leaves nothing behind."""
+"""`--mode doctor`, step by step: output, device, model, data, first training steps.
+
+Each step reports what it finds and lets the others run. Nothing is left on disk.
+"""
 
 from __future__ import annotations
 
@@ -31,13 +34,12 @@ from lg.datasets.cached_loader import CachedTrainLoader
 from lg.datasets.loader import usable_workers
 from lg.datasets.scan import drop_unreadable, has_image_files, scan
 from lg.distributed import World
-from lg.errors import CheckpointError
 from lg.files.lock import check_writable, existing_folder
 from lg.guidance import FeatureBank
 from lg.logs.log import RunLog
 from lg.paths import is_local_file, is_url
 from lg.run import Run
-from lg.tools.doctor import findings, trial
+from lg.tools.doctor import images, trial
 from lg.tools.doctor.findings import (
     COST,
     DATA,
@@ -47,217 +49,214 @@ from lg.tools.doctor.findings import (
     NOTE,
     OUTPUT,
     PROBLEM,
-    Record,
-    Split,
+    Finding,
+    Findings,
+    format_findings,
 )
 from lg.tools.info import describe_config
+from lg.trainer import restore_last
 
 
 def doctor(cfg: CfgNode) -> None:
-    """Print what would stop a config's training or spoil its result; exit with 1 if anything."""
-    found = check_up(cfg)
-    print("\n".join(findings.report(found)))
-    if any(each.level == PROBLEM for each in found):
+    """Print what would stop a config's training or spoil its result; exit with 1 on a problem."""
+    found = check_config(cfg)
+    print("\n".join(format_findings(found)))
+    if found.has_problem():
         sys.exit(1)
 
 
-def check_up(cfg: CfgNode) -> list[findings.Finding]:
-    """Everything that would stop the config's training or spoil its result, or looks odd.
-
-    Args:
-        cfg: the config.
-    """
-    record = Record()
+def check_config(cfg: CfgNode) -> Findings:
+    """Find what would stop a config's training, spoil its result, or look odd."""
+    found = Findings()
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the findings say what they would say
-        _check_output(cfg, record)
-        fine = _check_device(cfg, record)
-        fine = _check_model(cfg, record) and fine
-        data = _check_data(cfg, record)
+        warnings.simplefilter("ignore")  # the findings cover them
+        _check_output(cfg, found)
+        _check_device(cfg, found)
+        _check_model(cfg, found)
+        data = _check_data(cfg, found)
         if "TRAIN" in data:
-            fine = _check_bank(cfg, data["TRAIN"], record) and fine
-        if fine and len(data) == 2:
-            _check_run(cfg, (data["TRAIN"], data["TEST"]), record)
+            _check_bank(cfg, data["TRAIN"], found)
+        blocked = found.has_problem(DEVICE, MODEL)
+        if not blocked and len(data) == 2:
+            _check_run(cfg, (data["TRAIN"], data["TEST"]), found)
         else:
-            reason = "the data" if fine else "model, guide or device"
-            text = f"not measured, for the problems of {reason}: mend them, then ask again."
-            record.add(NOTE, COST, text)
-    return record.findings
+            topic = "model, guide or device" if blocked else "data"
+            text = f"not measured because of problems with {topic}: fix them and run this again."
+            found.add(Finding(NOTE, COST, text))
+    return found
 
 
-def _check_output(cfg: CfgNode, record: Record) -> None:
-    """Whether the run's folder can be written to."""
-    try:
+def _check_output(cfg: CfgNode, found: Findings) -> None:
+    """Check that the run's folder is writable, and new if it has to be."""
+    with found.catch(OUTPUT, "writing to OUT_DIR"):
         check_writable(cfg.OUT_DIR)
-    except CheckpointError as error:
-        record.add(PROBLEM, OUTPUT, str(error))
     checkpoints = Path(cfg.OUT_DIR) / "checkpoints"
     if not cfg.TRAIN.AUTO_RESUME and any(checkpoints.glob("model_epoch_*.pyth")):
-        text = f"TRAIN.AUTO_RESUME is False, but {checkpoints} has checkpoints of an earlier run: "
-        ways = "set OUT_DIR to another folder, remove them, or set TRAIN.AUTO_RESUME True."
-        record.add(PROBLEM, OUTPUT, text + ways)
+        text = (
+            f"TRAIN.AUTO_RESUME is False, but {checkpoints} has checkpoints of an earlier run: set "
+            "OUT_DIR to another folder, remove them, or set TRAIN.AUTO_RESUME True."
+        )
+        found.add(Finding(PROBLEM, OUTPUT, text))
 
 
-def _check_device(cfg: CfgNode, record: Record) -> bool:
-    before, workers = record.num_problems(), cfg.DATA_LOADER.NUM_WORKERS
-    with record.noting(DEVICE, "choosing the device"):
-        build_device(cfg, World(local_rank=cfg.NUM_GPUS - 1))  # the last process has a GPU too?
+def _check_device(cfg: CfgNode, found: Findings) -> None:
+    """Check that there is a device for each process, and report device and precision."""
+    workers = cfg.DATA_LOADER.NUM_WORKERS
+    with found.catch(DEVICE, "selecting the device"):
+        build_device(cfg, World(local_rank=cfg.NUM_GPUS - 1))  # the last process needs a GPU too
         device = build_device(cfg, World())
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
         text = (
             f"{name} (DEVICE {cfg.DEVICE}), {build_precision(cfg, device)} (TRAIN.MIXED_PRECISION "
-            f"{cfg.TRAIN.MIXED_PRECISION}), images are read {usable_workers(workers) or 1} at a "
-            f"time (DATA_LOADER.NUM_WORKERS {workers})."
+            f"{cfg.TRAIN.MIXED_PRECISION}), images read in parallel: "
+            f"{usable_workers(workers) or 1} (DATA_LOADER.NUM_WORKERS {workers})."
         )
-        record.add(FACT, DEVICE, text)
+        found.add(Finding(FACT, DEVICE, text))
         if device.type == "cpu" and cfg.DEVICE == "auto":
-            text = "no GPU is found, so it runs on the CPU. DEVICE cpu says that this is wanted."
-            record.add(NOTE, DEVICE, text)
+            text = "no GPU found: training runs on the CPU (set DEVICE cpu to silence this)."
+            found.add(Finding(NOTE, DEVICE, text))
         check_world(cfg, World(size=cfg.NUM_GPUS))
-    return record.num_problems() == before
 
 
-def _check_model(cfg: CfgNode, record: Record) -> bool:
-    """Student, guide and taps, and the files of weights that training reads."""
-    before, options = record.num_problems(), cfg.DISTILLATION
-    with record.noting(MODEL, "checking the settings"):
+def _check_model(cfg: CfgNode, found: Findings) -> None:
+    """Check student, guide and taps, and the weights that training reads."""
+    options = cfg.DISTILLATION
+    with found.catch(MODEL, "checking the settings"):
         check_training(cfg)
-    with record.noting(MODEL, "building the model"):
+    with found.catch(MODEL, "building the model"):
         lines = describe_config(cfg)
-        for line in lines[: lines.index("")]:  # the table of `--mode info` follows
-            record.add(FACT, MODEL, f"{line}.")
+        for line in lines[: lines.index("")]:  # the table of blocks follows
+            found.add(Finding(FACT, MODEL, f"{line}."))
         if options.ENABLE_INTER:
-            pairs = zip(options.INTER_STUDENT_INDEX, options.INTER_TEACHER_INDEX, strict=True)
-            told = ", ".join(f"{mine} imitates {theirs}" for mine, theirs in pairs)
-            record.add(FACT, MODEL, f"Blocks: {told} of the guide (--mode info shows them).")
-    if _is_there(cfg.TRAIN.WEIGHTS):
-        with record.noting(MODEL, "loading weights", key="TRAIN.WEIGHTS"):
+            taps = zip(options.INTER_STUDENT_INDEX, options.INTER_TEACHER_INDEX, strict=True)
+            pairs = ", ".join(f"{mine} imitates {theirs}" for mine, theirs in taps)
+            text = f"Blocks: {pairs} of the guide (--mode info shows them)."
+            found.add(Finding(FACT, MODEL, text))
+    if _exists(cfg.TRAIN.WEIGHTS):
+        with found.catch(MODEL, "loading weights", key="TRAIN.WEIGHTS"):
             model = build_model(cfg, pretrained=False)
             load_weights(model, cfg.TRAIN.WEIGHTS, cache=cfg.DOWNLOAD_CACHE)
-    if _is_there(cfg.MODEL.PRETRAINED):
-        with record.noting(MODEL, "loading weights", key="MODEL.PRETRAINED"):
+    if _exists(cfg.MODEL.PRETRAINED):
+        with found.catch(MODEL, "loading weights", key="MODEL.PRETRAINED"):
             build_model(cfg)
     guided = options.ENABLE_INTER or options.ENABLE_LOGIT
-    if guided and not options.OFFLINE and _is_there(options.TEACHER_WEIGHTS):
-        with record.noting(MODEL, "loading weights", key="DISTILLATION.TEACHER_WEIGHTS"):
+    if guided and not options.OFFLINE and _exists(options.TEACHER_WEIGHTS):
+        with found.catch(MODEL, "loading weights", key="DISTILLATION.TEACHER_WEIGHTS"):
             build_teacher(cfg)
-            _judge_guide(cfg, options.TEACHER_WEIGHTS, record)
-    return record.num_problems() == before
+            _check_guide(cfg, options.TEACHER_WEIGHTS, found)
 
 
-def _judge_guide(cfg: CfgNode, path: str, record: Record) -> None:
-    """What the guide's file says of its own training, if it says it."""
+def _check_guide(cfg: CfgNode, path: str, found: Findings) -> None:
+    """Report the guide's test error and data set, as far as its file names them."""
     state = read_checkpoint(path, cache=cfg.DOWNLOAD_CACHE)
     errors = [state[k] for k in ("test_err", "ema_err") if isinstance(state.get(k), (int, float))]
     chance = 100 * (1 - 1 / cfg.MODEL.NUM_CLASSES)
     if errors and math.isfinite(min(errors)):
-        text = f"the guide's own test error is {min(errors):.1f} % ({path})"
-        if min(errors) > 0.9 * chance:
-            text += f", where chance has {chance:.1f} %: train it first, or its maps teach little"
-        record.add(NOTE if min(errors) > 0.9 * chance else FACT, MODEL, f"{text}.")
+        text = f"the guide's test error is {min(errors):.1f} % ({path})"
+        if is_weak := min(errors) > 0.9 * chance:
+            text += f", where guessing gives {chance:.1f} %: train the guide first"
+        found.add(Finding(NOTE if is_weak else FACT, MODEL, f"{text}."))
     try:
-        taught = yaml.safe_load(state["cfg"])["TRAIN"]["DATASET"]
+        dataset = yaml.safe_load(state["cfg"])["TRAIN"]["DATASET"]
     except (yaml.YAMLError, KeyError, TypeError, AttributeError):
         return
-    if taught and taught != cfg.TRAIN.DATASET:
-        text = f"the guide was trained on {taught}, TRAIN.DATASET is {cfg.TRAIN.DATASET} ({path})."
-        record.add(NOTE, MODEL, text)
+    if dataset and dataset != cfg.TRAIN.DATASET:
+        text = f"the guide was trained on {dataset}, but TRAIN.DATASET is {cfg.TRAIN.DATASET}"
+        found.add(Finding(NOTE, MODEL, f"{text} ({path})."))
 
 
-def _check_data(cfg: CfgNode, record: Record) -> dict[str, ImageDataset]:
-    """TRAIN and TEST with their sets as training would use them, as far as it could."""
+def _check_data(cfg: CfgNode, found: Findings) -> dict[str, ImageDataset]:
+    """Check the images; return the sets that training can use, under TRAIN and TEST."""
     listed: dict[str, ImageDataset] = {}
     if not cfg.TRAIN.DATASET:
-        return listed  # told already
-    before, num_empty = record.num_problems(), 0
+        return listed  # already a problem
+    has_empty_class = False
     for role, list_data in (("TRAIN", list_train_data), ("TEST", list_test_data)):
-        with record.noting(DATA, "listing the images"):
+        with found.catch(DATA, "listing the images"):
             dataset = list_data(cfg, tolerate=(MISSING, EMPTY_CLASS, UNTRAINED_CLASS))
             listed[role] = dataset
-            num_empty += sum(fault.kind == EMPTY_CLASS for fault in dataset.faults)
             for fault in dataset.faults:
-                if fault.kind != MISSING:  # missing files are counted with unreadable images
-                    record.add(PROBLEM, DATA, fault.text)
-    with record.noting(DATA, "comparing the classes"):
+                has_empty_class |= fault.kind == EMPTY_CLASS
+                if fault.kind != MISSING:  # missing files are counted as unreadable
+                    found.add(Finding(PROBLEM, DATA, fault.text))
+    with found.catch(DATA, "comparing the classes"):
         if len(listed) == 2:
             check_same_classes(listed["TRAIN"], listed["TEST"])
         for role, dataset in listed.items():
-            if not num_empty:  # else the count is right when that is mended
+            if not has_empty_class:  # fixing that changes the number of classes
                 check_num_classes(cfg, dataset, role)
-    sound = record.num_problems() == before
-    splits = {role: _split(cfg, dataset) for role, dataset in listed.items()}
-    _judge_images(cfg, splits, record)
+    is_usable = not found.has_problem(DATA)
+    splits = {role: _scan(cfg, dataset) for role, dataset in listed.items()}
+    _check_images(cfg, splits, found)
     usable = {}
     for role, dataset in listed.items():
-        faults_at = {i: image.fault for i, image in enumerate(splits[role].images) if image.fault}
-        with record.noting(DATA, "counting the images"):
-            readable = drop_unreadable(dataset, faults_at)
+        unreadable = {i: image.fault for i, image in enumerate(splits[role].images) if image.fault}
+        with found.catch(DATA, "counting the images"):
+            readable = drop_unreadable(dataset, unreadable)
             if role == "TRAIN":
                 check_batch_size(cfg, readable)
-            if sound and (cfg.DATA_LOADER.ON_ERROR == "skip" or not faults_at):
+            if is_usable and (cfg.DATA_LOADER.ON_ERROR == "skip" or not unreadable):
                 usable[role] = readable
     return usable
 
 
-def _split(cfg: CfgNode, dataset: ImageDataset) -> Split:
+def _scan(cfg: CfgNode, dataset: ImageDataset) -> images.Split:
     role = "training" if dataset.split == "train" else "test"
     threads = usable_workers(cfg.DATA_LOADER.NUM_WORKERS)
-    return Split(
+    return images.Split(
         role=role,
         name=f"{dataset.name}/{dataset.split}",
         class_names=dataset.class_names,
         labels=dataset.labels,
         places=[dataset.describe(position) for position in range(len(dataset))],
-        images=scan(dataset, num_threads=threads, title=f"looking at the {role} images"),
+        images=scan(dataset, num_threads=threads, title=f"checking the {role} images"),
         is_own=dataset.name == "image_folder",
         of_files=has_image_files(dataset),
     )
 
 
-def _judge_images(cfg: CfgNode, splits: dict[str, Split], record: Record) -> None:
+def _check_images(cfg: CfgNode, splits: dict[str, images.Split], found: Findings) -> None:
     for split in splits.values():
-        record.extend([findings.size_of(split)])
-        record.extend(findings.unreadable(split, skip=cfg.DATA_LOADER.ON_ERROR == "skip"))
-        record.extend(findings.copies_within(split))
-        record.extend(findings.oddities(split))
+        found.add(images.summarize(split))
+        found.add(*images.find_unreadable(split, skip=cfg.DATA_LOADER.ON_ERROR == "skip"))
+        found.add(*images.find_copies(split), *images.find_oddities(split))
     if len(splits) < 2:
         return
     train, test = splits["TRAIN"], splits["TEST"]
     if train.name == test.name:
-        text = f"TEST.SPLIT is {cfg.TEST.SPLIT}: the tests are on training images, set it to test."
-        record.add(NOTE, DATA, text)
+        text = f"TEST.SPLIT is {cfg.TEST.SPLIT}, which tests on training images: set it to test."
+        found.add(Finding(NOTE, DATA, text))
     elif train.class_names == test.class_names:
-        record.extend(findings.classes(train, test))
-        record.extend(findings.copies_across(train, test))
+        found.add(*images.find_class_gaps(train, test), *images.find_leaks(train, test))
 
 
-def _check_bank(cfg: CfgNode, train: ImageDataset, record: Record) -> bool:
-    """Stored maps against the guide and the images that they should be of."""
-    before, path = record.num_problems(), cfg.DISTILLATION.FEATURE_FILE
-    if cfg.DISTILLATION.OFFLINE and _is_there(path):
-        with record.noting(MODEL, "opening the file", key="DISTILLATION.FEATURE_FILE"):
+def _check_bank(cfg: CfgNode, train: ImageDataset, found: Findings) -> None:
+    """Check that stored features belong to the guide and the training images."""
+    path = cfg.DISTILLATION.FEATURE_FILE
+    if cfg.DISTILLATION.OFFLINE and _exists(path):
+        with found.catch(MODEL, "opening the file", key="DISTILLATION.FEATURE_FILE"):
             bank = build_guided(cfg)[1]
             assert isinstance(bank, FeatureBank)
             bank.check(indices=train.indices, shapes=bank.shapes, **dataset_facts(train))
-            record.add(FACT, MODEL, f"{path} holds the guide's maps of the training images.")
-    return record.num_problems() == before
+            text = f"{path} holds the guide's maps of the training images."
+            found.add(Finding(FACT, MODEL, text))
 
 
-def _check_run(cfg: CfgNode, data: tuple, record: Record) -> None:
-    """Builds a training and takes its first steps."""
+def _check_run(cfg: CfgNode, data: tuple, found: Findings) -> None:
+    """Build one process's share of the training and take its first steps."""
     share = cfg.clone()
     share.defrost()
     share.TRAIN.BATCH_SIZE //= cfg.NUM_GPUS
     share.TEST.BATCH_SIZE //= cfg.NUM_GPUS
     run = None
     try:
-        with record.noting(COST, "training for some steps"):
+        with found.catch(COST, "taking the first training steps"):
             run = build_run(share, data, World(), RunLog(cfg.OUT_DIR, enabled=False))
-            taken = trial.try_steps(run)
-            record.extend(_cost(cfg, run, data, taken))
-            record.extend([_disk(cfg, run, taken)])
+            measured = trial.try_steps(run)
+            found.add(*_estimate_cost(cfg, run, data, measured))
+            found.add(_estimate_disk(cfg, run, measured))
         if run is not None:
-            _check_resume(cfg, run, record)
+            _check_resume(cfg, run, found)
     finally:
         if run is not None:
             run.close()
@@ -265,11 +264,11 @@ def _check_run(cfg: CfgNode, data: tuple, record: Record) -> None:
         gc.collect()  # worker processes end with their loader
 
 
-def _cost(cfg: CfgNode, run: Run, data: tuple, taken: trial.Trial) -> list[findings.Finding]:
+def _estimate_cost(cfg: CfgNode, run: Run, data: tuple, measured: trial.Trial) -> list[Finding]:
     train, test = data
-    kept = isinstance(run.loader, CachedTrainLoader)
-    return trial.cost(
-        taken,
+    is_cached = isinstance(run.loader, CachedTrainLoader)
+    return trial.estimate_cost(
+        measured,
         device=str(run.device),
         batch_size=cfg.TRAIN.BATCH_SIZE // cfg.NUM_GPUS,
         num_processes=cfg.NUM_GPUS,
@@ -279,44 +278,37 @@ def _cost(cfg: CfgNode, run: Run, data: tuple, taken: trial.Trial) -> list[findi
         test_batches=math.ceil(len(test) / cfg.TEST.BATCH_SIZE),
         with_average=run.average is not None,
         images=f"DATA_LOADER.BACKEND {cfg.DATA_LOADER.BACKEND}: {run.loader}",
-        kept_bytes=cached_bytes(cfg, train, test) if kept else 0,
+        cached_bytes=cached_bytes(cfg, train, test) if is_cached else 0,
     )
 
 
-def _disk(cfg: CfgNode, run: Run, taken: trial.Trial) -> findings.Finding:
+def _estimate_disk(cfg: CfgNode, run: Run, measured: trial.Trial) -> Finding:
     files = [*run.checkpoints.files(), *filter(Path.is_file, [run.checkpoints.best])]
     place = existing_folder(Path(cfg.OUT_DIR))
-    return trial.disk(
-        checkpoint_bytes=taken.checkpoint_bytes,
+    return trial.estimate_disk(
+        checkpoint_bytes=measured.checkpoint_bytes,
         count=cfg.TRAIN.KEEP_CHECKPOINTS + 2,
-        there=sum(file.stat().st_size for file in files),
+        present=sum(file.stat().st_size for file in files),
         free=shutil.disk_usage(place).free,
         place=str(place),
     )
 
 
-def _check_resume(cfg: CfgNode, run: Run, record: Record) -> None:
-    """Takes up the checkpoints that training would go on from."""
-    folder = run.checkpoints.folder
-    with record.noting(OUTPUT, f"reading the checkpoints in {folder}"):
-        state = run.checkpoints.load_last(lambda text: record.add(NOTE, OUTPUT, text))
-        if state is None:
+def _check_resume(cfg: CfgNode, run: Run, found: Findings) -> None:
+    """Load the checkpoint that training would resume from."""
+    folder, max_epoch = run.checkpoints.folder, cfg.OPTIM.MAX_EPOCH
+    with found.catch(OUTPUT, f"reading the checkpoints in {folder}"):
+        if restore_last(run, lambda text: found.add(Finding(NOTE, OUTPUT, text))) is None:
             return
-        try:
-            run.restore(state)
-        except (ValueError, RuntimeError, KeyError, TypeError) as error:
-            text = f"training cannot go on from the last checkpoint in {folder}: {error}. Set "
-            record.add(PROBLEM, OUTPUT, f"{text}OUT_DIR to a new folder, or remove the old one.")
-            return
-        done, epochs = run.progress.epoch, cfg.OPTIM.MAX_EPOCH
-        text = f"{folder} has checkpoints, so training goes on after {done} of {epochs} epochs."
-        if done >= epochs:
+        if run.progress.epoch >= max_epoch:
             text = (
-                f"{folder} has all {epochs} epochs of OPTIM.MAX_EPOCH: there is nothing left to "
-                "train; raise that, or set OUT_DIR to a new folder."
+                f"{folder} has all {max_epoch} epochs of OPTIM.MAX_EPOCH, so there is nothing left "
+                "to train: raise OPTIM.MAX_EPOCH, or set OUT_DIR to a new folder."
             )
-        record.add(NOTE, OUTPUT, text)
+        else:
+            text = f"training resumes after epoch {run.progress.epoch} of {max_epoch} ({folder})."
+        found.add(Finding(NOTE, OUTPUT, text))
 
 
-def _is_there(path: str | None) -> bool:
+def _exists(path: str | None) -> bool:
     return bool(path) and (is_url(str(path)) or is_local_file(str(path)))

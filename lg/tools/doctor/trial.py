@@ -1,4 +1,4 @@
-"""The first steps of a training, and what they say of the whole: time, memory, room on disk."""
+"""The first steps of a training, and the time, memory and disk space that the whole will take."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ from lg.logs.log import format_time
 from lg.metrics import NON_FINITE_ADVICE
 from lg.run import Run
 from lg.step import train_step
-from lg.tools.doctor.findings import COST, FACT, OUTPUT, PROBLEM, Finding
+from lg.tools.doctor.findings import COST, FACT, OUTPUT, PROBLEM, Finding, format_size
 
-_STEPS = 3  # training steps that are taken; the first one warms up
+_STEPS = 3  # training steps; the first one warms up
 
 
 @dataclass(frozen=True)
 class Trial:
-    """What the first steps took.
+    """Measurements of the first steps.
 
     Attributes:
         losses: Of the steps.
-        step_seconds: Of one step with its batch, after the first.
-        test_seconds: Of one batch of a test, after the first.
-        peak_mb: Peak memory, MiB: on a GPU of torch, else of this process.
-        total_mb: Memory that there is for that, MiB.
+        step_seconds: Of a step and its batch, without the first.
+        test_seconds: Of a test batch, without the first.
+        peak_mb: Peak memory in MiB: of torch on a GPU, of this process elsewhere.
+        total_mb: Available memory in MiB.
         checkpoint_bytes: Size of a checkpoint.
     """
 
@@ -43,7 +43,7 @@ class Trial:
 
 
 def try_steps(run: Run) -> Trial:
-    """Takes training steps and tests some batches; the run's weights change."""
+    """Take training steps and test some batches; the run's weights change."""
     on_gpu = run.device.type == "cuda"
     if on_gpu:
         torch.cuda.reset_peak_memory_stats(run.device)
@@ -54,12 +54,11 @@ def try_steps(run: Run) -> Trial:
         total = torch.cuda.mem_get_info(run.device)[1] // 2**20
     else:
         total = free_memory(torch.device("cpu")) // 2**20 + peak
-    return Trial(
-        losses, step_seconds, test_seconds, peak, total, size_of(run.state([random_state()]))
-    )
+    checkpoint_bytes = size_of(run.state([random_state()]))
+    return Trial(losses, step_seconds, test_seconds, peak, total, checkpoint_bytes)
 
 
-def cost(
+def estimate_cost(
     trial: Trial,
     *,
     device: str,
@@ -71,39 +70,36 @@ def cost(
     test_batches: int,
     with_average: bool,
     images: str,
-    kept_bytes: int,
+    cached_bytes: int,
 ) -> list[Finding]:
-    """Time and memory of the whole training, and whether its loss is a number.
+    """Report time and memory of the whole training, and losses that are not finite.
 
     Args:
         trial: Its first steps.
-        device: That they ran on.
-        batch_size: Images a step in each process.
-        num_processes: That share the work.
+        device: The device they ran on.
+        batch_size: Images per step in each process.
+        num_processes: Processes of the training.
         steps_per_epoch: Optimiser steps.
         max_epoch: Epochs.
         test_period: Epochs between tests.
         test_batches: Batches of a test.
         with_average: Whether the weight average is tested too.
-        images: Where images come from, in words.
-        kept_bytes: What the decoded images take, 0 if they are not kept.
+        images: Where images come from, as text.
+        cached_bytes: Size of the decoded images, 0 if they are not kept in memory.
     """
     num_steps = max_epoch * steps_per_epoch
     num_tests = math.ceil(max_epoch / test_period) * (2 if with_average else 1)
-    training, testing = (
-        num_steps * trial.step_seconds,
-        num_tests * test_batches * trial.test_seconds,
-    )
-    kept = f" They take about {_size(kept_bytes)}." if kept_bytes else ""
-    others = f"one of {num_processes} processes, which exchange gradients on top of it"
-    shared = f" Measured in {others}." if num_processes > 1 else ""
+    training = num_steps * trial.step_seconds
+    testing = num_tests * test_batches * trial.test_seconds
+    cached = f" They take about {format_size(cached_bytes)}." if cached_bytes else ""
+    one_of = f" Measured in one of {num_processes} processes, without the exchange of gradients."
     lines = [
-        f"about {trial.step_seconds:.2g} s a step of {batch_size:,} images: "
+        f"about {trial.step_seconds:.2g} s per step of {batch_size:,} images: "
         f"{format_time(training)} for the {num_steps:,} steps of {max_epoch:,} epochs, "
-        f"{format_time(testing)} for the tests, {format_time(training + testing)} in all."
-        f"{shared}",
-        f"{trial.peak_mb:,} of {trial.total_mb:,} MiB of memory taken at most ({device}).",
-        f"{images}.{kept}",
+        f"{format_time(testing)} for the tests, {format_time(training + testing)} in total."
+        f"{one_of if num_processes > 1 else ''}",
+        f"peak memory: {trial.peak_mb:,} of {trial.total_mb:,} MiB ({device}).",
+        f"{images}.{cached}",
     ]
     found = [Finding(FACT, COST, line) for line in lines]
     if not np.isfinite(trial.losses).all():
@@ -113,29 +109,31 @@ def cost(
     return found
 
 
-def disk(*, checkpoint_bytes: int, count: int, there: int, free: int, place: str) -> Finding:
-    """Whether the checkpoints fit.
+def estimate_disk(
+    *, checkpoint_bytes: int, count: int, present: int, free: int, place: str
+) -> Finding:
+    """Report whether the checkpoints fit on the disk.
 
     Args:
-        checkpoint_bytes: Of one.
-        count: Files that are there at once, the one that is being written among them.
-        there: Bytes of those that are there already.
-        free: Bytes.
-        place: Where.
+        checkpoint_bytes: Size of one.
+        count: Files that exist at once, with the one being written.
+        present: Bytes of the checkpoints that exist already.
+        free: Free bytes.
+        place: The folder.
     """
     needed = count * checkpoint_bytes
     text = (
-        f"a checkpoint takes {_size(checkpoint_bytes)}, {count} of them (kept, best and being "
-        f"written) {_size(needed)}; {_size(free)} is free in {place}"
+        f"a checkpoint takes {format_size(checkpoint_bytes)}, {count} of them (kept, best and "
+        f"being written) {format_size(needed)}; {format_size(free)} are free in {place}"
     )
-    if needed - there <= free:
+    if needed - present <= free:
         return Finding(FACT, OUTPUT, f"{text}.")
-    ways = "make room, lower TRAIN.KEEP_CHECKPOINTS, or set OUT_DIR to another disk."
-    return Finding(PROBLEM, OUTPUT, f"{text}: {ways}")
+    fix = "free some space, lower TRAIN.KEEP_CHECKPOINTS, or set OUT_DIR to another disk."
+    return Finding(PROBLEM, OUTPUT, f"{text}: {fix}")
 
 
 def _train(run: Run) -> tuple[list[float], float]:
-    """Losses of the first steps, and the seconds of one after the first."""
+    """Return the losses of the first steps, and the seconds of a step without the first."""
     losses, seconds = [], []
     run.module.train()
     run.learning_rate.apply(run.optimizer, 0)
@@ -145,7 +143,7 @@ def _train(run: Run) -> tuple[list[float], float]:
         started = time.perf_counter()
         try:
             batch = next(run.loader).to(run.device)
-        except StopIteration:  # the whole training is shorter
+        except StopIteration:  # the whole training has fewer steps
             break
         terms, _ = train_step(run, batch, epoch=0, step=step)
         losses.append(float(terms["loss"]))
@@ -156,7 +154,7 @@ def _train(run: Run) -> tuple[list[float], float]:
 
 @torch.no_grad()
 def _test(run: Run) -> float:
-    """Seconds of one batch of a test, after the first."""
+    """Return the seconds of the second test batch, or of the first if there is no other."""
     seconds = [0.0]
     run.guided.student.eval()
     batches = iter(run.test_loader)
@@ -170,8 +168,3 @@ def _test(run: Run) -> float:
         synchronize(run.device)
         seconds.append(time.perf_counter() - started)
     return seconds[-1]
-
-
-def _size(count: int) -> str:
-    """Bytes in words."""
-    return f"{count / 1e9:,.1f} GB" if count >= 1e9 else f"{count / 1e6:,.1f} MB"

@@ -158,7 +158,7 @@ class Watch:
 
         trainer.train_epoch = train_epoch
         self.inside(trainer, "train_step", "step")
-        for name in ("stats", "points", "say"):
+        for name in ("stats", "scalars", "info"):
             self.inside(RunLog, name, "log")
         self.inside(checkpoint, "write_atomically", "save")
         self.inside(trainer, "evaluate", "test")

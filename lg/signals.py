@@ -52,8 +52,8 @@ def stop_signals(run: Run) -> Iterator[None]:
     try:
         yield
     except Interrupted as stop:
-        run.log.end_bar()
-        run.log.say(f"{stop} To go on: {_same_command()}")
+        run.log.close_bar()
+        run.log.info(f"{stop} To go on: {_same_command()}")
         raise
     finally:
         for signum, handler in kept.items():

@@ -46,7 +46,7 @@ def train(cfg: CfgNode) -> None:
         log = RunLog(cfg.OUT_DIR, enabled=world.is_main, console=cfg.LOG_DEST == "stdout")
         stack.enter_context(contextlib.closing(log))
         if cfg.DESC:
-            log.say(cfg.DESC)
+            log.info(cfg.DESC)
         # Build everything, then load the last checkpoint into it.
         run = stack.enter_context(contextlib.closing(builders.build_run(cfg, data, world, log)))
         resume(run, auto=cfg.TRAIN.AUTO_RESUME)
@@ -256,8 +256,8 @@ def resume(run: Run, *, auto: bool) -> None:
             log.warn(text)
         epoch, step = run.progress.epoch, run.progress.step
         where = f"step {step} of epoch {epoch + 1}" if step else f"epoch {epoch}"
-        log.say(f"Resuming after {where} of {run.settings.max_epoch}.")
-    log.open_board(run.progress.epoch * run.loader.steps_per_epoch + run.progress.step + 1)
+        log.info(f"Resuming after {where} of {run.settings.max_epoch}.")
+    log.open_tensorboard(run.progress.epoch * run.loader.steps_per_epoch + run.progress.step + 1)
 
 
 def restore_last(run: Run, warn: Callable[[str], None]) -> dict[str, Any] | None:

@@ -59,7 +59,7 @@ def build_run(cfg: CfgNode, data: tuple, world: World, log: RunLog) -> Run:
             cfg.TRAIN.COMPILE,
             example=torch.zeros(count, 3, cfg.MODEL.IMG_SIZE, cfg.MODEL.IMG_SIZE, device=device),
             precision=precision,
-            say=log.say,
+            say=log.info,
             warn=log.warn,
         )
     if world.size > 1:
@@ -69,7 +69,7 @@ def build_run(cfg: CfgNode, data: tuple, world: World, log: RunLog) -> Run:
             module, device_ids=[device.index] if device.type == "cuda" else None
         )
     loader = build_train_loader(cfg, train_data, world, device)
-    log.say(f"DATA_LOADER.BACKEND {cfg.DATA_LOADER.BACKEND}: {loader}.")
+    log.info(f"DATA_LOADER.BACKEND {cfg.DATA_LOADER.BACKEND}: {loader}.")
     report = Reporter(
         log=log,
         device=device,

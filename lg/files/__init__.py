@@ -1,1 +1,1 @@
-"""Files that survive crashes: atomic writes and locks."""
+"""Files that survive crashes: atomic writes, locks, safe pickles."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import io
 import os
 import uuid
@@ -66,62 +65,3 @@ class _File(io.FileIO):
         except OSError as error:
             self.error = error
             raise
-
-
-class GrowingFile:
-    """A file that is appended to, in pieces that are there at once and whole, or not at all.
-
-    A file that was removed or moved away, its folder too, is made again. What cannot be written is
-    lost; nothing here ends a run.
-    """
-
-    def __init__(self, path: str | os.PathLike[str], *, header: bytes = b"") -> None:
-        """Opens nothing yet.
-
-        Args:
-            path: of the file.
-            header: the first bytes of an empty file.
-        """
-        self.path = Path(path)
-        self._header = header
-        self._file: io.FileIO | None = None
-
-    def append(self, piece: bytes) -> OSError | None:
-        """Appends; returns what the disk refused, None when it is written."""
-        try:
-            if self._file is not None and not self._is_in_place(self._file):
-                self.close()
-            if self._file is None:
-                self.path.parent.mkdir(parents=True, exist_ok=True)
-                self._file = io.FileIO(self.path, "ab")
-            return self._write(self._file, piece)
-        except OSError as error:
-            return error
-
-    def close(self) -> None:
-        """Closes the file; a later `append` opens it again."""
-        file, self._file = self._file, None
-        if file is not None:
-            with contextlib.suppress(OSError):
-                file.close()
-
-    def _is_in_place(self, file: io.FileIO) -> bool:
-        try:
-            return os.path.samestat(os.stat(self.path), os.fstat(file.fileno()))
-        except FileNotFoundError:
-            return False
-
-    def _write(self, file: io.FileIO, piece: bytes) -> OSError | None:
-        """A full disk may take the beginning of a piece; that is taken back."""
-        size = os.fstat(file.fileno()).st_size
-        if size == 0:
-            piece = self._header + piece
-        written = 0
-        try:
-            while written < len(piece):
-                written += file.write(piece[written:]) or 0
-        except OSError as error:
-            if written:
-                file.truncate(size)
-            return error
-        return None

@@ -1,1 +1,1 @@
-"""What a run writes for people: log lines, JSON statistics and TensorBoard curves."""
+"""The log of a run: console, json_stats lines, TensorBoard curves."""

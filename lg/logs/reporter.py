@@ -81,7 +81,7 @@ class Reporter:
                 "mem": peak_memory_mb(self.device),
             },
         )
-        self.log.points(
+        self.log.scalars(
             total,
             {
                 **{f"iteration/{name}": value for name, value in losses.items()},
@@ -97,7 +97,7 @@ class Reporter:
 
     def train_epoch(self, means: dict[str, float], *, epoch: int, lr: float) -> None:
         """The end of an epoch's training; `epoch` counts from 0."""
-        self.log.end_bar()
+        self.log.close_bar()
         seconds = time.perf_counter() - self._started
         average = seconds / max(self._steps, 1)
         eta = average * self.steps_per_epoch * (self.max_epoch - epoch - 1)
@@ -115,7 +115,7 @@ class Reporter:
                 "mem": peak_memory_mb(self.device),
             },
         )
-        self.log.points(
+        self.log.scalars(
             epoch + 1,
             {
                 "epoch/loss": means["loss"],
@@ -160,7 +160,7 @@ class Reporter:
             },
         )
         prefix = "test_ema" if average else "test"
-        self.log.points(
+        self.log.scalars(
             epoch + 1,
             {
                 f"{prefix}/top1_acc": 100 - result.top1_err,
@@ -177,7 +177,7 @@ class Reporter:
 
     def end_epoch(self) -> None:
         """Says the epoch's line."""
-        self.log.say(self._train_line)
+        self.log.info(self._train_line)
 
     def finished(
         self, test_err: float, ema_err: float, best: dict[str, tuple[float, int]], *, count: int
@@ -187,7 +187,7 @@ class Reporter:
         if "ema" in best:
             parts += [f"EMA last {100 - ema_err:.2f} %", f"EMA {_best(best['ema'])}"]
         told = "; ".join(f"{part} on {self.split}" for part in parts)
-        self.log.say(f"Finished {self.max_epoch} epochs. Top-1 of {count:,} images: {told}.")
+        self.log.info(f"Finished {self.max_epoch} epochs. Top-1 of {count:,} images: {told}.")
 
 
 def _best(error_and_epoch: tuple[float, int]) -> str:

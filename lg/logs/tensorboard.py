@@ -1,7 +1,7 @@
-"""TensorBoard curves, each point on the disk at once.
+"""TensorBoard curves that survive a killed run and a full disk.
 
-TensorBoard's own writer keeps points for up to two minutes, which a killed run loses for good, and
-ends the run when the disk is full.
+torch's SummaryWriter writes in a thread: a killed run loses queued points, and after a disk error
+the thread prints a traceback and drops all later points.
 """
 
 from __future__ import annotations
@@ -10,65 +10,62 @@ import os
 import socket
 import time
 from collections.abc import Mapping
+from io import BytesIO
 from pathlib import Path
 
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.record_writer import RecordWriter
 
-from lg.files.atomic import GrowingFile
 
-
-class Board:
-    """The curves of one run, in a file of their own beside those of earlier runs."""
+class EventFile:
+    """The scalars of one run, in a file of its own beside those of earlier runs."""
 
     def __init__(self, folder: str | os.PathLike[str], *, first_step: int) -> None:
-        """Writes the head of the file.
+        """Name the file; `add` creates it.
 
         Args:
-            folder: where TensorBoard looks.
-            first_step: points from here on in the folder's other files are hidden.
+            folder: The folder that TensorBoard reads.
+            first_step: Points from this step on in older files of the folder are hidden.
         """
         now = time.time()
         name = f"events.out.tfevents.{now:.6f}.{socket.gethostname()}.{os.getpid()}"
-        head = _records(
+        self._path = Path(folder) / name
+        start = SessionLog(status=SessionLog.START)
+        self._header = _records(
             Event(wall_time=now, file_version="brain.Event:2"),
-            Event(wall_time=now, step=first_step, session_log=SessionLog(status=SessionLog.START)),
-        )
-        self._file = GrowingFile(Path(folder) / name, header=head)
-        self.fault = self._file.append(b"")
-
-    def add(self, step: int, values: Mapping[str, float]) -> OSError | None:
-        """Points of several curves, tag -> value; returns what the disk refused."""
-        now = time.time()
-        return self._file.append(
-            _records(
-                *(
-                    Event(
-                        wall_time=now,
-                        step=step,
-                        summary=Summary(value=[Summary.Value(tag=tag, simple_value=value)]),
-                    )
-                    for tag, value in values.items()
-                )
-            )
+            Event(wall_time=now, step=first_step, session_log=start),
         )
 
-    def close(self) -> None:
-        """Closes the file."""
-        self._file.close()
+    def add(self, step: int, values: Mapping[str, float]) -> None:
+        """Append a point to several curves: all of the points are on the disk afterwards, or none.
 
+        Args:
+            step: The position on the x axis.
+            values: Tag to value.
 
-class _Bytes(bytearray):
-    """A stream into memory."""
-
-    write = bytearray.extend
+        Raises:
+            OSError: The points cannot be written.
+        """
+        scalars = [Summary.Value(tag=tag, simple_value=value) for tag, value in values.items()]
+        event = Event(wall_time=time.time(), step=step, summary=Summary(value=scalars))
+        records = _records(event)
+        self._path.parent.mkdir(parents=True, exist_ok=True)  # the folder may have been removed
+        with open(self._path, "ab", buffering=0) as file:
+            size = file.tell()
+            records = records if size else self._header + records
+            try:
+                while records:
+                    records = records[file.write(records) :]
+            except OSError:
+                file.truncate(size)  # TensorBoard reads nothing after a cut record
+                raise
 
 
 def _records(*events: Event) -> bytes:
-    """Events as they stand in a file, each with its length and checksums."""
-    found = _Bytes()
-    writer = RecordWriter(found)
+    """Encode events as in a file, each with its length and checksums."""
+    stream = BytesIO()
+    writer = RecordWriter(stream)
     for event in events:
         writer.write(event.SerializeToString())
-    return bytes(found)
+    return stream.getvalue()

@@ -106,11 +106,13 @@ def measure(run: Run, *, warmup: int, repeats: int) -> dict[str, float]:
 def report_times(times: dict[str, float], run: Run) -> None:
     """Print the table of `measure` and log the stats `iter_times` and `epoch_times`."""
     log, size, steps = run.log, run.report.batch_size, run.loader.steps_per_epoch
-    log.say(f"Batches of {size} on {run.device} in {run.precision}, median seconds (loader: mean):")
+    log.info(
+        f"Batches of {size} on {run.device} in {run.precision}, median seconds (loader: mean):"
+    )
     for key, title in _ROWS.items():
-        log.say(f"  {title:<28} {times[key]:9.4f} s  {size / times[key]:10,.0f} images/s")
-    log.say(f"  {'loader overhead':<28} {100 * times['train_loader_overhead']:9.1f} %")
-    log.say(f"  {'training epoch':<28} {steps * times['train_step_time']:9.1f} s  ({steps} steps)")
+        log.info(f"  {title:<28} {times[key]:9.4f} s  {size / times[key]:10,.0f} images/s")
+    log.info(f"  {'loader overhead':<28} {100 * times['train_loader_overhead']:9.1f} %")
+    log.info(f"  {'training epoch':<28} {steps * times['train_step_time']:9.1f} s  ({steps} steps)")
     log.stats("iter_times", times)
     keys = ("train_fw_bw_time", "train_step_time")
     log.stats("epoch_times", {key: steps * times[key] for key in keys})

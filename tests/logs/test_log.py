@@ -50,11 +50,11 @@ def test_what_json_has_no_number_for_is_null() -> None:
 def test_a_log_is_appended_to_and_its_stats_read_back_in_order(tmp_path: Path) -> None:
     for run in range(2):
         log = RunLog(tmp_path / "out", console=False)
-        log.say(f"run {run}: é {{")
+        log.info(f"run {run}: é {{")
         log.stats("train_epoch", {"epoch": f"{run + 1}/2", "loss": 1.5 + run})
         log.stats("test_epoch", {"epoch": f"{run + 1}/2"})
         log.close()
-        log.say("after the end")
+        log.info("after the end")
         log.close()
     lines = (tmp_path / "out" / "log.txt").read_text(encoding="utf-8").splitlines()
     assert lines[0] == "run 0: é {" and lines[3] == "run 1: é {" and len(lines) == 6
@@ -77,11 +77,11 @@ def test_only_the_enabled_process_speaks_and_writes(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     log = RunLog(tmp_path / "out", enabled=False)
-    log.open_board(1)
+    log.open_tensorboard(1)
     log.start_bar("epoch", total=3)
-    log.say("a"), log.warn("b"), log.write("c"), log.stats("t", {"d": 1}), log.points(1, {"e": 2})
+    log.info("a"), log.warn("b"), log.write("c"), log.stats("t", {"d": 1}), log.scalars(1, {"e": 2})
     log.advance("f")
-    log.end_bar()
+    log.close_bar()
     log.close()
     assert not (tmp_path / "out").exists()
     assert capsys.readouterr() == ("", "")
@@ -89,14 +89,14 @@ def test_only_the_enabled_process_speaks_and_writes(
 
 def test_who_hears_what(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     log = RunLog(tmp_path)
-    log.say("said"), log.warn("warned"), log.write("written"), log.stats("t", {})
+    log.info("said"), log.warn("warned"), log.write("written"), log.stats("t", {})
     log.advance(), log.advance("a summary")
     log.close()
     assert capsys.readouterr() == ("said\na summary\n", "Warning: warned\n")
     text = (tmp_path / "log.txt").read_text()
     assert text == 'said\nWarning: warned\nwritten\njson_stats: {"_type": "t"}\n'
     quiet = RunLog(tmp_path, console=False, file_name="quiet.txt")
-    quiet.say("said"), quiet.warn("warned"), quiet.advance("a summary")
+    quiet.info("said"), quiet.warn("warned"), quiet.advance("a summary")
     quiet.close()
     assert capsys.readouterr() == ("", "")
     assert (tmp_path / "quiet.txt").read_text() == "said\nWarning: warned\n"
@@ -104,7 +104,7 @@ def test_who_hears_what(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
 
 def test_text_that_is_no_unicode_does_not_stop_a_run(tmp_path: Path) -> None:
     log = RunLog(tmp_path, console=False)
-    log.say("a folder named \udcff")
+    log.info("a folder named \udcff")
     log.close()
     assert (tmp_path / "log.txt").read_text() == "a folder named \\udcff\n"
 
@@ -113,7 +113,7 @@ def test_text_that_is_no_unicode_does_not_stop_a_run(tmp_path: Path) -> None:
 def test_a_log_that_is_gone_is_opened_again(tmp_path: Path, how: str) -> None:
     path = tmp_path / "run" / "log.txt"
     log = RunLog(path.parent, console=False)
-    log.say("before")
+    log.info("before")
     if how == "its folder removed":
         shutil.rmtree(path.parent)
     elif how == "rotated":
@@ -121,7 +121,7 @@ def test_a_log_that_is_gone_is_opened_again(tmp_path: Path, how: str) -> None:
         path.write_text("of another hand\n")
     else:
         path.unlink()
-    log.say("after"), log.say("more")
+    log.info("after"), log.info("more")
     log.close()
     kept = "of another hand\n" if how == "rotated" else ""
     assert path.read_text() == f"{kept}after\nmore\n"
@@ -129,26 +129,28 @@ def test_a_log_that_is_gone_is_opened_again(tmp_path: Path, how: str) -> None:
         assert path.with_name("log.txt.1").read_text() == "before\n"
 
 
-def test_a_full_disk_is_told_once_and_stops_nothing(
+def test_full_disk_is_reported_once_and_cuts_no_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     log = RunLog(tmp_path, console=False)
-    log.open_board(0)
+    log.open_tensorboard(0)
     with files_up_to(330):
-        for step in range(20):
-            log.stats("t", {"step": step}), log.points(step, {"loss": 1.0})
-    log.stats("t", {"step": 20}), log.points(20, {"loss": 1.0})  # there is room again
+        for step in range(400):
+            log.stats("t", {"step": step}), log.scalars(step, {"loss": 1.0})
+    log.stats("t", {"step": 400}), log.scalars(400, {"loss": 1.0})  # there is room again
     log.close()
     out, err = capsys.readouterr()
     assert out == "" and sorted(err.splitlines()) == [
-        f"Warning: {what} cannot be written (File too large); parts will be missing, and training "
-        "goes on."
+        f"Warning: {what} cannot be written (File too large); parts of it will be missing. "
+        "Training continues."
         for what in (tmp_path / "log.txt", "TensorBoard curves")
     ]
     lines = [json.loads(x[12:]) for x in (tmp_path / "log.txt").read_text().splitlines()]
-    assert [x["step"] for x in lines] == [*range(8), 20]  # none is cut
+    kept = [x["step"] for x in lines]
+    # 8 lines fit, 8 KiB are buffered until there is room, the rest is dropped.
+    assert kept == [*range(len(kept) - 1), 400] and 100 < len(kept) < 350
     steps = [step for step, _ in scalars(tmp_path, "loss")]
-    assert 1 < len(steps) < 12 and steps == [*range(len(steps) - 1), 20]
+    assert 1 < len(steps) < 12 and steps == [*range(len(steps) - 1), 400]
 
 
 def test_a_log_that_cannot_be_opened_stops_nothing(
@@ -156,8 +158,8 @@ def test_a_log_that_cannot_be_opened_stops_nothing(
 ) -> None:
     (tmp_path / "file").touch()
     log = RunLog(tmp_path / "file" / "run")
-    log.open_board(0)
-    log.say("said"), log.stats("t", {}), log.points(1, {"a": 1.0})
+    log.open_tensorboard(0)
+    log.info("said"), log.stats("t", {}), log.scalars(1, {"a": 1.0})
     log.close()
     out, err = capsys.readouterr()
     assert out == "said\n" and len(err.splitlines()) == 2
@@ -180,9 +182,9 @@ def test_a_terminal_that_is_gone_stops_nothing(
     log = RunLog(tmp_path)
     for name in ("stdout", "stderr"):
         monkeypatch.setattr(sys, name, Gone())
-    log.say("said"), log.warn("warned"), log.advance("a summary")
+    log.info("said"), log.warn("warned"), log.advance("a summary")
     log.start_bar("epoch", total=2)
-    log.advance("a summary"), log.advance(), log.end_bar()
+    log.advance("a summary"), log.advance(), log.close_bar()
     log.close()
     assert (tmp_path / "log.txt").read_text() == "said\nWarning: warned\n"
 
@@ -202,8 +204,8 @@ def test_nothing_of_the_environment_is_written(
 ) -> None:
     monkeypatch.setenv("LG_TEST_TOKEN", "a-secret-of-the-user")
     log = RunLog(tmp_path, console=False)
-    log.open_board(0)
-    log.say("start"), log.warn("w"), log.stats("cfg", {"a": {"b": 1}}), log.points(1, {"x": 1.0})
+    log.open_tensorboard(0)
+    log.info("start"), log.warn("w"), log.stats("cfg", {"a": {"b": 1}}), log.scalars(1, {"x": 1.0})
     log.close()
     files = [p for p in tmp_path.rglob("*") if p.is_file()]
     assert len(files) == 2
@@ -223,9 +225,9 @@ def scalars(out_dir: Path, tag: str) -> list[tuple[int, float]]:
 def test_tensorboard_hides_what_a_resumed_run_does_again(tmp_path: Path) -> None:
     for first, last, value in ((0, 4, 1.0), (3, 6, 2.0)):
         log = RunLog(tmp_path, console=False)
-        log.open_board(first)
+        log.open_tensorboard(first)
         for step in range(first, last):
-            log.points(step, {"iteration/loss": value, "test/top1_acc": 10 * value})
+            log.scalars(step, {"iteration/loss": value, "test/top1_acc": 10 * value})
         assert len(scalars(tmp_path, "iteration/loss")) == last  # though it may yet be killed
         log.close()
     for tag, factor in (("iteration/loss", 1), ("test/top1_acc", 10)):
@@ -235,10 +237,10 @@ def test_tensorboard_hides_what_a_resumed_run_does_again(tmp_path: Path) -> None
 
 def test_curves_go_on_when_their_folder_is_removed(tmp_path: Path) -> None:
     log = RunLog(tmp_path, console=False)
-    log.open_board(1)
-    log.points(1, {"loss": 1.0})
+    log.open_tensorboard(1)
+    log.scalars(1, {"loss": 1.0})
     shutil.rmtree(tmp_path / "tensorboard")
-    log.points(2, {"loss": 2.0}), log.points(3, {"loss": 3.0})
+    log.scalars(2, {"loss": 2.0}), log.scalars(3, {"loss": 3.0})
     log.close()
     assert scalars(tmp_path, "loss") == [(2, 2.0), (3, 3.0)]
 

@@ -214,7 +214,7 @@ def test_no_part_of_cifar_runs(mark: Path, part: str) -> None:
     (folder / "meta").write_bytes(pickle.dumps({"fine_label_names": ["a", "b"]}))
     table = pickle.loads((folder / part).read_bytes())
     (folder / part).write_bytes(pickle.dumps(table | {"extra": Payload(mark)}))
-    with pytest.raises(DataError, match=rf"{part}: it asks to call .*system, .*nothing was run"):
+    with pytest.raises(DataError, match=rf"{part}: it tries to call .*system, .*nothing was run"):
         build_dataset("cifar100", mark.parent, "test")
     assert fires(lambda: pickle.loads((folder / part).read_bytes()), mark)
 

@@ -1,8 +1,8 @@
-"""The allow-list of pickled files: what a table of arrays or a checkpoint may name.
+"""Read pickles of NumPy arrays and plain values without running code.
 
-A pickle is a program that calls what it names. Each name on the list is replaced by a stand-in that
-only holds bytes. NumPy's own functions are not used: a pickle can pass them dtypes that make them
-interpret bytes as object pointers.
+A pickle may call every function that it names, so only the names listed here are allowed, and each
+is replaced by a stand-in that only holds bytes. NumPy's own functions would be unsafe: a pickle can
+pass them dtypes that make them interpret bytes as object pointers.
 """
 
 from __future__ import annotations
@@ -17,18 +17,11 @@ import numpy as np
 
 from lg.errors import DataError
 
-
-class _Sealed:
-    """A stand-in that a pickle can call, but not alter: BUILD finds this method, not __dict__."""
-
-    __slots__ = ()
-
-    def __setstate__(self, state: object) -> None:
-        raise pickle.UnpicklingError("state where none belongs")
+# Every stand-in class defines __setstate__: otherwise a pickle could set attributes of the class.
 
 
-class _Dtype(_Sealed):
-    """In place of numpy.dtype: whole and floating numbers only."""
+class _Dtype:
+    """Stand-in for numpy.dtype that allows numbers only."""
 
     __slots__ = ("code", "order")
 
@@ -39,61 +32,55 @@ class _Dtype(_Sealed):
             raise pickle.UnpicklingError(f"an array of dtype {self.code!r}")
 
     def __setstate__(self, state: Any) -> None:
-        self.order = _text(state[1])  # the rest describes fields, of which there are none
+        self.order = _text(state[1])  # the other entries describe fields of structured dtypes
 
     def build(self) -> np.dtype[Any]:
         return np.dtype(self.code).newbyteorder(self.order)  # type: ignore[arg-type]
 
 
-class _Array(_Sealed):
-    """In place of numpy.ndarray and of _reconstruct, the function that makes an empty one."""
+class _Array:
+    """Stand-in for numpy.ndarray, and for the functions that construct one in a pickle.
 
-    __slots__ = ("column_order", "content", "dtype", "shape")
+    `_reconstruct` creates an empty array whose state follows; in protocol 5, `_frombuffer` has the
+    arguments (content, dtype, shape, order) instead.
+    """
 
-    def __init__(self, *ignored: object) -> None:
-        """Wait for the state; what comes now is the class and shape of the empty array."""
+    __slots__ = ("state",)
+
+    def __init__(self, *arguments: Any) -> None:
+        if len(arguments) == 4:
+            content, dtype, shape, order = arguments
+            self.state = 1, shape, dtype, order == "F", content
 
     def __setstate__(self, state: Any) -> None:
-        _, self.shape, self.dtype, self.column_order, content = state
-        # Python 2 wrote the bytes as its str
-        self.content = content.encode("latin1") if isinstance(content, str) else content
+        self.state = state
 
     def build(self) -> np.ndarray:
-        dtype = self.dtype.build()
-        if math.prod(self.shape) * dtype.itemsize != len(self.content):
-            raise pickle.UnpicklingError(
-                f"{len(self.content)} bytes for an array of shape {self.shape}"
-            )
-        flat = np.frombuffer(self.content, dtype)
-        return flat.reshape(self.shape, order="F" if self.column_order else "C")
+        _, shape, stored_dtype, column_order, content = self.state
+        content, dtype = _bytes(content), stored_dtype.build()
+        if math.prod(shape) * dtype.itemsize != len(content):
+            raise pickle.UnpicklingError(f"{len(content)} bytes for an array of shape {shape}")
+        array = np.frombuffer(content, dtype)
+        return array.reshape(shape, order="F" if column_order else "C")
 
 
-def _scalar(dtype: _Dtype, content: str | bytes) -> int | float:
-    """Replace NumPy's function of this name, which makes a single number."""
-    raw = content.encode("latin1") if isinstance(content, str) else content
-    return np.frombuffer(raw, dtype.build(), count=1).item()
-
-
-class _Buffer(_Sealed):
-    """In place of _frombuffer, which makes arrays in pickles of protocol 5."""
-
-    __slots__ = ()
-
-    def __new__(cls, content: Any, dtype: Any, shape: Any, order: str) -> Any:
-        array = _Array()
-        array.__setstate__((1, shape, dtype, order == "F", content))
-        return array
-
-
-class _Encode(_Sealed):
-    """In place of _codecs.encode, by which Python 3 writes bytes in protocol 2."""
+class _Encode:
+    """Stand-in for _codecs.encode, which Python 3 uses to write bytes in protocols 0 to 2."""
 
     __slots__ = ()
 
     def __new__(cls, text: Any, encoding: Any = "latin1") -> Any:
-        if encoding != "latin1":  # other codecs unpack archives
+        if encoding != "latin1":  # other codecs decompress data
             raise pickle.UnpicklingError(f"text encoded by {encoding!r}")
         return text.encode("latin1")
+
+    def __setstate__(self, state: object) -> None:
+        raise pickle.UnpicklingError("state of a function")
+
+
+def _scalar(dtype: _Dtype, content: str | bytes) -> int | float:
+    """Stand-in for NumPy's function of this name, which creates a single number."""
+    return np.frombuffer(_bytes(content), dtype.build(), count=1).item()
 
 
 # NumPy 1 and NumPy 2 use different module names.
@@ -107,62 +94,66 @@ ARRAYS: dict[str, Any] = {
     "numpy.ndarray": _Array,
     "numpy.core.multiarray._reconstruct": _Array,
     "numpy._core.multiarray._reconstruct": _Array,
-    "numpy.core.numeric._frombuffer": _Buffer,
-    "numpy._core.numeric._frombuffer": _Buffer,
+    "numpy.core.numeric._frombuffer": _Array,
+    "numpy._core.numeric._frombuffer": _Array,
     "_codecs.encode": _Encode,
 }
 
 
-class _Refused(Exception):
-    """A pickle names something it has no business with."""
+class _RefusedError(Exception):
+    """A pickle names something that is not on the list."""
 
 
-class _TableUnpickler(pickle.Unpickler):
+class _ArrayUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         full_name = f"{module}.{name}"
         if full_name not in ARRAYS:
-            raise _Refused(full_name)
+            raise _RefusedError(full_name)
         return ARRAYS[full_name]
 
 
 def load_table(path: Path, keys: Sequence[str]) -> dict[str, Any]:
-    """Some columns of a pickled dict of plain values and NumPy arrays, of any pickle protocol.
+    """Load entries of a pickled dict of plain values and NumPy arrays, of any pickle protocol.
 
     Args:
-        path: of the pickle.
-        keys: the columns wanted; in the file they are str or bytes.
+        path: Path of the pickle.
+        keys: The entries to return; in the file, keys may be str or bytes.
 
     Returns:
         key -> value. Arrays are read-only; bytes in lists become str.
 
     Raises:
-        DataError: the file is missing or damaged, lacks a key, or names anything but NumPy's
-            arrays, which are not called then.
+        DataError: The file is missing or damaged, lacks a key, or names anything but NumPy's
+            arrays, in which case nothing is called.
     """
     try:
         with open(path, "rb") as file:
-            # bytes: strings of Python 2 are either, and 150 MB of pixels need no decoding
-            table = _TableUnpickler(file, encoding="bytes").load()
-        columns = {_text(key): value for key, value in table.items()}
-        return {key: _plain(columns[key]) for key in keys}
-    except _Refused as refused:
+            # Python 2 strings may be text or bytes; as bytes, 150 MB of pixels need no decoding.
+            table = _ArrayUnpickler(file, encoding="bytes").load()
+        entries = {_text(key): value for key, value in table.items()}
+        return {key: _plain(entries[key]) for key in keys}
+    except _RefusedError as refused:
         raise DataError(
-            f"{path}: it asks to call {refused}, which no data set needs; nothing was run. Do not "
-            "trust where this file came from, fetch the set from its official address"
+            f"{path}: it tries to call {refused}, which no data set needs; nothing was run. Do not "
+            "trust the source of this file, download the set from its official address"
         ) from None
     except OSError as error:
         raise DataError(f"{path}: the file cannot be read ({error.strerror or error})") from error
     except MemoryError:
         raise
-    except Exception as error:  # a damaged pickle fails in as many ways as it has opcodes
+    except Exception as error:  # a damaged pickle may raise anything
         raise DataError(
             f"{path}: this is not the expected pickled dict with {', '.join(keys)} "
-            f"({type(error).__name__}: {error}); fetch it again"
+            f"({type(error).__name__}: {error}); download it again"
         ) from error
 
 
 def _text(value: Any) -> str:
     return value.decode("latin1") if isinstance(value, bytes) else str(value)
+
+
+def _bytes(value: Any) -> Any:
+    return value.encode("latin1") if isinstance(value, str) else value  # Python 2 wrote a str
 
 
 def _plain(value: Any) -> Any:

@@ -160,19 +160,19 @@ def test_refusal_names_file_and_function(
     tmp_path: Path, function: Any, arguments: tuple, named: str
 ) -> None:
     write(tmp_path, extra=Payload(function, *arguments))
-    with pytest.raises(DataError, match=rf"train: it asks to call {named}, .*nothing was run"):
+    with pytest.raises(DataError, match=rf"train: it tries to call {named}, .*nothing was run"):
         CIFAR100(tmp_path, "train")
 
 
 def test_bytes_are_never_taken_for_objects(tmp_path: Path) -> None:
-    """Object arrays are refused as such, even when all their items are harmless."""
+    """Object arrays are rejected even if all of their items are harmless."""
     write(tmp_path, data=object_array("harmless"))
     with pytest.raises(DataError, match="dtype 'O8'"):
         CIFAR100(tmp_path, "train")
 
 
 def test_stand_ins_cannot_be_altered(tmp_path: Path) -> None:
-    """BUILD on a name instead of an object would reach into the reader's own classes."""
+    """BUILD on a stand-in class must not set its attributes."""
     for name in (b"numpy\nndarray", b"numpy\ndtype", b"_codecs\nencode"):
         write(tmp_path, b"\x80\x02c" + name + b"\nN}X\x01\x00\x00\x00xK\x01s\x86b.")
         with pytest.raises(DataError, match="train: this is not the expected"):
@@ -210,7 +210,7 @@ def test_inconsistent_files(tmp_path: Path, changes: dict, problem: str) -> None
     "content", [b"", b"<html>", pickle.dumps([1]), pickle.dumps(batch())[:900]]
 )
 def test_damaged_files(tmp_path: Path, content: bytes) -> None:
-    with pytest.raises(DataError, match=r"train: this is not the expected.*fetch it again"):
+    with pytest.raises(DataError, match=r"train: this is not the expected.*download it again"):
         CIFAR100(write(tmp_path, content), "train")
 
 

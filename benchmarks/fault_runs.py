@@ -110,6 +110,11 @@ def precompute(bank: Path, guide: Path, workers: int) -> Job:
     return Job(precompute_feature.main, [*argv, *arguments(values)])
 
 
+def content(folder: Path) -> dict[str, bytes]:
+    """The bytes of every file in a folder."""
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
 class Watch:
     """The phase of a run and how often each phase began, in memory shared with the child."""
 

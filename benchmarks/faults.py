@@ -60,10 +60,10 @@ class Bench:
         for backend, workers in LOADERS:
             self.whole[backend] = self.undisturbed(backend, workers)
         self.wanted = {backend: runs.result(path) for backend, path in self.whole.items()}
-        bank = folder / "bank/whole.npz"
+        bank = folder / "bank"
         assert self.finish(runs.precompute(bank, self.guide, 0)).status == 0
         self.note_seconds("precompute")
-        self.bank = bank.read_bytes()
+        self.bank = runs.content(bank)
 
     def undisturbed(self, backend: str, workers: int) -> Path:
         """Run without a fault, note how long the phases take, and return OUT_DIR."""
@@ -136,13 +136,13 @@ def kills(bench: Bench, count: int) -> None:
 def killed_precompute(bench: Bench, delay: float) -> tuple[str | None, str | None]:
     """Kill the computation of features and repeat it; return the phase and what was lost."""
     folder = bench.folder / "killed_bank"
-    job = runs.precompute(folder / "bank.npz", bench.guide, bench.random.choice((0, 2)))
+    job = runs.precompute(folder / "bank", bench.guide, bench.random.choice((0, 2)))
     died = bench.kill(job, "precompute", 1, delay)
     end = bench.finish(job)
     wrong = None
     if end.status != 0:
         wrong = f"exit status {end.status}: {end.err[-300:]}"
-    elif (folder / "bank.npz").read_bytes() != bench.bank:
+    elif runs.content(folder / "bank") != bench.bank:
         wrong = "stored features differ from the undisturbed ones"
     elif len(os.listdir(folder)) > 1:
         wrong = f"temporary files left: {', '.join(os.listdir(folder))}"

@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """What does guidance cost, online and offline? Times training steps, and measures memory.
 
-    python benchmarks/offline.py --bank temp/r-56_c100.npz --cfg configs/deit/deit-ti_c100_ours.yaml
-    python benchmarks/offline.py --bank temp/r-56_c100_32.npz --cfg FILE KEY VALUE ...
+    python benchmarks/offline.py --bank temp/r-56_c100 --cfg configs/deit/deit-ti_c100_ours.yaml
+    python benchmarks/offline.py --bank temp/r-56_c100_32 --cfg FILE KEY VALUE ...
 
 Steps of unguided, online guided and offline guided training alternate in one process, on one batch
 in place (guide, forward, loss, backward, optimiser; no loader). Then a training process with 4

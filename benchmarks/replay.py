@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """How far are replayed maps from those of the guide on the same crop? Prints a table.
 
-    python benchmarks/replay.py --cfg configs/resnet/r-56_c100.yaml --bank temp/r-56_c100.npz
+    python benchmarks/replay.py --cfg configs/resnet/r-56_c100.yaml --bank temp/r-56_c100
 
 The bank must hold the config's guide on its training set. Each view is replayed from the stored
 maps of the whole image and compared with the maps of the guide on that view of the image: the
@@ -30,7 +30,7 @@ from lg import builders  # noqa: E402
 from lg.augment.recipe import TestTransform  # noqa: E402
 from lg.augment.view import View, padded_crop, random_resized_crop  # noqa: E402
 from lg.guidance import FeatureBank, FrozenTeacher  # noqa: E402
-from lg.guidance.feature_bank import replay  # noqa: E402
+from lg.guidance.replay import replay  # noqa: E402
 
 VIEWS = {
     "whole image": lambda image, size: (image.resize((size, size), 3), View()),

@@ -153,26 +153,27 @@ def test_a_config_in_a_checkpoint_is_no_program(
 # --- Feature files -----------------------------------------------------------------------------
 
 
-def test_no_feature_file_of_the_original_runs(mark: Path) -> None:
+def test_a_feature_file_of_the_original_code_runs_nothing(mark: Path) -> None:
     path = mark.parent / "old.npz"
     maps = np.array([Payload(mark)] * 4, dtype=object).reshape(1, 2, 2, 1)
     np.savez(path, first=maps)
     assert not mark.exists()
-    with pytest.raises(BankError, match=r"of object and shape .* objects are never loaded"):
+    with pytest.raises(BankError, match=r"Object arrays cannot be loaded"):
         FeatureBank(path, [0])
     assert not mark.exists()
     assert fires(lambda: np.load(path, allow_pickle=True)["first"], mark)
 
 
-def test_no_begun_feature_file_runs(mark: Path) -> None:
-    """What is found in NAME.partial/ may have been put there; it is then begun afresh."""
-    path, folder = mark.parent / "bank.npz", mark.parent / "bank.npz.partial"
-    facts = {"guide": "a", "weights": "b", "dataset": "c", "split": "d", "fingerprint": "e"}
-    sizes = {"count": 4, "image_size": 16, "guide_image_size": 16}
+def test_an_unfinished_bank_runs_nothing(mark: Path) -> None:
+    """Somebody else may have put its files there; it is computed again."""
+    folder = mark.parent / "bank"
+    facts = {"teacher": "a", "weights": "b", "dataset": "c", "split": "d", "fingerprint": "e"}
+    sizes = {"count": 4, "image_size": 16, "teacher_image_size": 16}
     shapes = [[16, 16, 16]]
     provenance = Provenance(**facts, **sizes, layers=[0], shapes=shapes, dtype="float32")
-    progress = {"provenance": provenance.to_json(), "count": 4, "done": 2}
+    progress = {"provenance": provenance.to_json(), "done": 2}
     folder.mkdir()
+    np.save(folder / "indices.npy", np.arange(4))
     (folder / "progress.json").write_text(json.dumps(progress))
     evil = np.array([Payload(mark)] * 4, dtype=object)
     np.save(folder / "layer_0.npy", evil, allow_pickle=True)
@@ -188,15 +189,15 @@ def test_no_begun_feature_file_runs(mark: Path) -> None:
     precompute(
         guide,
         batches,
-        path=path,
+        folder=folder,
         provenance=provenance,
         indices=np.arange(4),
         device=torch.device("cpu"),
-        say=print,
-        advance=lambda count: None,
     )
     assert begun == [0] and not mark.exists()
-    stored, _ = FeatureBank(path, [0])(images, torch.arange(4), torch.stack([View().tensor()] * 4))
+    stored, _ = FeatureBank(folder, [0])(
+        images, torch.arange(4), torch.stack([View().tensor()] * 4)
+    )
     torch.testing.assert_close(stored[0], guide(images)[0][0])
 
 

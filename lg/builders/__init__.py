@@ -13,8 +13,8 @@ from lg.builders.models import (
     build_guided,
     build_model,
     build_teacher,
-    guide_name,
     prepare_bank,
+    teacher_name,
 )
 from lg.builders.run import build_run
 from lg.builders.training import (
@@ -53,7 +53,7 @@ __all__ = [
     "dataset_facts",
     "fetch_data",
     "fetch_weights",
-    "guide_name",
     "prepare_bank",
     "synchronize_batch_norms",
+    "teacher_name",
 ]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import warnings
 from typing import Any
 
@@ -142,7 +141,7 @@ def build_teacher(cfg: CfgNode, *, trained: bool = True) -> Backbone:
 def _open_bank(cfg: CfgNode, teacher: Backbone) -> FeatureBank:
     """The stored maps, held against the guide that they should come from."""
     options = cfg.DISTILLATION
-    bank = FeatureBank(os.path.expanduser(options.FEATURE_FILE), options.INTER_TEACHER_INDEX)
+    bank = FeatureBank(options.FEATURE_FILE, options.INTER_TEACHER_INDEX)
     shapes = map_shapes(
         teacher,
         options.INTER_TEACHER_INDEX,
@@ -155,10 +154,10 @@ def _open_bank(cfg: CfgNode, teacher: Backbone) -> FeatureBank:
     bank.check(
         indices=bank.indices,
         shapes=shapes,
-        guide=guide_name(cfg, options.TEACHER_MODEL),
+        teacher=teacher_name(cfg, options.TEACHER_MODEL),
         weights=weights,
         image_size=cfg.MODEL.IMG_SIZE,
-        guide_image_size=options.TEACHER_IMG_SIZE,
+        teacher_image_size=options.TEACHER_IMG_SIZE,
     )
     return bank
 
@@ -172,8 +171,8 @@ def prepare_bank(cfg: CfgNode, guide: Guide, dataset: ImageDataset, device: torc
         guide.make_resident(device)
 
 
-def guide_name(cfg: CfgNode, kind: str) -> str:
-    """A guide's type, of a ResNet with its depth."""
+def teacher_name(cfg: CfgNode, kind: str) -> str:
+    """Return a teacher's type; for a ResNet with its depth."""
     return f"ResNet-{cfg.CNN.DEPTH}" if kind == "ResNet" else kind
 
 

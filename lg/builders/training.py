@@ -15,6 +15,7 @@ from lg.distributed.cluster import Resources
 from lg.distributed.sync_batch_norm import synchronize_batch_norm, uses_batch_statistics
 from lg.errors import ConfigError
 from lg.guidance import GuidedStudent
+from lg.guidance.bank_file import bank_path
 from lg.models.backbone import Backbone
 from lg.optim import LearningRate, WeightAverage, make_optimizer, parameter_groups
 from lg.paths import is_local_file, is_url, local_path
@@ -186,21 +187,21 @@ def check_training(cfg: CfgNode, *, trained_guide: bool = True) -> None:
         )
     for key, path in _files_of_training(cfg):
         if path and not is_url(path) and not is_local_file(path):
-            first = (
-                "compute the features with precompute_feature.py"
-                if key == "DISTILLATION.FEATURE_FILE"
-                else "train the model that writes it"
-            )
             raise ConfigError(
-                f"{key} is {path!r}, which does not exist. Check the path, or {first} first."
+                f"{key} is {path!r}, which does not exist. Check the path, or train the model that "
+                "writes it first."
             )
+    if options.OFFLINE and not bank_path(options.FEATURE_FILE).exists():
+        raise ConfigError(
+            f"DISTILLATION.FEATURE_FILE is {options.FEATURE_FILE!r}, which does not exist. Check "
+            "the path, or compute the features with precompute_feature.py first."
+        )
 
 
 def _files_of_training(cfg: CfgNode) -> list[tuple[str, str | None]]:
     """(key, path or URL) of the files that training reads besides its images."""
     options = cfg.DISTILLATION
     files = [("TRAIN.WEIGHTS", cfg.TRAIN.WEIGHTS), ("MODEL.PRETRAINED", cfg.MODEL.PRETRAINED)]
-    if options.ENABLE_INTER or options.ENABLE_LOGIT:
-        name = "FEATURE_FILE" if options.OFFLINE else "TEACHER_WEIGHTS"
-        files.append((f"DISTILLATION.{name}", options[name]))
+    if (options.ENABLE_INTER or options.ENABLE_LOGIT) and not options.OFFLINE:
+        files.append(("DISTILLATION.TEACHER_WEIGHTS", options.TEACHER_WEIGHTS))
     return files

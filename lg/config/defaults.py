@@ -90,7 +90,7 @@ DEFAULTS: dict[str, Any] = {
         # in the published runs
         "TEACHER_BN": "eval",
         "OFFLINE": False,  # use stored guide features instead of running the guide
-        "FEATURE_FILE": None,  # file of stored features, written by precompute_feature.py
+        "FEATURE_FILE": None,  # folder of stored features, written by precompute_feature.py
         # (+) file: read each batch from the file; device: copy all features to the GPU (or memory)
         # at the start
         "FEATURE_PLACE": "file",

@@ -1,29 +1,30 @@
-"""The file of a feature bank: an uncompressed `.npz` whose arrays are mapped where they lie.
+"""The folder of a feature bank: `.npy` files that are mapped into memory, and their provenance.
 
-It holds `layer_I.npy` [n, V, C, H, W] for each tapped block I of the guide, with the maps of V
-views of each image; `indices.npy` [n] with the place of each row's image in its data set; and
-`provenance.json`. Opening it is instant, processes share its pages, and a batch touches what it
-needs. Nothing in it is ever unpickled.
+    layer_I.npy      [n, V, C, H, W]: maps of V views of n images, one file per tapped block I
+    indices.npy      [n]: the position of each row's image in its data set
+    provenance.json  where the maps come from; written last, so it marks a complete bank
+    progress.json    present only while the bank is being computed
+
+Opening a bank is instant, processes share its pages, and a batch reads only its own rows. Nothing
+is ever unpickled.
 """
 
 from __future__ import annotations
 
 import json
-import math
 import mmap
 import os
 import zipfile
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import IO
+from typing import NamedTuple
 
 import numpy as np
 
 from lg.errors import BankError
 
-PROVENANCE = "provenance.json"
-INDICES = "indices.npy"
-_LOCAL_HEADER = 30  # bytes before the name in a zip entry; the lengths of name and extra end it
+PROVENANCE, PROGRESS, INDICES = "provenance.json", "progress.json", "indices.npy"
 
 
 @dataclass(frozen=True)
@@ -31,171 +32,136 @@ class Provenance:
     """Where the maps of a bank come from.
 
     Attributes:
-        guide: The guide's type, such as `ResNet-56`.
-        weights: SHA-256 of its weights.
+        teacher: Type of the teacher, such as `ResNet-56`.
+        weights: SHA-256 of the teacher's weights.
         dataset: Name of the data set.
-        split: Part of it.
-        count: Images of the whole split, of which the bank may hold some.
-        fingerprint: SHA-256 of the set's labels and of some of its images.
-        image_size: Side of the students' images, pixels.
-        guide_image_size: Side to which the guide saw them resized, pixels.
-        layers: Blocks of the guide, in the order of the arrays.
-        shapes: [C, H, W] of each.
+        split: Its split.
+        count: Number of images in the whole split; the bank may hold a subset.
+        fingerprint: SHA-256 of the labels and of some images.
+        image_size: Side of the student's images, pixels.
+        teacher_image_size: Side to which they are resized for the teacher, pixels.
+        layers: Tapped blocks of the teacher.
+        shapes: [C, H, W] of the maps of each block.
         dtype: `float16` or `float32`.
-        views: The V views of each image that the guide saw, see `lg.augment.view.View`.
-        versions: Of what computed it.
+        views: The V stored views of each image, see `lg.augment.view.View`.
+        versions: Versions of the software that computed the maps.
     """
 
-    guide: str
+    teacher: str
     weights: str
     dataset: str
     split: str
     count: int
     fingerprint: str
     image_size: int
-    guide_image_size: int
+    teacher_image_size: int
     layers: list[int]
     shapes: list[list[int]]
     dtype: str
     views: list[list[float]] = field(default_factory=lambda: [[0.0, 0.0, 1.0, 1.0, 0.0]])
     versions: dict[str, str] = field(default_factory=dict)
 
-    def array_names(self) -> list[str]:
-        """Files of the arrays, in their order."""
-        return [f"layer_{layer}.npy" for layer in self.layers]
-
-    def array_shapes(self, count: int) -> list[tuple[int, ...]]:
-        """[n, V, C, H, W] of the arrays for `count` images."""
-        return [(count, len(self.views), *shape) for shape in self.shapes]
+    def array_shapes(self, num_images: int) -> dict[str, tuple[int, ...]]:
+        """Return the file name of each array with its shape [n, V, C, H, W]."""
+        layers = zip(self.layers, self.shapes, strict=True)
+        return {f"layer_{i}.npy": (num_images, len(self.views), *shape) for i, shape in layers}
 
     def to_json(self) -> str:
-        """The same text for the same values."""
+        """Return JSON text; equal values give equal text."""
         return json.dumps(asdict(self), indent=1, sort_keys=True)
 
     @classmethod
     def from_json(cls, text: str) -> Provenance:
-        """The inverse of `to_json`.
+        """Parse the text of `to_json`.
 
         Raises:
-            ValueError: It is not what `to_json` writes.
+            ValueError: The text is not JSON, or has other entries.
         """
         values = json.loads(text)
         if not isinstance(values, dict) or set(values) != {f.name for f in fields(cls)}:
-            raise ValueError("the provenance has other entries than this version writes")
+            raise ValueError(f"{PROVENANCE} has other entries than this version writes")
         return cls(**values)
 
 
-@dataclass(frozen=True)
-class _Entry:
-    """Where the bytes of one part of the file lie."""
+class StoredMaps(NamedTuple):
+    """The content of a bank."""
 
-    offset: int
-    size: int
+    provenance: Provenance | None  # None for files of the original code
+    arrays: dict[int, np.ndarray]  # block of the teacher -> [n, V, C, H, W]
+    indices: np.ndarray  # [n]
 
 
-class BankFile:
-    """A feature file, open for reading.
+def bank_folder(path: str | os.PathLike[str]) -> Path:
+    """Return the folder of a bank: `path`, without the `.npz` that published configs write."""
+    folder = Path(path).expanduser()
+    return folder.with_suffix("") if folder.suffix == ".npz" else folder
 
-    Attributes:
-        path: Where it is.
-        names: Its parts, in their order.
+
+def bank_path(path: str | os.PathLike[str]) -> Path:
+    """Return what to open for `path`: the bank's folder, or a `.npz` file of the original code."""
+    folder, file = bank_folder(path), Path(path).expanduser()
+    return file if file.is_file() and not folder.is_dir() else folder
+
+
+def open_bank(path: str | os.PathLike[str]) -> StoredMaps:
+    """Map the arrays of a bank into memory, or load a file of the original code.
+
+    Raises:
+        BankError: The bank is missing, incomplete, truncated or inconsistent.
     """
+    path = bank_path(path)
+    if not path.exists():
+        raise BankError(
+            f"{path} does not exist. Compute the features first: python precompute_feature.py "
+            "--cfg GUIDE.yaml --ckpt MODEL.pyth."
+        )
+    if (path / PROGRESS).exists() and not (path / PROVENANCE).exists():
+        raise BankError(
+            f"{path} is incomplete: computing the features was interrupted. Run the same "
+            "precompute_feature.py command again; it resumes."
+        )
+    try:
+        return _load_npz(path) if path.is_file() else _map_folder(path)
+    except (OSError, ValueError, TypeError, EOFError, zipfile.BadZipFile) as error:
+        raise BankError(f"{path} cannot be read ({error}). Compute the features again.") from None
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
-        """Maps the file into memory and finds its parts.
 
-        Raises:
-            BankError: Missing, truncated, compressed, or no such file at all.
-        """
-        self.path = Path(path)
-        try:
-            with open(path, "rb") as stream, zipfile.ZipFile(stream) as archive:
-                infos = archive.infolist()
-                self._map = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
-        except FileNotFoundError:
-            raise BankError(
-                f"{path} does not exist. Compute the features first: python precompute_feature.py "
-                "--cfg GUIDE.yaml --ckpt MODEL.pyth, or name the file as DISTILLATION.FEATURE_FILE."
-            ) from None
-        except (zipfile.BadZipFile, ValueError, OSError) as error:
-            raise self.error(f"is no whole feature file ({error}); precompute it again") from None
-        packed = [info.filename for info in infos if info.compress_type != zipfile.ZIP_STORED]
-        if packed:
-            raise self.error(
-                f"is compressed ({', '.join(packed[:3])}), so it cannot be mapped into memory; "
-                "write it again with numpy.savez, or precompute it"
+def release_pages(arrays: Iterable[np.ndarray]) -> None:
+    """Return the pages of mapped arrays to the system's cache, so that this process stays small."""
+    for array in arrays:
+        if isinstance(array.base, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"):
+            array.base.madvise(mmap.MADV_DONTNEED)
+
+
+def _map_folder(folder: Path) -> StoredMaps:
+    provenance = Provenance.from_json((folder / PROVENANCE).read_text())
+    indices = np.array(np.lib.format.open_memmap(folder / INDICES, mode="r"))
+    if indices.ndim != 1 or indices.dtype != np.int64:
+        raise ValueError(f"{INDICES} is {indices.dtype} of shape {indices.shape}")
+    arrays: dict[int, np.ndarray] = {}
+    shapes = provenance.array_shapes(len(indices)).items()
+    for layer, (name, shape) in zip(provenance.layers, shapes, strict=True):
+        array = np.lib.format.open_memmap(folder / name, mode="r")
+        if array.shape != shape or array.dtype != provenance.dtype:
+            raise ValueError(
+                f"{name} is {array.dtype} of shape {array.shape}, expected {provenance.dtype} of "
+                f"shape {shape}"
             )
-        self._entries = {info.filename: self._locate(info) for info in infos}
-        self.names = list(self._entries)
-        if hasattr(mmap, "MADV_RANDOM"):
-            self._map.madvise(mmap.MADV_RANDOM)  # batches are drawn at random: do not read ahead
+        if isinstance(array.base, mmap.mmap) and hasattr(mmap, "MADV_RANDOM"):
+            array.base.madvise(mmap.MADV_RANDOM)  # rows are read at random: no read-ahead
+        arrays[layer] = array
+    return StoredMaps(provenance, arrays, indices)
 
-    def error(self, text: str) -> BankError:
-        """A fault of this file."""
-        return BankError(f"{self.path} {text}.")
 
-    def provenance(self) -> Provenance | None:
-        """Where the maps come from, if the file says so.
-
-        Raises:
-            BankError: It says so in a way that this version does not read.
-        """
-        if PROVENANCE not in self._entries:
-            return None
-        entry = self._entries[PROVENANCE]
-        try:
-            text = self._map[entry.offset : entry.offset + entry.size].decode()
-            return Provenance.from_json(text)
-        except (ValueError, TypeError) as error:
-            raise self.error(f"cannot be read: {error}; precompute it again") from None
-
-    def array(self, name: str, *, dims: int, kind: str) -> np.ndarray:
-        """One array where it lies.
-
-        Args:
-            name: A part.
-            dims: Its dimensions.
-            kind: Of its numbers, as NumPy has it: `f` or `i`.
-
-        Raises:
-            BankError: It is no such array, or not whole.
-        """
-        entry = self._entries[name]
-        shape, fortran, dtype, header = self._header(name)
-        if dtype.hasobject or dtype.kind != kind or fortran or len(shape) != dims:
-            raise self.error(
-                f"holds {name} of {dtype} and shape {list(shape)}, where an array of numbers with "
-                f"{dims} dimensions belongs; objects are never loaded. Precompute it again"
-            )
-        if header + math.prod(shape) * dtype.itemsize != entry.size:
-            raise self.error(f"holds less or more of {name} than it says; precompute it again")
-        return np.ndarray(shape, dtype, buffer=self._map, offset=entry.offset + header)
-
-    def forget_pages(self) -> None:
-        """Leaves what was read to the system's cache, out of this process's memory."""
-        if hasattr(mmap, "MADV_DONTNEED"):
-            self._map.madvise(mmap.MADV_DONTNEED)
-
-    def _locate(self, info: zipfile.ZipInfo) -> _Entry:
-        """Where a part begins: behind its own header, whose length it says itself."""
-        lengths = self._map[info.header_offset + 26 : info.header_offset + _LOCAL_HEADER]
-        name_and_extra = sum(int.from_bytes(lengths[i : i + 2], "little") for i in (0, 2))
-        offset = info.header_offset + _LOCAL_HEADER + name_and_extra
-        if offset + info.file_size > len(self._map):
-            raise self.error(f"is cut off within {info.filename}; precompute it again")
-        return _Entry(offset, info.file_size)
-
-    def _header(self, name: str) -> tuple[tuple[int, ...], bool, np.dtype, int]:
-        """Shape, order and type of an array, and how many bytes say so."""
-        stream: IO[bytes] = self._map  # type: ignore[assignment]
-        stream.seek(self._entries[name].offset)
-        try:
-            version = np.lib.format.read_magic(stream)
-            read = {
-                (1, 0): np.lib.format.read_array_header_1_0,
-                (2, 0): np.lib.format.read_array_header_2_0,
-            }[version]
-            shape, fortran, dtype = read(stream)
-        except (ValueError, KeyError, OSError) as error:
-            raise self.error(f"holds {name}, which is no array: {error}") from None
-        return shape, fortran, dtype, stream.tell() - self._entries[name].offset
+def _load_npz(path: Path) -> StoredMaps:
+    """Load a file of the original code into memory: one array [n, C, H, W] per stage, in order."""
+    # NpzFile, unlike np.load, opens nothing but .npz files; neither unpickles.
+    with open(path, "rb") as stream, np.lib.npyio.NpzFile(stream) as archive:
+        arrays = [np.asarray(archive[name]) for name in archive.files]
+    if not arrays or any(a.ndim != 4 or a.dtype.kind != "f" for a in arrays):
+        raise ValueError("expected float arrays with 4 dimensions only")
+    counts = {len(array) for array in arrays}
+    if len(counts) > 1:
+        raise ValueError(f"the arrays hold {', '.join(map(str, sorted(counts)))} images")
+    stages = {stage: array[:, None] for stage, array in enumerate(arrays)}
+    return StoredMaps(None, stages, np.arange(counts.pop()))

@@ -12,7 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from yacs.config import CfgNode
 
-from lg.builders.models import build_model, build_teacher, guide_name, tap_indices
+from lg.builders.models import build_model, build_teacher, tap_indices, teacher_name
 from lg.models.backbone import Backbone, evaluating
 from lg.models.taps import map_shapes
 
@@ -78,7 +78,7 @@ def describe_config(cfg: CfgNode) -> list[str]:
         model.TYPE,
         facts,
         num_classes=model.NUM_CLASSES,
-        guide_name=guide_name(cfg, options.TEACHER_MODEL),
+        guide_name=teacher_name(cfg, options.TEACHER_MODEL),
         guide=measure_model(teacher, image_size=options.TEACHER_IMG_SIZE, in_channels=channels),
         taps=[*zip(*tap_indices(cfg, student, teacher), strict=True)],
         with_heads=options.ENABLE_INTER and options.INTER_TRANSFORM == "linear",

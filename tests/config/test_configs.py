@@ -10,6 +10,7 @@ from yacs.config import CfgNode
 
 import lg
 from lg.config import flatten
+from lg.guidance.bank_file import bank_folder
 from lg.models import Backbone
 from lg.tools.info import complexity
 
@@ -154,7 +155,10 @@ def test_a_config_of_the_grid_matches_its_data_and_its_guide(name: str) -> None:
         assert options.TEACHER_IMG_SIZE == guide.MODEL.IMG_SIZE == 32
         assert cfg.CNN == guide.CNN and cfg.RESNET == guide.RESNET
         assert (kind == "ours_offline") == options.OFFLINE
-        assert (f"temp/{guide_name}.npz" if options.OFFLINE else None) == options.FEATURE_FILE
+        if options.OFFLINE:
+            assert bank_folder(options.FEATURE_FILE) == Path(f"temp/{guide_name}")
+        else:
+            assert options.FEATURE_FILE is None
 
 
 @pytest.mark.parametrize("name", [name for name in GRID if not name.endswith("_base.yaml")])

@@ -315,7 +315,7 @@ def test_stored_features_fit_a_set_with_gaps(tmp_path: Path) -> None:
     import precompute_feature
 
     spoil(make_folder(tmp_path / "set"))
-    weights, bank = tmp_path / "guide.pyth", tmp_path / "bank.npz"
+    weights, bank = tmp_path / "guide.pyth", tmp_path / "bank"
     options = {"DATA_LOADER__ON_ERROR": "skip", "DISTILLATION__ENABLE_INTER": True}
     options |= {"CNN__DEPTH": 8, "DISTILLATION__INTER_TEACHER_INDEX": [0, 2]}
     options |= {"DISTILLATION__INTER_STUDENT_INDEX": [0, 1]}

@@ -221,7 +221,7 @@ def test_losses_that_are_no_numbers(tmp_path: Path) -> None:
 def test_stored_features_of_other_images(tmp_path: Path) -> None:
     import precompute_feature
 
-    guide, bank = guide_file(tmp_path / "guide.pyth"), tmp_path / "bank.npz"
+    guide, bank = guide_file(tmp_path / "guide.pyth"), tmp_path / "bank"
     changes = {"DISTILLATION__OFFLINE": True, "DISTILLATION__FEATURE_FILE": bank}
     changes |= {"TRAIN__MIXUP_ALPHA": 0.0, "TRAIN__CUTMIX_ALPHA": 0.0}
     cfg = digits(tmp_path / "run", guide, **changes)
@@ -231,7 +231,7 @@ def test_stored_features_of_other_images(tmp_path: Path) -> None:
     assert f"{bank} holds the guide's maps of the training images." in texts(found, FACT, MODEL)
     more = digits(tmp_path / "run", guide, **changes, TRAIN__FRACTION=0.5)
     (problem,) = texts(check_config(more), PROBLEM, MODEL)
-    assert problem.startswith(f"{bank} does not belong to this training: it lacks 480 ")
+    assert problem.startswith(f"{bank} does not match this training: it lacks 480 ")
 
 
 def test_a_folder_to_come_is_looked_for_above(tmp_path: Path) -> None:

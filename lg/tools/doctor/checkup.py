@@ -36,6 +36,7 @@ from lg.datasets.scan import drop_unreadable, has_image_files, scan
 from lg.distributed import World
 from lg.files.lock import check_writable, existing_folder
 from lg.guidance import FeatureBank
+from lg.guidance.bank_file import bank_path
 from lg.logs.log import RunLog
 from lg.paths import is_local_file, is_url
 from lg.run import Run
@@ -233,7 +234,7 @@ def _check_images(cfg: CfgNode, splits: dict[str, images.Split], found: Findings
 def _check_bank(cfg: CfgNode, train: ImageDataset, found: Findings) -> None:
     """Check that stored features belong to the guide and the training images."""
     path = cfg.DISTILLATION.FEATURE_FILE
-    if cfg.DISTILLATION.OFFLINE and _exists(path):
+    if cfg.DISTILLATION.OFFLINE and bank_path(path).exists():
         with found.catch(MODEL, "opening the file", key="DISTILLATION.FEATURE_FILE"):
             bank = build_guided(cfg)[1]
             assert isinstance(bank, FeatureBank)

@@ -6,14 +6,12 @@ everything, so a run takes about a second. Shared memory tells the parent the ch
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import multiprocessing
 import os
 import signal
 import sys
 import time
-import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -189,63 +187,40 @@ class Child:
         aim: tuple[str, int] = ("start-up", 1),
     ) -> None:
         """Start the job and write its output to files in `folder`."""
-        self._output = folder / "out.txt", folder / "err.txt"
         folder.mkdir(parents=True, exist_ok=True)
         if watch is not None:
             watch.clear(*aim)
-        sys.stdout.flush(), sys.stderr.flush()
-        self._status: int | None = None
-        self.pid = os.fork()
-        if self.pid == 0:
-            self._run(job, watch)
-
-    def _run(self, job: Job, watch: Watch | None) -> None:
-        status = 70
-        try:
-            for number, path in enumerate(self._output, start=1):
-                with open(path, "wb") as stream:
-                    os.dup2(stream.fileno(), number)
-            precomputing._SAVE_PERIOD = 0.01  # so that a restart finds something to resume
-            if watch is not None:
-                watch.wrap()
-            sys.argv = job.argv
-            status = _status_of(job.main)
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            with contextlib.suppress(OSError):
-                sys.stdout.flush(), sys.stderr.flush()
-            os._exit(status)
+        self._output = folder / "out.txt", folder / "err.txt"
+        self._process = multiprocessing.get_context("fork").Process(
+            target=_run, args=(job, self._output, watch)
+        )
+        self._process.start()
 
     def has_ended(self) -> bool:
-        if self._status is None:
-            pid, status = os.waitpid(self.pid, os.WNOHANG)
-            if pid:
-                self._status = os.waitstatus_to_exitcode(status)
-        return self._status is not None
+        return not self._process.is_alive()
 
     def send(self, signum: int) -> None:
-        if self._status is None:
-            os.kill(self.pid, signum)
+        if self._process.is_alive():
+            os.kill(self._process.pid, signum)
 
     def end(self) -> End:
         """Wait for the job to end and return its status and output."""
-        if self._status is None:
-            self._status = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
-        status = self._status if self._status >= 0 else 128 - self._status
+        self._process.join()
+        status = self._process.exitcode
         out, err = (path.read_text(errors="replace") for path in self._output)
-        return End(status, out, err)
+        return End(status if status >= 0 else 128 - status, out, err)
 
 
-def _status_of(main: Callable[[], None]) -> int:
-    try:
-        main()
-    except SystemExit as end:
-        if isinstance(end.code, str):
-            print(end.code, file=sys.stderr)
-            return 1
-        return end.code or 0
-    return 0
+def _run(job: Job, output: tuple[Path, Path], watch: Watch | None) -> None:
+    """Run the job in the child."""
+    for number, path in enumerate(output, start=1):
+        with open(path, "wb") as stream:
+            os.dup2(stream.fileno(), number)
+    precomputing._SAVE_PERIOD = 0.01  # so that a restart finds something to resume
+    if watch is not None:
+        watch.wrap()
+    sys.argv = job.argv
+    job.main()
 
 
 def finished(job: Job, folder: Path, watch: Watch | None = None) -> End:

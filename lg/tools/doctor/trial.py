@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from lg.checkpoint import random_state, size_of
+from lg.checkpoint import file_size, random_state
 from lg.datasets.cache import free_memory
 from lg.device import peak_memory_mb, synchronize
 from lg.logs.log import format_time
@@ -54,7 +54,7 @@ def try_steps(run: Run) -> Trial:
         total = torch.cuda.mem_get_info(run.device)[1] // 2**20
     else:
         total = free_memory(torch.device("cpu")) // 2**20 + peak
-    checkpoint_bytes = size_of(run.state([random_state()]))
+    checkpoint_bytes = file_size(run.state([random_state()]))
     return Trial(losses, step_seconds, test_seconds, peak, total, checkpoint_bytes)
 
 

@@ -14,8 +14,6 @@ import os
 import re
 import reprlib
 from collections.abc import Iterator, Mapping, Sequence
-from functools import reduce
-from operator import getitem
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +31,7 @@ _COMMAND_LINE = "on the command line"
 # sequence would control the terminal. Only the free text DESC may have line breaks.
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 _CONTROL_IN_DESC = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+_KNOWN = {**DEFAULTS, **DEFAULT_VALUES}  # sections and keys
 _NULL = ("null", "Null", "NULL", "None", "~")
 
 
@@ -57,8 +56,8 @@ def load_config(path: str | os.PathLike[str], opts: Sequence[Any] = ()) -> CfgNo
     given |= {key: (value, _COMMAND_LINE) for key, value in _parse_overrides(opts)}
     cfg = CfgNode(DEFAULTS)  # a deep copy
     for key, (value, where) in given.items():
-        *sections, name = key.split(".")
-        reduce(getitem, sections, cfg)[name] = _coerce(key, value, where)
+        section, _, name = key.rpartition(".")
+        (cfg[section] if section else cfg)[name] = _coerce(key, value, where)
     if cfg.OUT_DIR is None:
         cfg.OUT_DIR = os.path.join("work_dirs", Path(path).stem)
     _validate(cfg, {key: where for key, (_, where) in given.items()})
@@ -100,15 +99,11 @@ def _known_values(
             raise ConfigError(
                 f"{key} {where} is the form for the command line; in a file, nest its sections."
             )
-        if not isinstance(default, Mapping):
-            yield key, value
-        elif isinstance(value, Mapping):
+        if isinstance(value, Mapping) and isinstance(default, Mapping):
             yield from _known_values(value, where, f"{key}.")
         else:
-            raise ConfigError(
-                f"{key} is {_shown(value)}, set {where}; it is a section: give its keys, such as "
-                f"{next(iter(default))}."
-            )
+            _reject_section(key, value, where)
+            yield key, value
 
 
 def _parse_overrides(opts: Sequence[Any]) -> Iterator[tuple[str, Any]]:
@@ -118,35 +113,35 @@ def _parse_overrides(opts: Sequence[Any]) -> Iterator[tuple[str, Any]]:
             f"Overrides are pairs KEY VALUE; the last one, {_shown(opts[-1])}, has no value."
         )
     for key, value in zip(map(str, opts[::2]), opts[1::2], strict=True):
-        default = _default(key, _COMMAND_LINE)
-        if isinstance(default, Mapping):
-            raise ConfigError(
-                f"{key} {_COMMAND_LINE} is a section; give one of its keys, such as "
-                f"{key}.{next(iter(default))}."
-            )
+        _reject_section(key, value, _COMMAND_LINE)
         if isinstance(value, os.PathLike):
             value = os.fspath(value)
-        elif isinstance(value, str):
-            value = _parse_text(value) if str in accepted_types(key)[0] else _parse(value)
+        elif isinstance(value, str) and str in accepted_types(key)[0]:
+            value = _parse_text(value)
         yield key, value
 
 
 def _default(key: str, where: str) -> Any:
-    """Return the default of a dotted key; a mapping for a section."""
-    node: Any = DEFAULTS
-    for part in key.split("."):
-        if not isinstance(node, Mapping) or part not in node:
-            raise ConfigError(f"Unknown config key {_shown(key)} {where}.{_nearest(key)}")
-        node = node[part]
-    return node
+    """Return the default of a key; a mapping for a section."""
+    if key not in _KNOWN:
+        raise ConfigError(f"Unknown config key {_shown(key)} {where}.{_nearest(key)}")
+    return _KNOWN[key]
+
+
+def _reject_section(key: str, value: Any, where: str) -> None:
+    default = _default(key, where)
+    if isinstance(default, Mapping):
+        raise ConfigError(
+            f"{key} is {_shown(value)}, set {where}; it is a section: set its keys, such as "
+            f"{key}.{next(iter(default))}."
+        )
 
 
 def _nearest(key: str) -> str:
     """Return a hint at similar keys, and at keys of the same name in other sections."""
     wanted = key.upper()
-    known = dict.fromkeys([*DEFAULT_VALUES, *DEFAULTS])
-    near = difflib.get_close_matches(wanted, known, 3, 0.6)
-    near += [k for k in known if k.rpartition(".")[2] == wanted.rpartition(".")[2]]
+    near = difflib.get_close_matches(wanted, _KNOWN, 3, 0.6)
+    near += [k for k in _KNOWN if k.rpartition(".")[2] == wanted.rpartition(".")[2]]
     return f" Nearest known keys: {', '.join(dict.fromkeys(near))}." if near else ""
 
 
@@ -172,10 +167,10 @@ def _coerce(key: str, value: Any, where: str) -> Any:
     """Return the value in the type of its key; make only conversions that lose nothing."""
     single, elements = accepted_types(key)
     default = DEFAULT_VALUES[key]
+    if isinstance(value, str) and str not in single:
+        value = _parse(value)  # also in files: YAML reads 5e-4, without a point, as text
     if isinstance(value, tuple):
         value = list(value)
-    if isinstance(value, str) and str not in single:
-        value = _parse(value)  # YAML reads 5e-4, without a point, as text
     if default is None and value in ("", None):
         return None
     if isinstance(value, list):
@@ -188,14 +183,18 @@ def _coerce(key: str, value: Any, where: str) -> Any:
             f"{key} is {_shown(value)} ({type(value).__name__}), set {where}; it takes "
             f"{_described(single, elements, nullable=default is None)}."
         )
-    for text in value if isinstance(value, list) else [value]:
-        pattern = _CONTROL_IN_DESC if key == "DESC" else _CONTROL
+    pattern = _CONTROL_IN_DESC if key == "DESC" else _CONTROL
+    for text in _items(value):
         if isinstance(text, str) and pattern.search(text):
             raise ConfigError(
                 f"{key} is {_shown(value)}, set {where}; it takes text without control characters, "
                 "such as line breaks."
             )
     return float(value) if isinstance(default, float) else value
+
+
+def _items(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
 
 
 def _is_one_of(value: Any, types: tuple[type, ...]) -> bool:
@@ -222,14 +221,14 @@ def _validate(cfg: CfgNode, where: Mapping[str, str]) -> None:
         return ConfigError(f"{key} is {_shown(values[key])}{place}; {advice}")
 
     for key, choices in CHOICES.items():
-        for value in values[key] if isinstance(values[key], list) else [values[key]]:
+        for value in _items(values[key]):
             is_timm = "timm/NAME" in choices and value.startswith("timm/") and len(value) > 5
             if value not in choices and not is_timm:
                 near = difflib.get_close_matches(value, choices, 1, 0.5)
                 hint = f" Did you mean {near[0]}?" if near else ""
                 raise fault(key, f"allowed: {', '.join(c or repr(c) for c in choices)}.{hint}")
     for key, (test, allowed) in RANGES.items():
-        for value in values[key] if isinstance(values[key], list) else [values[key]]:
+        for value in _items(values[key]):
             if value is not None and not test(value):
                 raise fault(key, f"it must be {allowed}.")
     for key, advice in faults(cfg):

@@ -1,4 +1,4 @@
-"""Transforms on batches: the distributions of torchvision and timm, the pixels of Pillow."""
+"""Batch transforms have the distributions of torchvision and timm and the pixels of Pillow."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ COUNT = 20_000
 
 
 def photograph(height: int, width: int, seed: int = 0) -> Image.Image:
-    """Smooth colours, an edge and noise."""
+    """Return an image with smooth colours, an edge and noise."""
     rng = np.random.default_rng(seed)
     y, x = np.mgrid[0:height, 0:width]
     waves = [np.sin(x / rng.uniform(3, 20)) + np.cos(y / rng.uniform(3, 20)) for _ in range(3)]
@@ -48,7 +48,7 @@ def tensors(images: Sequence[Image.Image]) -> list[torch.Tensor]:
 
 @pytest.mark.parametrize("together", [False, True])
 @pytest.mark.parametrize(("side", "size"), [(32, 48), (32, 20), (64, 224)])
-def test_crops_are_pillows(side: int, size: int, together: bool) -> None:
+def test_crops_equal_those_of_pillow(side: int, size: int, together: bool) -> None:
     images = [photograph(side, side, seed) for seed in range(12)]
     boxes = draw_crops(np.full(12, side), np.full(12, side), np.random.default_rng(1))
     flip = np.arange(12) % 2 == 0
@@ -61,7 +61,7 @@ def test_crops_are_pillows(side: int, size: int, together: bool) -> None:
         crop = image.crop((left, top, left + width, top + height)).resize((size, size), 3)
         wanted = np.array(ImageOps.mirror(crop) if mirror else crop).transpose(2, 0, 1)
         difference = np.abs(got.numpy().astype(int) - wanted)
-        # Which way goes first, and is rounded first, is another matter in newer Pillows.
+        # Versions of Pillow differ in which direction is resized and rounded first.
         assert difference.max() <= 2 and difference.mean() < 0.3
 
 
@@ -75,7 +75,7 @@ def test_images_of_many_sizes_in_a_batch() -> None:
 
 
 @pytest.mark.parametrize(("height", "width"), [(32, 32), (375, 500), (40, 300)])
-def test_boxes_are_distributed_as_torchvisions(height: int, width: int) -> None:
+def test_boxes_have_the_distribution_of_torchvision(height: int, width: int) -> None:
     sizes = np.full(COUNT, height), np.full(COUNT, width)
     mine = draw_crops(*sizes, np.random.default_rng(0)).astype(float)
     torch.manual_seed(0)
@@ -98,7 +98,7 @@ def test_boxes_are_distributed_as_torchvisions(height: int, width: int) -> None:
         assert ks_2samp(measure(mine), measure(theirs)).statistic < 0.03
 
 
-def test_an_image_too_oblong_for_any_box_gives_its_middle() -> None:
+def test_the_fallback_for_elongated_images_is_the_centre() -> None:
     boxes = draw_crops(np.array([10, 400]), np.array([400, 10]), np.random.default_rng(0))
     assert boxes.tolist() == [[0, 193, 10, 13], [193, 0, 13, 10]]
 
@@ -106,7 +106,7 @@ def test_an_image_too_oblong_for_any_box_gives_its_middle() -> None:
 # --- Erasing -----------------------------------------------------------------------------------
 
 
-def test_erased_boxes_are_distributed_as_timms() -> None:
+def test_erased_boxes_have_the_distribution_of_timm() -> None:
     size = 40
     mine = draw_erased(COUNT, size, np.random.default_rng(0))
     random.seed(0)
@@ -127,7 +127,7 @@ def test_erased_boxes_are_distributed_as_timms() -> None:
     assert (kept[:, 0] + kept[:, 2] <= size).all() and (kept[:, 1] + kept[:, 3] <= size).all()
 
 
-def test_boxes_are_filled_with_normal_noise_and_nothing_else_is() -> None:
+def test_only_boxes_are_filled_with_normal_noise() -> None:
     images = torch.full((3, 3, 50, 50), 7.0)
     boxes = np.array([[5, 10, 30, 40], [0, 0, 0, 0], [49, 0, 1, 50]])
     filled = erase(images.clone(), boxes, seed=3)
@@ -143,7 +143,7 @@ def test_boxes_are_filled_with_normal_noise_and_nothing_else_is() -> None:
 # --- Whole transforms --------------------------------------------------------------------------
 
 
-def test_the_test_transform_is_that_of_single_images() -> None:
+def test_the_test_transform_equals_that_of_single_images() -> None:
     transform, single = BatchTestTransform(image_size=32), TestTransform(image_size=32)
     for sizes in ([(32, 32), (32, 32)], [(20, 20), (45, 20)], [(120, 80), (33, 33)]):
         images = [photograph(*size, seed) for seed, size in enumerate(sizes)]
@@ -173,7 +173,7 @@ def test_the_plain_transform_shifts_over_black_and_flips() -> None:
     assert many.flip.mean() == pytest.approx(0.5, abs=0.015)
 
 
-def test_a_strong_batch_is_its_draws_carried_out_in_order() -> None:
+def test_the_strong_transform_applies_its_draws_in_order() -> None:
     transform = BatchTransform(image_size=32, strong=True, hflip=0.3)
     images = torch.stack(tensors([photograph(48, 48, seed) for seed in range(64)]))
     size = np.full(64, 48)
@@ -211,13 +211,13 @@ def test_views_are_boxes_in_fractions() -> None:
         torch.testing.assert_close(found[row], torch.tensor(wanted, dtype=torch.float32))
 
 
-def test_large_images_are_kept_at_a_size_that_loses_nothing() -> None:
+def test_large_images_are_cached_without_loss_for_any_crop() -> None:
     transform = BatchTransform(image_size=50, strong=True)
     assert transform.prepare(photograph(150, 250)).size == (250, 150)
-    kept = transform.prepare(photograph(600, 400))
-    assert kept.width / kept.height == pytest.approx(2 / 3, rel=0.01)
+    cached = transform.prepare(photograph(600, 400))
+    assert cached.width / cached.height == pytest.approx(2 / 3, rel=0.01)
     boxes = draw_crops(
-        np.full(COUNT, kept.height), np.full(COUNT, kept.width), np.random.default_rng(0)
+        np.full(COUNT, cached.height), np.full(COUNT, cached.width), np.random.default_rng(0)
     )
-    assert boxes[:, 2:].min() >= 49  # the smallest crop still has the pixels that are asked for
+    assert boxes[:, 2:].min() >= 49  # the smallest crop is as large as the result
     assert boxes[:, 2:].min() <= 53

@@ -1,4 +1,4 @@
-"""Mixing: targets that say what share of an image is whose."""
+"""Mixing: targets match the share of each image."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ LABELS = torch.tensor([0, 2, 1, 2, 0, 1, 2, 1])
 
 
 def flat_images(side: int = 16, height: int | None = None) -> torch.Tensor:
-    """[8, 3, H, W]: image n is n everywhere, so that a pixel tells which image it is from."""
+    """Return [8, 3, H, W]: every pixel of image n is n, so that pixels identify their image."""
     images = torch.arange(8.0)[:, None, None, None]
     return images.expand(8, 3, height or side, side).clone()
 
@@ -21,7 +21,7 @@ def rng(number: int = 0) -> np.random.Generator:
     return np.random.default_rng(number)
 
 
-def test_without_anything_targets_are_one_hot_and_images_stay() -> None:
+def test_by_default_targets_are_one_hot_and_images_unchanged() -> None:
     images = flat_images()
     mixed, targets = Mixing(num_classes=3)(images, LABELS, rng())
     assert mixed is images and targets.dtype == torch.float32
@@ -42,7 +42,7 @@ def test_mixup_mixes_images_and_targets_by_one_share(smoothing: float) -> None:
         mixed, targets = mixing(flat_images(), torch.arange(8), rng(number))
         assert torch.equal(mixed.amin((1, 2, 3)), mixed.amax((1, 2, 3)))
         assert targets.sum(dim=1).tolist() == pytest.approx([1.0] * 8)
-        # Image n is n, and its label too: the mean label is what the mixed image shows.
+        # The label of image n is n as well, so that the mean label equals the mixed pixels.
         classes = torch.arange(8.0)
         bare = (targets - smoothing / 8) / (1 - smoothing)
         assert (bare @ classes).tolist() == pytest.approx(mixed[:, 0, 0, 0].tolist(), abs=1e-4)
@@ -50,7 +50,7 @@ def test_mixup_mixes_images_and_targets_by_one_share(smoothing: float) -> None:
         shares.append(float(own.min()))
         moved = own < 0.9999
         assert own[moved].tolist() == pytest.approx([float(own.min())] * int(moved.sum()))
-    assert len({round(s, 4) for s in shares}) > 40  # a new share each batch
+    assert len({round(s, 4) for s in shares}) > 40  # a new share for each batch
     # Beta(0.8, 0.8): mean 1/2, standard deviation 0.31
     assert 0.35 < np.mean(shares) < 0.65 and 0.2 < np.std(shares) < 0.42
 
@@ -63,10 +63,10 @@ def test_the_share_of_cutmix_is_the_pasted_area(height: int, side: int) -> None:
         mixed, targets = Mixing(num_classes=8, cutmix_alpha=1.0)(
             images, torch.arange(8), rng(number)
         )
-        assert torch.equal(images, flat_images(side, height))  # the batch given is not written to
+        assert torch.equal(images, flat_images(side, height))  # the input is not modified
         assert targets.sum(dim=1).tolist() == pytest.approx([1.0] * 8)
         for n in range(8):
-            # The share of each image in the targets is its share of the pixels.
+            # The target of each image is its share of the pixels.
             pixels = torch.bincount(mixed[n, 0].long().flatten(), minlength=8) / (height * side)
             assert targets[n].tolist() == pytest.approx(pixels.tolist(), abs=1e-6)
             assert torch.equal(mixed[n, 0], mixed[n, 2])
@@ -78,7 +78,7 @@ def test_the_share_of_cutmix_is_the_pasted_area(height: int, side: int) -> None:
     assert min(areas) < 0.15 and max(areas) > 0.35
 
 
-def test_with_both_on_each_is_drawn_half_of_the_time() -> None:
+def test_mixup_and_cutmix_are_equally_likely() -> None:
     mixing = Mixing(num_classes=3, mixup_alpha=1.0, cutmix_alpha=1.0)
     kinds = {"whole": 0, "blend": 0, "box": 0}
     for number in range(400):
@@ -86,11 +86,11 @@ def test_with_both_on_each_is_drawn_half_of_the_time() -> None:
         constant = bool((mixed.amin((1, 2, 3)) == mixed.amax((1, 2, 3))).all())
         whole_numbers = bool((mixed == mixed.round()).all())
         kinds["whole" if constant and whole_numbers else "blend" if constant else "box"] += 1
-    assert kinds["whole"] < 30  # a box of no pixels
+    assert kinds["whole"] < 30  # an empty box
     assert 165 < kinds["blend"] < 235
 
 
-def test_one_generator_one_result_whatever_the_global_ones_do() -> None:
+def test_draws_depend_only_on_the_given_generator() -> None:
     mixing = Mixing(num_classes=3, smoothing=0.1, mixup_alpha=0.8, cutmix_alpha=1.0)
     images = torch.rand(8, 3, 9, 9)
     state = torch.get_rng_state(), np.random.get_state()[1].copy()

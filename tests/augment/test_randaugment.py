@@ -1,4 +1,4 @@
-"""Batched RandAugment: each operation against timm's on Pillow, the draws against timm's own."""
+"""Batched RandAugment: operations and draws equal those of timm on Pillow images."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from lg.augment.randaugment import OPERATIONS, Draws, draw, randaugment
 from lg.augment.recipe import TrainTransform
 
 ENHANCE = (0.1, 0.19, 0.83, 1.0, 1.81, 1.9)
-MOVE = (0.0, 0.9, -0.9123, 1.0, -1.0)  # of the most
+MOVE = (0.0, 0.9, -0.9123, 1.0, -1.0)  # fractions of the maximum
 LEVELS: dict[str, tuple[float, ...]] = {
     "Rotate": tuple(30 * x for x in MOVE),
     "PosterizeIncreasing": (0, 1, 2, 3, 4, 8),
@@ -36,7 +36,7 @@ RESAMPLED = ("Rotate", "ShearX", "ShearY", "TranslateXRel", "TranslateYRel")
 
 
 def photographs(size: int) -> torch.Tensor:
-    """[5, 3, S, S], uint8: gradients, edges and noise; dark; of few values; of one; all noise."""
+    """Return [5, 3, S, S], uint8: a scene, a dark scene, two values, one value, noise."""
     rng = np.random.default_rng(size)
     y, x = np.mgrid[:size, :size] / size
     waves = np.stack([np.sin(5 * x + 2 * y), np.cos(4 * y), np.sin(6 * x * y)]) * 60 + 120
@@ -56,7 +56,7 @@ def by_timm(images: torch.Tensor, name: str, level: float) -> torch.Tensor:
     arguments = () if name not in LEVELS else (int(level) if name in WHOLE else level,)
     done = []
     for image in images.permute(0, 2, 3, 1).numpy():
-        if name == "PosterizeIncreasing" and level == 0:  # refused by newer Pillow
+        if name == "PosterizeIncreasing" and level == 0:  # rejected by newer Pillow
             done.append(np.zeros_like(image))
             continue
         options = {"fillcolor": (124, 116, 104), "resample": Image.Resampling.BICUBIC}
@@ -71,7 +71,7 @@ def timm_operations(size: int) -> list:
     return augment.ops
 
 
-def test_the_operations_are_those_of_the_recipe() -> None:
+def test_operations_equal_those_of_the_recipe() -> None:
     operations = timm_operations(32)
     assert tuple(op.name for op in operations) == OPERATIONS
     for op in operations:
@@ -82,22 +82,22 @@ def test_the_operations_are_those_of_the_recipe() -> None:
 
 @pytest.mark.parametrize("size", [96, 32, 9])
 @pytest.mark.parametrize("name", OPERATIONS)
-def test_every_operation_is_timms_on_pillow(name: str, size: int) -> None:
+def test_every_operation_equals_timm_on_pillow(name: str, size: int) -> None:
     images = photographs(size)
     for level in LEVELS.get(name, (0.0,)):
         ours = randaugment(images, fixed(name, level, len(images)))
         difference = (ours.int() - by_timm(images, name, level).int()).abs()
-        if name in RESAMPLED:  # float32 and double, cut off: one level apart now and then
+        if name in RESAMPLED:  # truncated float32 and double sometimes differ by one level
             assert difference.max() <= 1, level
             share = difference.float().mean((1, 2, 3))
-            # Between two values sums fall on whole numbers, which Pillow's double may just miss:
-            # a column at most, here.
+            # With two values, sums are whole numbers, which Pillow's double may narrowly miss: here
+            # in one column at most.
             assert (share < torch.tensor([0.01, 0.01, 1.01 / size, 0.01, 0.01])).all(), level
         else:
             assert difference.max() == 0, level
 
 
-def test_a_mixed_batch_does_both_layers_in_order() -> None:
+def test_a_batch_of_many_operations_applies_layers_in_order() -> None:
     images = photographs(32)
     rng = np.random.default_rng(1)
     images = images[torch.from_numpy(rng.integers(0, 5, 200))]
@@ -112,12 +112,12 @@ def test_a_mixed_batch_does_both_layers_in_order() -> None:
         wanted.append(image)
     difference = (ours.int() - torch.cat(wanted).int()).abs().float().flatten(1).mean(1)
     assert (difference == 0).float().mean() > 0.6
-    # A level of difference may be made larger by what comes next: equalise, posterise, solarise.
+    # The next operation (equalise, posterise, solarise) may amplify a difference of one level.
     assert difference.mean() < 0.05
 
 
 def sampled_from_timm(size: int, count: int) -> tuple[np.ndarray, list[list[float]]]:
-    """How often timm applies each operation, [15 + 1], the last for none; and its arguments."""
+    """Return how often timm applies each operation, [15 + 1] (the last: none), and its levels."""
     augment = rand_augment_transform(
         "rand-m9-mstd0.5-inc1",
         {
@@ -146,19 +146,19 @@ def sampled_from_timm(size: int, count: int) -> tuple[np.ndarray, list[list[floa
     return applied, levels
 
 
-def test_the_draws_are_distributed_as_timms() -> None:
+def test_draws_have_the_distribution_of_timm() -> None:
     count = 40_000
     applied, levels = sampled_from_timm(224, count)
     draws = draw(count, rng=np.random.default_rng(0))
     assert draws.operation.shape == draws.level.shape == (2, count)
     assert draws.operation.dtype == np.int64 and draws.level.dtype == np.float64
-    for layer in draws.operation:  # each by itself, not only their sum
+    for layer in draws.operation:  # each layer, not only their sum
         ours = np.bincount(np.where(layer < 0, len(OPERATIONS), layer), minlength=16) / count
         theirs = applied / (2 * count)
         assert np.abs(ours - theirs)[:15].max() < 0.006  # 1/30 each
         assert abs(ours[15] - 0.5) < 0.01 and abs(theirs[15] - 0.5) < 0.01
     both = (draws.operation >= 0).all(0).mean()
-    assert abs(both - 0.25) < 0.01  # independently of one another
+    assert abs(both - 0.25) < 0.01  # independent
     assert (draws.level[draws.operation < 0] == 0).all()
     for number, name in enumerate(OPERATIONS):
         ours = draws.level[draws.operation == number]
@@ -168,17 +168,17 @@ def test_the_draws_are_distributed_as_timms() -> None:
             assert set(np.unique(ours)) <= set(range(257))
         quantiles = [0.02, 0.1, 0.25, 0.4, 0.6, 0.75, 0.9, 0.98]
         spread = np.ptp(levels[number]) + 1e-9
-        # Half have either sign: the quantiles keep off the gap between the signs.
+        # Half have each sign: these quantiles avoid the gap between the signs.
         distance = np.quantile(ours, quantiles) - np.quantile(levels[number], quantiles)
         if name != "PosterizeIncreasing":  # 0 or 1 bits
             assert np.abs(distance).max() < 0.05 * spread, name
-        # The ends are rare draws, so only near; beyond what timm clips to there is nothing.
+        # The ends are rarely drawn and thus approximate; no draw exceeds the limits of timm.
         assert ours.min() == pytest.approx(min(levels[number]), abs=0.2 * spread)
         assert ours.max() == pytest.approx(max(levels[number]), abs=0.2 * spread)
 
 
 @pytest.mark.parametrize("magnitude", [0, 3.7, 7.45, 9, 9.8, 10])
-def test_at_a_given_magnitude_the_levels_are_timms_exactly(magnitude: float) -> None:
+def test_levels_at_a_fixed_magnitude_equal_those_of_timm(magnitude: float) -> None:
     draws = draw(
         2000,
         rng=np.random.default_rng(0),
@@ -188,23 +188,21 @@ def test_at_a_given_magnitude_the_levels_are_timms_exactly(magnitude: float) -> 
     )
     for number, name in enumerate(OPERATIONS):
         to_level = LEVEL_TO_ARG[name] or (lambda *_: (0,))
-        theirs = {to_level(magnitude, {})[0] for _ in range(100)}  # both signs, if it has any
+        theirs = {to_level(magnitude, {})[0] for _ in range(100)}  # both signs if there are two
         ours = np.unique(draws.level[draws.operation == number])
         assert ours == pytest.approx(np.unique(list(theirs)), rel=1e-12, abs=1e-12), name
 
 
 @pytest.mark.parametrize("name", ["TranslateXRel", "TranslateYRel"])
 @pytest.mark.parametrize("pixels", [0.5, -0.5, 1.5, 3, 31.5, 32, -33])
-def test_a_source_on_the_edge_itself_is_filled_or_not_as_by_pillow(
-    name: str, pixels: float
-) -> None:
+def test_pixels_on_the_edge_are_filled_as_in_pillow(name: str, pixels: float) -> None:
     images = photographs(32)
     ours = randaugment(images, fixed(name, pixels / 32, len(images)))
     difference = (ours.int() - by_timm(images, name, pixels / 32).int()).abs()
     assert difference.max() == 0
 
 
-def test_magnitude_spread_layers_and_probability_reach_the_draws() -> None:
+def test_arguments_of_draw() -> None:
     def rng() -> np.random.Generator:
         return np.random.default_rng(3)
 
@@ -224,7 +222,7 @@ def test_a_seed_fixes_the_draws() -> None:
     assert not np.array_equal(first.operation, other.operation)
 
 
-def test_the_input_is_kept_and_nothing_drawn_changes_nothing() -> None:
+def test_the_input_is_not_modified_and_no_operation_is_the_identity() -> None:
     images = photographs(16)
     kept = images.clone()
     none = Draws(np.full((2, 5), -1), np.zeros((2, 5)))
@@ -256,6 +254,8 @@ def test_a_sample_does_not_depend_on_its_batch() -> None:
         (torch.zeros(2, 3, 8, 8, dtype=torch.uint8), 3, "for 2 images"),
     ],
 )
-def test_other_images_and_draws_are_named(images: torch.Tensor, count: int, message: str) -> None:
+def test_wrong_images_and_draws_are_rejected(
+    images: torch.Tensor, count: int, message: str
+) -> None:
     with pytest.raises(ValueError, match=message):
         randaugment(images, draw(count, rng=np.random.default_rng(0)))

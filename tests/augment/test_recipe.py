@@ -1,4 +1,4 @@
-"""Recipes: the strong is timm's, the plain pads with black, the test one is computed here."""
+"""The strong recipe equals timm; the plain recipe and the test transform are recomputed here."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def normalised(image: Image.Image) -> torch.Tensor:
 
 
 def cubic_weights(size_in: int, size_out: int) -> np.ndarray:
-    """[size_out, size_in]: Keys's kernel with a = -1/2, widened where the image shrinks."""
+    """Return [size_out, size_in]: Keys's kernel with a = -1/2, widened for downsampling."""
     scale = size_in / size_out
     centres = (np.arange(size_out) + 0.5) * scale - 0.5
     x = np.abs(np.arange(size_in) - centres[:, None]) / max(scale, 1)
@@ -46,10 +46,8 @@ def cubic_weights(size_in: int, size_out: int) -> np.ndarray:
 
 
 @pytest.mark.parametrize(("height", "width"), [(32, 32), (20, 45), (64, 17)])
-def test_the_test_transform_is_the_whole_image_resized_and_normalised(
-    height: int, width: int
-) -> None:
-    # Of middle brightness: what a first pass clips would depend on which axis Pillow does first.
+def test_the_test_transform_resizes_and_normalises_the_whole_image(height: int, width: int) -> None:
+    # Medium brightness: otherwise the result depends on which axis Pillow resizes and clips first.
     image = noise_image(height, width, low=64, high=192)
     tensor, view = TestTransform(image_size=32)(image)
     assert view == View(0, 0, 1, 1, False)
@@ -70,7 +68,7 @@ def test_normalisation_by_hand() -> None:
 
 
 def timm_parts(size: int):
-    """timm's own training transform: after its first part, which crops and flips."""
+    """Return timm's training transform without its first part, which crops and flips."""
     crop, *rest = create_transform(
         input_size=size,
         is_training=True,
@@ -86,7 +84,7 @@ def timm_parts(size: int):
     return rest
 
 
-def test_after_the_crop_the_strong_recipe_is_timms_bit_for_bit() -> None:
+def test_after_the_crop_the_strong_recipe_equals_timm_bit_for_bit() -> None:
     size = 24
     ours = TrainTransform(image_size=size, strong=True)
     augment, finish = timm_parts(size)
@@ -111,7 +109,7 @@ def test_after_the_crop_the_strong_recipe_is_timms_bit_for_bit() -> None:
         torch.set_rng_state(kept[-1][2])
         try:
             wanted = finish(augment(image))
-        except ValueError as error:  # a Pillow that refuses to posterize to 0 bits
+        except ValueError as error:  # newer Pillow rejects 0 bits in posterize
             assert "bits" in str(error) or "posterize" in str(error).lower()
             continue
         assert torch.equal(tensor, wanted)
@@ -122,14 +120,14 @@ def test_after_the_crop_the_strong_recipe_is_timms_bit_for_bit() -> None:
 
 def test_the_strong_recipe_erases_a_quarter_of_the_images() -> None:
     transform = TrainTransform(image_size=16, strong=True)
-    transform.finish = transform.finish.transforms[-1]  # normalise and erase alone
+    transform.finish = transform.finish.transforms[-1]  # only normalise and erase
     gray = Image.new("RGB", (16, 16), (128, 128, 128))
     seed(0)
     images = [transform(gray)[0] for _ in range(600)]
     erased = [bool((i != i[:, :1, :1]).any()) for i in images]
     assert 110 < sum(erased) < 190
     boxes = torch.stack([i for i, e in zip(images, erased, strict=True) if e])
-    # Noise of mean 0 and deviation 1 a pixel, not one colour a box.
+    # Independent pixels with mean 0 and standard deviation 1, not one colour per box.
     changed = boxes[(boxes - normalised(gray)[:, :1, :1]).abs() > 1e-5]
     assert abs(changed.mean()) < 0.05 and abs(changed.std() - 1) < 0.05
 
@@ -141,7 +139,7 @@ def posterize_of(transform: TrainTransform):
     return operation
 
 
-def test_posterize_keeps_any_number_of_bits() -> None:
+def test_posterize_supports_any_number_of_bits() -> None:
     operation = posterize_of(TrainTransform(image_size=8, strong=True))
     image = noise_image(8, 8)
     assert operation.level_fn(10, operation.hparams) == (0,)
@@ -150,7 +148,7 @@ def test_posterize_keeps_any_number_of_bits() -> None:
         wanted = ImageOps.posterize(image, bits)
         assert np.array_equal(operation.aug_fn(image, bits), wanted)
     assert np.array_equal(operation.aug_fn(image, 8), image)
-    # As RandAugment calls it, at the magnitude that asks for 0 bits.
+    # As RandAugment calls it at magnitude 10, which means 0 bits.
     operation.prob, operation.magnitude, operation.magnitude_std = 1.0, 10, 0
     assert np.asarray(operation(image)).max() == 0
 
@@ -158,14 +156,14 @@ def test_posterize_keeps_any_number_of_bits() -> None:
 def test_many_draws_of_the_strong_recipe_never_fail() -> None:
     transform = TrainTransform(image_size=8, strong=True)
     image = noise_image(9, 9)
-    posterize_of(transform).magnitude = 12  # 0 bits, nearly whenever it is drawn
+    posterize_of(transform).magnitude = 12  # 0 bits in nearly all draws
     for number in range(300):
         seed(number)
         tensor, _ = transform(image)
         assert tensor.shape == (3, 8, 8) and bool(tensor.isfinite().all())
 
 
-def test_the_plain_recipe_pads_with_black_and_does_nothing_else() -> None:
+def test_the_plain_recipe_only_pads_with_black() -> None:
     transform = TrainTransform(image_size=32, strong=False, hflip=0.0)
     image = noise_image(32, 32)
     seed(0)
@@ -181,7 +179,7 @@ def test_the_plain_recipe_pads_with_black_and_does_nothing_else() -> None:
 
 
 @pytest.mark.parametrize("strong", [True, False])
-def test_a_seed_fixes_a_training_image_also_after_pickling(strong: bool) -> None:
+def test_a_seed_determines_a_training_image_even_after_pickling(strong: bool) -> None:
     transform = TrainTransform(image_size=16, strong=strong)
     copy = pickle.loads(pickle.dumps(transform))
     image = noise_image(20, 20)
@@ -196,7 +194,7 @@ def test_a_seed_fixes_a_training_image_also_after_pickling(strong: bool) -> None
 
 
 @pytest.mark.parametrize("strong", [True, False])
-def test_hflip_reaches_the_crop(strong: bool) -> None:
+def test_hflip_is_the_probability_of_a_flip(strong: bool) -> None:
     for hflip in (0.0, 1.0):
         transform = TrainTransform(image_size=8, strong=strong, hflip=hflip)
         assert {transform(noise_image(8, 8))[1].flip for _ in range(20)} == {bool(hflip)}

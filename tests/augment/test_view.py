@@ -1,4 +1,4 @@
-"""Views: the crop that an image was given, told exactly."""
+"""Views describe crops and flips exactly."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from timm.data.transforms import RandomResizedCropAndInterpolation
 
 from lg.augment.view import View, padded_crop, random_resized_crop
 
-STEP = 5  # levels of red a row, and of green a column
+STEP = 5  # levels of red per row, and of green per column
 
 
 def gradient(height: int, width: int) -> Image.Image:
-    """Red is STEP x row, green STEP x column, so that a pixel tells where it was."""
+    """Return an image with red STEP x row and green STEP x column: colours identify positions."""
     pixels = np.zeros((height, width, 3), np.uint8)
     pixels[..., 0] = STEP * np.arange(height)[:, None]
     pixels[..., 1] = STEP * np.arange(width)
@@ -29,14 +29,14 @@ def seed(number: int) -> None:
     torch.manual_seed(number)
 
 
-def test_a_view_is_five_numbers() -> None:
+def test_view_as_a_tensor() -> None:
     assert View().tensor().tolist() == [0.0, 0.0, 1.0, 1.0, 0.0]
     tensor = View(0.25, -0.125, 0.5, 0.75, True).tensor()
     assert tensor.dtype == torch.float32
     assert tensor.tolist() == [0.25, -0.125, 0.5, 0.75, 1.0]
 
 
-def test_a_resized_crop_shows_what_its_view_says() -> None:
+def test_a_resized_crop_matches_its_view() -> None:
     height, width, size = 50, 40, 64
     flips = 0
     for number in range(60):
@@ -50,13 +50,13 @@ def test_a_resized_crop_shows_what_its_view_says() -> None:
         centres = (np.arange(size) + 0.5) / size
         rows = height * (view.top + view.height * centres) - 0.5
         columns = width * (view.left + view.width * centres) - 0.5
-        inside = slice(size // 4, -size // 4)  # away from the rim, where there is no neighbour
+        inside = slice(size // 4, -size // 4)  # away from the border, where neighbours are missing
         assert np.abs(pixels[inside, inside, 0] - STEP * rows[inside, None]).max() < 1
         assert np.abs(pixels[inside, inside, 1] - STEP * columns[inside]).max() < 1
     assert 15 < flips < 45
 
 
-def test_a_resized_crop_lies_in_the_image_on_whole_pixels() -> None:
+def test_resized_crops_are_inside_the_image_on_whole_pixels() -> None:
     height, width = 47, 31
     areas = []
     for number in range(300):
@@ -67,13 +67,13 @@ def test_a_resized_crop_lies_in_the_image_on_whole_pixels() -> None:
         assert np.abs(box - box.round()).max() < 1e-9
         assert top >= 0 and left >= 0 and high >= 1 and wide >= 1
         assert top + high <= height + 1e-9 and left + wide <= width + 1e-9
-        # 3/4 to 4/3, but for rounding to whole pixels
+        # 3/4 to 4/3, up to rounding to whole pixels
         assert 3 / 4 - 0.15 < wide / high < 4 / 3 + 0.15
         areas.append(view.height * view.width)
     assert 0.06 < min(areas) < 0.12 and max(areas) > 0.85
 
 
-def test_resized_crops_are_distributed_as_those_of_timm() -> None:
+def test_resized_crops_have_the_distribution_of_timm() -> None:
     image, draws = gradient(40, 48), 3000
     ours, theirs = [], []
     random.seed(0)
@@ -91,12 +91,12 @@ def test_resized_crops_are_distributed_as_those_of_timm() -> None:
         distance = np.abs(
             np.searchsorted(a, levels, "right") - np.searchsorted(b, levels, "right")
         ).max()
-        # Kolmogorov-Smirnov, two samples: 1.95 sqrt(2 / n) is passed once in a thousand.
+        # Kolmogorov-Smirnov, two samples: 1.95 sqrt(2 / n) is exceeded with probability 0.001.
         assert distance / draws < 1.95 * np.sqrt(2 / draws), name
 
 
 @pytest.mark.parametrize("crop", [random_resized_crop, padded_crop])
-def test_the_flip_is_as_likely_as_asked(crop) -> None:
+def test_the_probability_of_a_flip(crop) -> None:
     image = gradient(16, 16)
     for probability, low, high in ((0.0, 0, 0), (1.0, 400, 400), (0.25, 65, 135)):
         seed(1)
@@ -107,7 +107,7 @@ def test_the_flip_is_as_likely_as_asked(crop) -> None:
 def test_a_padded_crop_is_the_image_shifted_over_black() -> None:
     size, padding = 32, 4
     source = np.asarray(gradient(size, size)).copy()
-    source[..., 2] = 200  # so that black is nothing but padding
+    source[..., 2] = 200  # so that only padding is black
     for number in range(40):
         seed(number)
         image, view = padded_crop(Image.fromarray(source), size, hflip=0.5)
@@ -131,7 +131,7 @@ def test_the_offsets_of_padded_crops_are_uniform() -> None:
     assert set(offsets) == {(y, x) for y in range(-3, 4) for x in range(-3, 4)}
     expected = draws / 49
     chi_square = sum((n - expected) ** 2 / expected for n in offsets.values())
-    assert chi_square < 84  # 48 degrees of freedom: passed once in a thousand
+    assert chi_square < 84  # 48 degrees of freedom: exceeded with probability 0.001
 
 
 def test_a_padded_crop_resizes_first() -> None:

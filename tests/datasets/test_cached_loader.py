@@ -1,4 +1,4 @@
-"""Cached images and their batches: read once, the same from anywhere, faults in their turn."""
+"""The image cache and its loaders: decoding once, exact resume, errors in order."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ CPU = torch.device("cpu")
 
 
 class Counted(ImageDataset):
-    """n images of noise, of one size or of many, which count how often they are read."""
+    """n noise images, of one or many sizes, with a count of reads per image."""
 
     def __init__(self, n: int = 23, *, many_sizes: bool = False, broken: int = -1) -> None:
         super().__init__("counted", "train", list("abcde"), [i % 5 for i in range(n)])
@@ -89,14 +89,14 @@ def test_each_image_is_read_once(many_sizes: bool) -> None:
 
 @pytest.mark.parametrize("strong", [False, True])
 @pytest.mark.parametrize(("epoch", "step"), [(0, 1), (1, 0), (2, 1)])
-def test_starting_in_the_middle_gives_what_a_straight_pass_gives(
+def test_batches_after_a_resume_equal_those_of_a_full_pass(
     strong: bool, epoch: int, step: int
 ) -> None:
     loader = train_loader(Counted(), strong=strong)
-    straight = all_batches(loader)
-    assert_same(all_batches(loader, epoch, step), straight[2 * epoch + step :])
+    full_pass = all_batches(loader)
+    assert_same(all_batches(loader, epoch, step), full_pass[2 * epoch + step :])
     fresh = train_loader(Counted(), strong=strong)
-    assert_same(all_batches(fresh, epoch, step), straight[2 * epoch + step :])
+    assert_same(all_batches(fresh, epoch, step), full_pass[2 * epoch + step :])
 
 
 def test_batches_differ_by_epoch_step_and_seed() -> None:
@@ -106,7 +106,7 @@ def test_batches_differ_by_epoch_step_and_seed() -> None:
     assert not torch.equal(one[0].images, one[2].images)
 
 
-def test_labels_indices_and_images_belong_together() -> None:
+def test_labels_and_indices_match_the_images() -> None:
     dataset = Counted()
     loader = train_loader(dataset, strong=False)
     for batch in all_batches(loader):
@@ -123,7 +123,7 @@ def test_labels_indices_and_images_belong_together() -> None:
             torch.testing.assert_close(overlap, source)
 
 
-def test_processes_share_the_batches_and_draw_for_themselves() -> None:
+def test_processes_split_the_batches_and_draw_independently() -> None:
     whole = all_batches(train_loader(Counted()))
     halves = [all_batches(train_loader(Counted(), rank=r, world_size=2)) for r in (0, 1)]
     for step, batch in enumerate(whole):
@@ -133,7 +133,7 @@ def test_processes_share_the_batches_and_draw_for_themselves() -> None:
 
 
 @pytest.mark.parametrize("world_size", [1, 3])
-def test_every_test_image_comes_once_each_time(world_size: int) -> None:
+def test_every_test_image_is_loaded_once_per_pass(world_size: int) -> None:
     dataset = Counted(many_sizes=True)
     transform = BatchTestTransform(image_size=10)
     seen = []
@@ -150,7 +150,7 @@ def test_every_test_image_comes_once_each_time(world_size: int) -> None:
     assert sorted(seen) == list(range(100, 123)) and set(dataset.reads.values()) == {1}
 
 
-def test_a_broken_image_is_a_data_error_in_its_turn() -> None:
+def test_a_broken_image_raises_when_its_batch_is_due() -> None:
     loader = train_loader(Counted(broken=7))
     order = np.random.default_rng((3, 1, 0)).permutation(23)  # of epoch 0
     step = int(np.flatnonzero(order == 7)[0]) // 8
@@ -163,7 +163,7 @@ def test_a_broken_image_is_a_data_error_in_its_turn() -> None:
 def test_on_a_gpu_the_next_batch_is_queued_before_each_is_returned(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """With stand-ins for streams; the order of calls and errors is the same as on a GPU."""
+    """Mocked streams record the order of calls."""
     calls: list[str] = []
     monkeypatch.setattr(torch.cuda, "Stream", lambda device: "side")
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
@@ -182,12 +182,12 @@ def test_on_a_gpu_the_next_batch_is_queued_before_each_is_returned(
     batches = train_loader(Counted())._make_ahead(make())  # type: ignore[arg-type]
     assert next(batches).number == 0  # type: ignore[attr-defined]
     assert calls == ["make 0", "wait for side", "use 0", "use 0", "make 1"]
-    assert next(batches).number == 1, "the error is raised before its turn"  # type: ignore[attr-defined]
+    assert next(batches).number == 1, "the error is raised too early"  # type: ignore[attr-defined]
     with pytest.raises(DataError, match="image 7 cannot be read"):
         next(batches)
 
 
-def test_closing_ends_the_threads() -> None:
+def test_close_stops_the_threads() -> None:
     before = set(threading.enumerate())
     loader = train_loader(Counted())
     loader.start(0, 0)
@@ -200,7 +200,7 @@ def test_closing_ends_the_threads() -> None:
     assert not any(thread.is_alive() for thread in started)
 
 
-def test_sizes_in_memory() -> None:
+def test_memory_sizes() -> None:
     transform = BatchTransform(image_size=12, strong=True)
     assert cache_bytes(Counted(), transform.prepare) == 23 * 12 * 12 * 3
     assert 2**27 < free_memory(CPU) < 2**50

@@ -1,4 +1,4 @@
-"""CIFAR-100 files of every age are read, and nothing in them is run."""
+"""CIFAR-100 files of all pickle protocols are read without running code in them."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def batch(**changes: Any) -> dict[str, Any]:
 
 
 def write(root: Path, content: bytes | None = None, protocol: int = 2, **changes: Any) -> Path:
-    """A fake set whose training part is `content`, or a changed batch."""
+    """Write a fake set whose training file is `content` or a changed batch."""
     folder = root / "cifar-100-python"
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "meta").write_bytes(pickle.dumps({"fine_label_names": NAMES}, protocol))
@@ -38,7 +38,7 @@ def write(root: Path, content: bytes | None = None, protocol: int = 2, **changes
 
 
 def python2_pickle(module: bytes = b"numpy.core.multiarray") -> bytes:
-    """A batch as Python 2 with an old NumPy wrote it, byte strings throughout; opcode by opcode."""
+    """Assemble a batch as Python 2 with an old NumPy wrote it, with byte strings only."""
 
     def string(text: bytes) -> bytes:
         return b"T" + struct.pack("<i", len(text)) + text  # BINSTRING
@@ -107,7 +107,7 @@ def test_splits(tmp_path: Path) -> None:
         CIFAR100(tmp_path, "valid")
 
 
-def test_pickles_to_workers(tmp_path: Path) -> None:
+def test_dataset_can_be_pickled(tmp_path: Path) -> None:
     check(pickle.loads(pickle.dumps(CIFAR100(write(tmp_path), "train"))))
 
 
@@ -127,7 +127,7 @@ def object_array(item: Any) -> np.ndarray:
 
 @pytest.mark.parametrize("protocol", [0, 2, 4, 5])
 @pytest.mark.parametrize("place", ["column", "label", "object array", "key", "all"])
-def test_payload_does_not_fire(tmp_path: Path, place: str, protocol: int) -> None:
+def test_payload_is_not_executed(tmp_path: Path, place: str, protocol: int) -> None:
     mark = tmp_path / "fired"
     evil = Payload(os.system, f"touch {mark}")
     content = {
@@ -142,7 +142,7 @@ def test_payload_does_not_fire(tmp_path: Path, place: str, protocol: int) -> Non
         CIFAR100(tmp_path, "train")
     assert not mark.exists()
     pickle.loads(pickle.dumps(content, protocol))
-    assert mark.exists(), "the payload is a dud"
+    assert mark.exists(), "the payload does not work"
 
 
 @pytest.mark.parametrize(
@@ -156,7 +156,7 @@ def test_payload_does_not_fire(tmp_path: Path, place: str, protocol: int) -> Non
         (bytearray, (b"x",), r"(__builtin__|builtins)\.bytearray"),
     ],
 )
-def test_refusal_names_file_and_function(
+def test_the_error_names_file_and_function(
     tmp_path: Path, function: Any, arguments: tuple, named: str
 ) -> None:
     write(tmp_path, extra=Payload(function, *arguments))
@@ -164,7 +164,7 @@ def test_refusal_names_file_and_function(
         CIFAR100(tmp_path, "train")
 
 
-def test_bytes_are_never_taken_for_objects(tmp_path: Path) -> None:
+def test_object_arrays_are_rejected(tmp_path: Path) -> None:
     """Object arrays are rejected even if all of their items are harmless."""
     write(tmp_path, data=object_array("harmless"))
     with pytest.raises(DataError, match="dtype 'O8'"):
@@ -181,7 +181,7 @@ def test_stand_ins_cannot_be_altered(tmp_path: Path) -> None:
     check(CIFAR100(write(tmp_path), "train"))
 
 
-def test_codecs_other_than_latin1_are_refused(tmp_path: Path) -> None:
+def test_codecs_other_than_latin1_are_rejected(tmp_path: Path) -> None:
     import _codecs
 
     write(tmp_path, extra=Payload(_codecs.encode, "x", "rot13"))

@@ -1,4 +1,4 @@
-"""The sets of one file per image, on tiny copies of their layouts."""
+"""Data sets with one file per image, on small copies of their layouts."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from lg.errors import DataError
 
 
 def draw(path: Path, brightness: int) -> None:
-    """An image that can be told from others."""
+    """Write an image that its brightness identifies."""
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.new("RGB", (4, 3), (brightness, 0, 0)).save(path, "PNG")
 
@@ -258,14 +258,16 @@ def test_image_folder_damage(tmp_path: Path) -> None:
         ("chaoyang", "chaoyang/test.json", "https://bupt-ai-cz.github.io/HSA-NRL/"),
     ],
 )
-def test_missing_sets_say_what_to_do(tmp_path: Path, name: str, where: str, remedy: str) -> None:
+def test_the_error_for_a_missing_set_has_a_remedy(
+    tmp_path: Path, name: str, where: str, remedy: str
+) -> None:
     with pytest.raises(DataError) as caught:
         build_dataset(name, tmp_path, "test")
     assert str(caught.value).startswith(f"{name}: {tmp_path / where} is missing; ")
     assert remedy in str(caught.value)
 
 
-def test_damaged_image_is_named_when_read(tmp_path: Path) -> None:
+def test_the_error_for_a_damaged_image_names_it(tmp_path: Path) -> None:
     make_folder(tmp_path, ["train/dog/a.png", "train/dog/b.png"])
     (tmp_path / "train" / "dog" / "b.png").write_bytes(b"")
     train = build_dataset("image_folder", tmp_path, "train")

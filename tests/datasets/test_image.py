@@ -1,4 +1,4 @@
-"""Every kind of stored image becomes the RGB pixels a viewer would show."""
+"""Images of every mode are converted to the RGB pixels that a viewer shows."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def gray_levels(path: Path) -> list:
     return rgb[..., 0].tolist()
 
 
-def test_rgb_is_unchanged_and_plain(tmp_path: Path) -> None:
+def test_rgb_pixels_are_unchanged(tmp_path: Path) -> None:
     stored = np.arange(18, dtype=np.uint8).reshape(2, 3, 3)
     Image.fromarray(stored).save(tmp_path / "a.png")
     assert pixels(tmp_path / "a.png") == stored.tolist()
@@ -49,7 +49,7 @@ def test_sixteen_bits_are_scaled_and_rounded(tmp_path: Path, suffix: str) -> Non
     assert gray_levels(tmp_path / f"a{suffix}") == [[0, 0, 1, 1, 128, 255]]
 
 
-def test_mode_i_is_sixteen_bits_or_refused() -> None:
+def test_mode_i_is_sixteen_bits_or_rejected() -> None:
     levels = Image.fromarray(np.array([[0, 257, 65535]], dtype=np.int32))
     assert levels.mode == "I"
     assert np.asarray(to_rgb(levels))[0, :, 0].tolist() == [0, 1, 255]
@@ -60,7 +60,7 @@ def test_mode_i_is_sixteen_bits_or_refused() -> None:
         to_rgb(Image.fromarray(np.array([[0.5]], dtype=np.float32)))
 
 
-def test_transparency_is_laid_over_white(tmp_path: Path) -> None:
+def test_transparency_is_blended_over_white(tmp_path: Path) -> None:
     rgba = np.array([[[200, 0, 0, 255], [9, 9, 9, 0], [0, 0, 0, 51]]], dtype=np.uint8)
     Image.fromarray(rgba).save(tmp_path / "rgba.png")
     expected = [[[200, 0, 0], [255, 255, 255], [204, 204, 204]]]
@@ -100,7 +100,7 @@ def test_cmyk(tmp_path: Path) -> None:
     assert pixels(tmp_path / "a.tif") == [[[255, 255, 255], [0, 255, 255], [0, 0, 0]]]
 
 
-# How an image of rows abc / def looks when shown by each orientation. Source: EXIF 2.32, 4.6.4 A.
+# Rows of an image abc / def, displayed with each orientation. Source: EXIF 2.32, 4.6.4 A.
 SHOWN = {
     1: ["abc", "def"],
     2: ["cba", "fed"],
@@ -124,10 +124,10 @@ def test_exif_orientation(tmp_path: Path, orientation: int, dtype: type) -> None
     expected = [[value[letter] for letter in row] for row in SHOWN[orientation]]
     assert gray_levels(tmp_path / "a.png") == expected
     once = open_rgb(tmp_path / "a.png")
-    assert to_rgb(once).tobytes() == once.tobytes() and not once.getexif(), "turned twice"
+    assert to_rgb(once).tobytes() == once.tobytes() and not once.getexif(), "rotated twice"
 
 
-def test_turned_images_keep_their_transparent_colour(tmp_path: Path) -> None:
+def test_rotated_images_keep_their_transparent_colour(tmp_path: Path) -> None:
     exif = Image.Exif()
     exif[0x0112] = 3
     Image.fromarray(GRAY).save(tmp_path / "a.png", exif=exif, transparency=51)
@@ -136,7 +136,7 @@ def test_turned_images_keep_their_transparent_colour(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("suffix", [".jpg", ".tif"])
 def test_exif_orientation_by_format(tmp_path: Path, suffix: str) -> None:
-    """TIFF turns itself while loading, JPEG does not: both come out turned once."""
+    """Pillow applies the orientation of TIFF while loading, but not of JPEG."""
     exif = Image.Exif()
     exif[0x0112] = 6
     stored = np.zeros((16, 32), dtype=np.uint8)
@@ -148,7 +148,7 @@ def test_exif_orientation_by_format(tmp_path: Path, suffix: str) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:Corrupt EXIF")
-@pytest.mark.parametrize("block", [b"MM\0*\xff\xff\xff\xff", b"nothing of the kind", b"MM"])
+@pytest.mark.parametrize("block", [b"MM\0*\xff\xff\xff\xff", b"not an EXIF block", b"MM"])
 def test_broken_exif_is_ignored(tmp_path: Path, block: bytes) -> None:
     Image.fromarray(GRAY).save(tmp_path / "a.png", exif=b"Exif\0\0" + block)
     assert gray_levels(tmp_path / "a.png") == GRAY.tolist()
@@ -186,10 +186,10 @@ def test_unreadable_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     with pytest.raises(DataError, match=r"cannot be read .Is a directory"):
         open_rgb(tmp_path)
 
-    def refuse(*args: object) -> None:
+    def deny(*args: object) -> None:
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(builtins, "open", refuse)
+    monkeypatch.setattr(builtins, "open", deny)
     with pytest.raises(DataError, match=r"a\.png.*Permission denied.*permissions"):
         open_rgb(tmp_path / "a.png")
 
@@ -201,7 +201,7 @@ def test_decompression_bomb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         open_rgb(tmp_path / "a.png")
 
 
-def test_float_file_names_its_path(tmp_path: Path) -> None:
+def test_the_error_for_a_float_image_names_its_path(tmp_path: Path) -> None:
     Image.fromarray(np.ones((2, 2), np.float32)).save(tmp_path / "f.tif")
     with pytest.raises(DataError, match=r"f\.tif.*floating-point"):
         open_rgb(tmp_path / "f.tif")

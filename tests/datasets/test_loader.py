@@ -1,4 +1,4 @@
-"""The loader: its batches depend on seed, epoch and step, and on nothing else."""
+"""The loader: batches depend on seed, epoch and step only."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class Noise(ImageDataset):
 
 
 class Spy(Noise):
-    """Reports on the process that reads it, in place of an image that does not matter."""
+    """Return an image whose colour describes the state of the process that reads it."""
 
     def image(self, index: int) -> Image.Image:
         blocked = signal.SIGINT in signal.pthread_sigmask(signal.SIG_BLOCK, [])
@@ -64,14 +64,14 @@ class Spy(Noise):
         return Image.new("RGB", (12, 12), levels)
 
 
-class Clumsy(Noise):
+class Buggy(Noise):
     def image(self, index: int) -> Image.Image:
-        raise KeyError("a fault of the program")
+        raise KeyError("a bug")
 
 
 @pytest.fixture(autouse=True)
-def as_many_workers_as_asked(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also on a machine of one core."""
+def allow_any_number_of_workers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Even on a machine with one core."""
     monkeypatch.setattr(loader_module, "usable_workers", lambda wanted: wanted)
 
 
@@ -110,13 +110,13 @@ def same(ours: list[Batch], theirs: list[Batch]) -> bool:
 
 
 def test_batches_are_the_same_for_any_number_of_workers() -> None:
-    straight = run_through(make())
-    assert len(straight) == 9 and straight[0].images.shape == (6, 3, 8, 8)
-    assert same(run_through(make(workers=1)), straight)
-    assert same(run_through(make(workers=2)), straight)
+    full_pass = run_through(make())
+    assert len(full_pass) == 9 and full_pass[0].images.shape == (6, 3, 8, 8)
+    assert same(run_through(make(workers=1)), full_pass)
+    assert same(run_through(make(workers=2)), full_pass)
 
 
-def test_labels_indices_and_views_are_those_of_the_images() -> None:
+def test_labels_indices_and_views_match_the_images() -> None:
     dataset = DatasetSubset(Noise(), np.array([1, 4, 5, 8, 13, 16, 21]))
     transform = TrainTransform(image_size=8, strong=False, hflip=0.5)
     samples = TrainSamples(dataset, transform, seed=SEED)
@@ -133,25 +133,25 @@ def test_labels_indices_and_views_are_those_of_the_images() -> None:
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_starting_in_the_middle_gives_what_a_straight_pass_gives(workers: int) -> None:
-    straight = run_through(make())
+def test_batches_after_a_resume_equal_those_of_a_full_pass(workers: int) -> None:
+    full_pass = run_through(make())
     loader = make(workers=workers)
-    for epoch, step in ((1, 2), (0, 0), (2, 0), (0, 3)):  # one loader, started again each time
+    for epoch, step in ((1, 2), (0, 0), (2, 0), (0, 3)):  # the same loader is restarted each time
         assert loader.steps_per_epoch == 3
         rest = run_through(loader, epoch, step)
         assert len(rest) == 9 - 3 * epoch - step
-        assert same(rest, straight[3 * epoch + step :])
+        assert same(rest, full_pass[3 * epoch + step :])
 
 
-def test_starting_again_while_batches_are_under_way() -> None:
-    straight = run_through(make())
+def test_restart_while_batches_are_prefetched() -> None:
+    full_pass = run_through(make())
     loader = make(workers=2)
     loader.start(0, 0)
-    next(loader)  # its workers are ahead now
-    assert same(run_through(loader, 1, 1), straight[4:])
+    next(loader)  # its workers have prefetched more
+    assert same(run_through(loader, 1, 1), full_pass[4:])
 
 
-def test_each_epoch_is_another_permutation() -> None:
+def test_each_epoch_has_a_new_permutation() -> None:
     batches = TrainBatches(num_samples=24, batch_size=6, seed=SEED, max_epoch=4)
     assert batches.steps_per_epoch == 4 and len(batches) == 16
     keys = [key for batch in batches for key in batch]
@@ -166,13 +166,13 @@ def test_each_epoch_is_another_permutation() -> None:
     assert [i for batch in other for _, i in batch] != orders[0]
 
 
-def test_an_epoch_takes_no_sample_twice_and_drops_the_rest() -> None:
+def test_an_epoch_has_no_duplicates_and_drops_the_last_batch() -> None:
     batches = TrainBatches(num_samples=23, batch_size=6, seed=SEED, max_epoch=1)
     taken = [i for batch in batches for _, i in batch]
     assert len(taken) == 18 == len(set(taken)) and max(taken) < 23
 
 
-def test_a_sample_looks_different_in_each_epoch_and_beside_others() -> None:
+def test_draws_differ_by_epoch_sample_and_seed() -> None:
     samples = TrainSamples(Noise(), TrainTransform(image_size=8, strong=True), seed=SEED)
     seen = {samples[epoch, 5].images.numpy().tobytes() for epoch in range(6)}
     seen |= {samples[0, n].view.numpy().tobytes() for n in range(6, 12)}
@@ -182,7 +182,7 @@ def test_a_sample_looks_different_in_each_epoch_and_beside_others() -> None:
 
 
 @pytest.mark.parametrize("world", [2, 3])
-def test_processes_share_each_batch_in_order(world: int) -> None:
+def test_processes_split_each_batch_in_order(world: int) -> None:
     whole = run_through(make())
     shares = [run_through(make(rank=rank, world=world)) for rank in range(world)]
     for parts, batch in zip(zip(*shares, strict=True), whole, strict=True):
@@ -198,7 +198,7 @@ def test_processes_share_each_batch_in_order(world: int) -> None:
 
 @pytest.mark.parametrize("n", [1, 2, 10, 23])
 @pytest.mark.parametrize("world", [1, 2, 3, 4])
-def test_every_test_sample_comes_once(n: int, world: int) -> None:
+def test_every_test_sample_is_loaded_once(n: int, world: int) -> None:
     samples = TestSamples(Noise(n), TestTransform(image_size=8))
     found, sizes = [], []
     for rank in range(world):
@@ -213,7 +213,7 @@ def test_every_test_sample_comes_once(n: int, world: int) -> None:
     assert max(sizes) <= max(1, 8 // world)
 
 
-def test_test_batches_are_the_same_for_any_number_of_workers_and_each_time() -> None:
+def test_test_batches_are_the_same_for_any_number_of_workers_and_pass() -> None:
     samples = TestSamples(Noise(), TestTransform(image_size=8))
     passes = []
     for workers in (0, 1, 2):
@@ -228,7 +228,7 @@ def test_test_batches_are_the_same_for_any_number_of_workers_and_each_time() -> 
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_the_global_generators_are_left_as_they_were(workers: int) -> None:
+def test_loading_does_not_change_the_global_generators(workers: int) -> None:
     random.seed(1), np.random.seed(2), torch.manual_seed(3)
     wanted = random.random(), np.random.rand(), float(torch.rand(()))
     random.seed(1), np.random.seed(2), torch.manual_seed(3)
@@ -238,7 +238,7 @@ def test_the_global_generators_are_left_as_they_were(workers: int) -> None:
     assert (random.random(), np.random.rand(), float(torch.rand(()))) == wanted
 
 
-def test_the_global_generators_come_back_after_a_fault() -> None:
+def test_the_global_generators_are_restored_after_an_error() -> None:
     def fail(image: Image.Image):
         random.random(), np.random.rand(), torch.rand(())
         raise RuntimeError("no")
@@ -251,12 +251,12 @@ def test_the_global_generators_come_back_after_a_fault() -> None:
     assert torch.equal(torch.get_rng_state(), states[2])
 
 
-def fault(work: Callable[[], object], kind: type[Exception]) -> str:
-    """The message of the exception that `work` raises."""
+def message_of(work: Callable[[], object], kind: type[Exception]) -> str:
+    """Return the message of the exception that `work` raises."""
     try:
         work()
     except kind as error:
-        # Else its frames keep the loader, until the garbage collector ends it, which takes seconds.
+        # Its frames would keep the loader alive until garbage collection, which takes seconds.
         traceback.clear_frames(error.__traceback__)
         return str(error)
     pytest.fail(f"no {kind.__name__}")
@@ -270,23 +270,23 @@ def broken(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_broken_image_is_a_plain_data_error_in_its_turn(broken: Path, workers: int) -> None:
+def test_a_broken_image_raises_when_its_batch_is_due(broken: Path, workers: int) -> None:
     dataset = Noise(file=broken)
-    alone = fault(lambda: dataset.image(0), DataError)
+    alone = message_of(lambda: dataset.image(0), DataError)
     assert str(broken) in alone
     loader = make(dataset, workers=workers)
     keys = list(TrainBatches(num_samples=23, batch_size=6, seed=SEED, max_epoch=3))
-    turn = next(n for n, batch in enumerate(keys) if any(i == 0 for _, i in batch))
-    sound = run_through(make())
+    due = next(n for n, batch in enumerate(keys) if any(i == 0 for _, i in batch))
+    intact = run_through(make())
     loader.start(0, 0)
-    assert same([next(loader) for _ in range(turn)], sound[:turn])
-    assert fault(lambda: next(loader), DataError) == alone
+    assert same([next(loader) for _ in range(due)], intact[:due])
+    assert message_of(lambda: next(loader), DataError) == alone
     samples = TestSamples(dataset, TestTransform(image_size=8))
     test = test_loader(samples, batch_size=8, num_workers=workers, pin_memory=False)
-    assert fault(lambda: list(test), DataError) == alone
+    assert message_of(lambda: list(test), DataError) == alone
 
 
-def test_workers_end_at_once_after_a_broken_image(broken: Path) -> None:
+def test_workers_stop_at_once_after_a_broken_image(broken: Path) -> None:
     gc.collect()
     loader = make(Noise(file=broken), workers=2)
     with contextlib.suppress(DataError):
@@ -294,27 +294,31 @@ def test_workers_end_at_once_after_a_broken_image(broken: Path) -> None:
     started = time.perf_counter()
     del loader
     gc.collect()
-    assert time.perf_counter() - started < 4  # torch waits 5 s for each that does not
+    assert time.perf_counter() - started < 4  # torch waits 5 s per worker otherwise
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_a_fault_of_the_program_keeps_its_kind(workers: int) -> None:
-    loader = make(Clumsy(), workers=workers)
+def test_other_exceptions_keep_their_type(workers: int) -> None:
+    loader = make(Buggy(), workers=workers)
     loader.start(0, 0)
-    assert "a fault of the program" in fault(lambda: next(loader), KeyError)
+    assert "a bug" in message_of(lambda: next(loader), KeyError)
 
 
 def workers_now() -> Iterator[int]:
     return (child.pid for child in multiprocessing.active_children() if child.pid)
 
 
-def test_workers_leave_signals_to_the_main_process() -> None:
+def test_only_the_main_process_handles_signals() -> None:
     before = set(workers_now())
     samples = TestSamples(Spy(), TestTransform(image_size=4))
     loader = test_loader(samples, batch_size=4, num_workers=2, pin_memory=False)
     seen = next(iter(loader)).images[:, :, 0, 0]
-    told = (seen * torch.tensor([0.229, 0.224, 0.225]) + torch.tensor([0.485, 0.456, 0.406])) * 255
-    assert told.round().tolist() == [[255, 255, 1]] * 4  # SIGINT blocked, SIGTERM kept, 1 thread
+    levels = (
+        seen * torch.tensor([0.229, 0.224, 0.225]) + torch.tensor([0.485, 0.456, 0.406])
+    ) * 255
+    assert (
+        levels.round().tolist() == [[255, 255, 1]] * 4
+    )  # SIGINT blocked, default SIGTERM, 1 thread
     del loader
     loader = make(workers=2, epochs=4)
     loader.start(0, 0)
@@ -328,13 +332,13 @@ def test_workers_leave_signals_to_the_main_process() -> None:
     assert mine & set(workers_now()) == mine
 
 
-def test_no_more_workers_than_cores() -> None:
+def test_at_most_one_worker_per_core() -> None:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     assert usable_workers(0) == 0 and usable_workers(1) == 1
     assert usable_workers(10_000) == cores
 
 
-def test_seeds_of_all_sizes_and_uses_give_streams_of_their_own() -> None:
+def test_seeds_of_all_sizes_and_uses_have_different_streams() -> None:
     draws = []
     for key in ((0, 2, 0, 0), (1, 2, 0, 0), (2**32 - 1, 2, 0, 0), (0, 1, 0, 0), (0, 2, 0, 1)):
         with loader_module._seeded(key):

@@ -1,4 +1,4 @@
-"""Sets by name, and the set that needs no files."""
+"""Data sets by name, and the digits."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def test_digits_split_never_changes() -> None:
 
 
 def test_import_is_light() -> None:
-    """Workers import this package; heavy libraries load when a set needs them."""
+    """Workers import this package; heavy libraries are imported on first use."""
     code = (
         "import sys, lg.datasets.files, lg.datasets.digits, lg.datasets.flowers, "
         "lg.datasets.cifar100; print([m for m in ('scipy', 'sklearn', 'torchvision') "

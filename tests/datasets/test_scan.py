@@ -1,4 +1,4 @@
-"""What images of a set are, and training that leaves out those that cannot be read."""
+"""Facts about images, and training that skips unreadable ones."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ from lg.guidance import FeatureBank
 from tests.test_trainer import CONFIGS, TINY
 
 EXIF = Image.Exif()
-EXIF[0x0112] = 6  # turned by 90 degrees
+EXIF[0x0112] = 6  # rotated by 90 degrees
 
 
 def picture(seed: int, width: int = 12, height: int = 9) -> Image.Image:
@@ -51,7 +51,7 @@ def picture(seed: int, width: int = 12, height: int = 9) -> Image.Image:
 
 
 def make_folder(root: Path, *, train: int = 6, val: int = 3) -> Path:
-    """Two classes of so many images a split."""
+    """Create two classes with the given numbers of images per split."""
     for number, split in enumerate(["train"] * train + ["val"] * val):
         for label, name in enumerate(("cat", "dog")):
             folder = root / split / name
@@ -61,7 +61,7 @@ def make_folder(root: Path, *, train: int = 6, val: int = 3) -> Path:
 
 
 def spoil(root: Path) -> list[str]:
-    """Three training images and a test image that cannot be read; their paths."""
+    """Make three training images and a test image unreadable; return their paths."""
     bad = [root / "train/cat/1.png", root / "train/dog/0.png", root / "train/dog/link.png"]
     bad[0].write_bytes(b"")
     bad[1].write_text("no image\n" * 9)
@@ -89,7 +89,7 @@ def config(root: Path, out_dir: Path, **changes: Any) -> Any:
 
 
 def deep_png() -> bytes:
-    """One pixel of 3 x 16 bits, which Pillow reads and does not write."""
+    """Return one pixel of 3 x 16 bits, which Pillow can read but not write."""
 
     def part(kind: bytes, content: bytes) -> bytes:
         checksum = zlib.crc32(kind + content)
@@ -130,7 +130,7 @@ def test_the_traits_of_stored_images(tmp_path: Path) -> None:
     }
 
 
-def test_damage_after_the_first_frame_is_no_fault(tmp_path: Path) -> None:
+def test_damage_after_the_first_frame_is_ignored(tmp_path: Path) -> None:
     path = tmp_path / "moving.gif"
     picture(0).save(path, save_all=True, append_images=[picture(1), picture(2)])
     path.write_bytes(path.read_bytes()[:-200])
@@ -138,7 +138,7 @@ def test_damage_after_the_first_frame_is_no_fault(tmp_path: Path) -> None:
     assert image.size == (12, 9) and "animated" in traits
 
 
-def test_facts_of_images(tmp_path: Path) -> None:
+def test_image_facts(tmp_path: Path) -> None:
     folder = make_folder(tmp_path) / "train/cat"
     same = picture(3, 4, 6)
     same.save(folder / "a.png")
@@ -172,7 +172,7 @@ def test_a_set_in_one_file_is_not_opened(monkeypatch: pytest.MonkeyPatch) -> Non
     assert find_unreadable(digits, num_threads=1) == {}
 
 
-def test_leaving_out_keeps_places_in_the_full_set(tmp_path: Path) -> None:
+def test_dropping_images_keeps_indices_in_the_full_set(tmp_path: Path) -> None:
     paths = spoil(make_folder(tmp_path))
     train = build_dataset("image_folder", tmp_path, "train")
     unreadable = find_unreadable(train, num_threads=2)
@@ -190,17 +190,17 @@ def test_leaving_out_keeps_places_in_the_full_set(tmp_path: Path) -> None:
     assert pickle.loads(pickle.dumps(again)).indices.tolist() == again.indices.tolist()
 
 
-def test_what_is_said_of_images_that_are_left_out(tmp_path: Path) -> None:
+def test_the_skip_message(tmp_path: Path) -> None:
     bad = spoil(make_folder(tmp_path, train=2))
     train = build_dataset("image_folder", tmp_path, "train")
     unreadable = find_unreadable(train, num_threads=1)
     assert unreadable_classes(train, unreadable) == []
-    said = (
+    expected = (
         "skipped 3 of the 5 images of image_folder/train, which cannot be read "
         f"(DATA_LOADER.ON_ERROR skip). The first: {bad[0]}: the image file is empty; download "
         "it again."
     )
-    assert skip_message(train, unreadable) == said
+    assert skip_message(train, unreadable) == expected
     (tmp_path / "train/cat/0.png").write_bytes(b"")
     worse = find_unreadable(train, num_threads=1)
     assert skip_message(train, worse).endswith(" As a result, class 'cat' has no images left.")
@@ -209,7 +209,7 @@ def test_what_is_said_of_images_that_are_left_out(tmp_path: Path) -> None:
         drop_unreadable(train, find_unreadable(train, num_threads=1))
 
 
-def test_faults_are_tolerated_one_kind_at_a_time(tmp_path: Path) -> None:
+def test_faults_are_tolerated_by_kind(tmp_path: Path) -> None:
     make_folder(tmp_path)
     (tmp_path / "train/empty").mkdir()
     (tmp_path / "val/wolf").mkdir()
@@ -227,14 +227,14 @@ def test_faults_are_tolerated_one_kind_at_a_time(tmp_path: Path) -> None:
     assert stratified_subset(val, 0.5, seed=0).faults == val.faults
 
 
-def test_a_folder_without_any_image_is_rejected_whatever_is_tolerated(tmp_path: Path) -> None:
+def test_a_split_without_images_is_always_rejected(tmp_path: Path) -> None:
     (tmp_path / "train/cat").mkdir(parents=True)
     for tolerate in ([], [EMPTY_CLASS]):
         with pytest.raises(DataError, match="train/cat contains no images"):
             build_dataset("image_folder", tmp_path, "train", tolerate=tolerate)
 
 
-def test_an_unreadable_image_has_a_fingerprint_too(tmp_path: Path) -> None:
+def test_the_fingerprint_includes_unreadable_images(tmp_path: Path) -> None:
     path = make_folder(tmp_path) / "train/cat/0.png"
     train = build_dataset("image_folder", tmp_path, "train")
     whole, content = fingerprint(train), path.read_bytes()
@@ -260,25 +260,25 @@ def test_training_stops_at_the_first_bad_image(
 
 
 @pytest.mark.parametrize("backend", ["workers", "device"])
-def test_training_skips_and_counts(
+def test_training_skips_and_reports_unreadable_images(
     tmp_path: Path, backend: str, capsys: pytest.CaptureFixture
 ) -> None:
     paths = spoil(make_folder(tmp_path / "set"))
     changes = {"DATA_LOADER__ON_ERROR": "skip", "DATA_LOADER__BACKEND": backend}
     cfg = config(tmp_path / "set", tmp_path / "run", **changes)
     trainer.train(cfg)
-    said = capsys.readouterr()
-    warned = [line for line in said.err.splitlines() if line.startswith("Warning: skipped")]
+    output = capsys.readouterr()
+    warned = [line for line in output.err.splitlines() if line.startswith("Warning: skipped")]
     assert [line.partition(", which")[0] for line in warned] == [
         "Warning: skipped 3 of the 13 images of image_folder/train",
         "Warning: skipped 1 of the 6 images of image_folder/val",
     ]
     assert paths[0] in warned[0] and paths[3] in warned[1]
-    assert "Top-1 of 5 images" in said.out
+    assert "Top-1 of 5 images" in output.out
     assert trainer.test(cfg).count == 5
 
 
-def test_skipping_gives_every_start_the_same_batches(tmp_path: Path) -> None:
+def test_batches_are_the_same_after_a_resume_with_skipped_images(tmp_path: Path) -> None:
     spoil(make_folder(tmp_path / "set"))
     cfg = config(tmp_path / "set", tmp_path / "run", DATA_LOADER__ON_ERROR="skip")
     seen = []
@@ -294,7 +294,7 @@ def test_skipping_gives_every_start_the_same_batches(tmp_path: Path) -> None:
     assert {int(i) for batch in seen[0] for i in batch.index} <= set(data[0].indices.tolist())
 
 
-def test_missing_files_of_a_list_can_be_skipped(tmp_path: Path) -> None:
+def test_missing_files_can_be_skipped(tmp_path: Path) -> None:
     folder, entries = tmp_path / "chaoyang", []
     for number in range(4):
         (folder / "train").mkdir(parents=True, exist_ok=True)
@@ -311,7 +311,7 @@ def test_missing_files_of_a_list_can_be_skipped(tmp_path: Path) -> None:
     assert len(listed) == 4 and [fault.kind for fault in listed.faults] == [MISSING]
 
 
-def test_stored_features_fit_a_set_with_gaps(tmp_path: Path) -> None:
+def test_stored_features_match_a_set_with_skipped_images(tmp_path: Path) -> None:
     import precompute_feature
 
     spoil(make_folder(tmp_path / "set"))
@@ -333,17 +333,17 @@ def test_stored_features_fit_a_set_with_gaps(tmp_path: Path) -> None:
     assert (tmp_path / "run/model.pyth").is_file()
 
 
-def test_other_processes_are_told_by_the_main_one(
+def test_only_the_main_process_scans(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     make_folder(tmp_path)
 
     def arrive(values: list, **_: Any) -> None:
         assert values == [None]
-        values[0] = {4: "told"}
+        values[0] = {4: "damaged"}
 
     def scanned(dataset: ImageDataset, **_: Any) -> None:
-        pytest.fail("scanned by another than the main process")
+        pytest.fail("another process scanned the images")
 
     fake = SimpleNamespace(
         is_initialized=lambda: True,

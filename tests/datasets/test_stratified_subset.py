@@ -1,4 +1,4 @@
-"""What all sets share, on a set that is just numbers."""
+"""The interface of data sets and stratified subsets, on a synthetic set."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def counts(dataset: ImageDataset) -> list[int]:
     return np.bincount(dataset.labels, minlength=dataset.num_classes).tolist()
 
 
-def test_the_set_itself() -> None:
+def test_attributes() -> None:
     data = Numbers([1, 0, 1], 3)
     assert (len(data), data.num_classes, data.labels.dtype) == (3, 3, np.int64)
     assert data.labels.tolist() == [1, 0, 1] and data.indices.tolist() == [0, 1, 2]
@@ -62,10 +62,10 @@ def test_bad_labels(labels: list, problem: str) -> None:
         Numbers(labels, 2)
 
 
-def test_subset_is_the_same_images_in_order() -> None:
+def test_a_subset_keeps_images_and_order() -> None:
     data = numbers([30, 20, 10])
     part = stratified_subset(data, 0.25, seed=3)
-    assert counts(part) in ([8, 5, 2], [7, 5, 3])  # shares of 7.5, 5 and 2.5: the draw decides
+    assert counts(part) in ([8, 5, 2], [7, 5, 3])  # shares of 7.5, 5 and 2.5: the tie is random
     assert np.all(np.diff(part.indices) > 0)
     assert part.labels.tolist() == data.labels[part.indices].tolist()
     for i in range(len(part)):
@@ -75,7 +75,7 @@ def test_subset_is_the_same_images_in_order() -> None:
 
 
 def test_subset_is_stable() -> None:
-    """These numbers must never change: they decide which images published runs saw."""
+    """These numbers must never change: they select the images of published runs."""
     data = Numbers([0, 1, 2] * 4, 3)
     assert stratified_subset(data, 0.5, seed=0).indices.tolist() == [1, 2, 4, 6, 9, 11]
     assert stratified_subset(data, 0.5, seed=1).indices.tolist() == [2, 3, 4, 5, 6, 7]
@@ -84,7 +84,7 @@ def test_subset_is_stable() -> None:
 
 @pytest.mark.parametrize("seed", range(3))
 def test_counts_are_proportional(seed: int) -> None:
-    """As the largest remainder: each class has its share rounded down or up, at least one."""
+    """Each class has its share rounded down or up, and at least one image."""
     random = np.random.default_rng(seed)
     data = numbers(random.integers(20, 200, size=12).tolist(), seed)
     full = np.array(counts(data))
@@ -122,7 +122,7 @@ def test_fractions_are_nested_and_seeds_differ() -> None:
     assert len(one & two) < 35
 
 
-def test_subset_of_subset_counts_in_the_full_set() -> None:
+def test_a_subset_of_a_subset_refers_to_the_full_set() -> None:
     data = numbers([40, 40])
     half = stratified_subset(data, 0.5, seed=1)
     quarter = stratified_subset(half, 0.5, seed=2)
@@ -146,7 +146,7 @@ def test_bad_fraction(fraction: float) -> None:
         stratified_subset(numbers([5, 5]), fraction, seed=0)
 
 
-def test_bad_seed_and_nothing_left() -> None:
+def test_bad_seed_and_empty_subset() -> None:
     with pytest.raises(DataError, match="seed of the subset is -1"):
         stratified_subset(numbers([5, 5]), 0.5, seed=-1)
     with pytest.raises(DataError, match=r"0\.01 keeps none of the 10 images of numbers: .*0\.1"):

@@ -1,4 +1,4 @@
-"""From the config to objects: the one place that translates keys into keyword arguments."""
+"""Builds objects from the config: the only place that translates keys to keyword arguments."""
 
 from lg.builders.data import (
     build_mixing,

@@ -1,4 +1,4 @@
-"""Students, guides and what guidance compares."""
+"""Students, guides, and the pairs of blocks that guidance compares."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ import torch
 from yacs.config import CfgNode
 
 from lg.builders.data import dataset_facts
-from lg.builders.families import build_family, single
+from lg.builders.families import build_family, keys_of, single, with_keys
 from lg.checkpoint import foreign_weights, load_weights, read_checkpoint
 from lg.config.rules import FAMILIES
 from lg.datasets.base import ImageDataset
-from lg.errors import CheckpointError, ConfigError
+from lg.errors import ConfigError, UserError
 from lg.guidance import FeatureBank, FrozenTeacher, GuidanceLoss, GuidedStudent, NoTeacher
 from lg.models.backbone import Backbone
 from lg.models.published import weights_hash
@@ -26,27 +26,30 @@ Guide = FrozenTeacher | FeatureBank | NoTeacher
 
 
 def build_model(cfg: CfgNode, *, pretrained: bool = True) -> Backbone:
-    """The student, or the CNN, alone: `model(images) -> logits`.
+    """Return the student, or the CNN, alone: `model(images) -> logits`.
 
     Args:
-        cfg: the config.
-        pretrained: whether MODEL.PRETRAINED counts; not where other weights follow anyway.
+        cfg: The config.
+        pretrained: Load MODEL.PRETRAINED, if set; pass False if other weights follow.
 
     Raises:
         CheckpointError: MODEL.PRETRAINED cannot be read.
-        ConfigError: sizes that do not fit together, or an unknown timm model.
+        ConfigError: Sizes that do not fit together, or an unknown timm model.
     """
+    kind = cfg.MODEL.TYPE
     try:
         return _build_by_type(cfg, pretrained=pretrained)
-    except CheckpointError:
+    except UserError:
         raise
-    except ValueError as error:  # what the models refuse, they refuse for a value of the config
-        raise ConfigError(str(error)) from error
-    except (RuntimeError, TypeError, MemoryError, OverflowError) as error:  # beyond all measure
+    except ValueError as error:
+        message = with_keys(str(error), _student_keys(cfg))
+        prefix = f"MODEL.TYPE {kind}: " if kind.startswith("timm/") else ""
+        raise ConfigError(prefix + message) from error
+    except (RuntimeError, TypeError, MemoryError, OverflowError) as error:  # sizes far too large
         reason = str(error).strip().partition("\n")[0][:200] or type(error).__name__
         raise ConfigError(
-            f"MODEL.TYPE {cfg.MODEL.TYPE} cannot be built with these sizes ({reason}): lower those "
-            "of MODEL, TRANSFORMER and the model's own section"
+            f"MODEL.TYPE {kind} cannot be built with these sizes ({reason}): lower those of MODEL, "
+            "TRANSFORMER and the model's own section"
         ) from error
 
 
@@ -71,11 +74,22 @@ def _build_by_type(cfg: CfgNode, *, pretrained: bool) -> Backbone:
     return build_family(kind, cfg.TRANSFORMER, cfg[section] if section else {}, **sizes)
 
 
-def build_guided(cfg: CfgNode) -> tuple[GuidedStudent, Guide, GuidanceLoss]:
-    """The student with its projection heads, the guide or its stored maps, and the loss.
+def _student_keys(cfg: CfgNode) -> dict[str, str]:
+    """Return the config key behind each argument that an error about the student may name."""
+    family = FAMILIES.get(cfg.MODEL.TYPE)
+    own = [(family.section, cfg[family.section])] if family and family.section else []
+    return {
+        "img_size": "MODEL.IMG_SIZE",
+        "block_names": "MODEL.BLOCKS",
+        **keys_of(("TRANSFORMER", cfg.TRANSFORMER), *own),
+    }
 
-    Without guidance in the config: no heads, a guide that gives nothing, and plain cross-entropy. A
-    guide whose TEACHER_WEIGHTS is null keeps its random weights, with a warning.
+
+def build_guided(cfg: CfgNode) -> tuple[GuidedStudent, Guide, GuidanceLoss]:
+    """Return the student with its projection heads, the guide or its stored maps, and the loss.
+
+    Without guidance in the config there are no heads, the guide returns nothing and the loss is
+    cross-entropy. If TEACHER_WEIGHTS is null, the guide keeps its random weights, with a warning.
     """
     options = cfg.DISTILLATION
     student = build_model(cfg)
@@ -106,18 +120,22 @@ def build_guided(cfg: CfgNode) -> tuple[GuidedStudent, Guide, GuidanceLoss]:
 
 
 def build_teacher(cfg: CfgNode, *, trained: bool = True) -> Backbone:
-    """The guide's model, with its trained weights or, where only its shape matters, without."""
+    """Return the guide's model.
+
+    Args:
+        cfg: The config.
+        trained: Load DISTILLATION.TEACHER_WEIGHTS; pass False if only its shape matters.
+    """
     options = cfg.DISTILLATION
     sizes = _sizes(cfg, options.TEACHER_IMG_SIZE)
     path = options.TEACHER_WEIGHTS if trained else None
     foreign = None
     if path and options.TEACHER_MODEL != "ResNet" and not options.ENABLE_LOGIT:
-        # Weights that timm publishes serve as well: maps are imitated, the classes do not matter.
+        # Weights that timm publishes work as well: only maps are imitated, whatever the classes.
         state = read_checkpoint(path, cache=cfg.DOWNLOAD_CACHE)
         foreign = None if "model_state" in state else foreign_weights(state, path)
-    with torch.random.fork_rng(
-        devices=[]
-    ):  # a guided student starts from the same weights as a plain one
+    # The random state stays, so a guided student starts from the same weights as a plain one.
+    with torch.random.fork_rng(devices=[]):
         if options.TEACHER_MODEL == "ResNet":
             teacher = _build_resnet(cfg, **sizes)
         else:
@@ -125,9 +143,10 @@ def build_teacher(cfg: CfgNode, *, trained: bool = True) -> Backbone:
             try:
                 teacher = timm_model(name, **sizes, pretrained=foreign)
             except ValueError as error:
+                message = with_keys(str(error), {"img_size": "DISTILLATION.TEACHER_IMG_SIZE"})
                 raise ConfigError(
-                    f"DISTILLATION.TEACHER_MODEL is {options.TEACHER_MODEL!r} at TEACHER_IMG_SIZE "
-                    f"{options.TEACHER_IMG_SIZE}, which cannot be built: {error}"
+                    f"DISTILLATION.TEACHER_MODEL {options.TEACHER_MODEL!r} cannot be built: "
+                    f"{message}"
                 ) from error
     if path and foreign is None:
         load_weights(teacher, path, cache=cfg.DOWNLOAD_CACHE)
@@ -139,7 +158,7 @@ def build_teacher(cfg: CfgNode, *, trained: bool = True) -> Backbone:
 
 
 def _open_bank(cfg: CfgNode, teacher: Backbone) -> FeatureBank:
-    """The stored maps, held against the guide that they should come from."""
+    """Return the stored maps, checked against the guide of the config."""
     options = cfg.DISTILLATION
     bank = FeatureBank(options.FEATURE_FILE, options.INTER_TEACHER_INDEX)
     shapes = map_shapes(
@@ -163,7 +182,7 @@ def _open_bank(cfg: CfgNode, teacher: Backbone) -> FeatureBank:
 
 
 def prepare_bank(cfg: CfgNode, guide: Guide, dataset: ImageDataset, device: torch.device) -> None:
-    """Holds stored maps, if the guide is that, against the training set; puts them in place."""
+    """Check stored maps against the training set and load them to FEATURE_PLACE."""
     if not isinstance(guide, FeatureBank):
         return
     guide.check(indices=dataset.indices, shapes=guide.shapes, **dataset_facts(dataset))
@@ -177,7 +196,7 @@ def teacher_name(cfg: CfgNode, kind: str) -> str:
 
 
 def _foreign_weights(cfg: CfgNode, path: str) -> dict[str, torch.Tensor] | None:
-    """The weights in a file that timm or a model's makers published."""
+    """Load a file that timm or a model's authors published; None without a path."""
     if not path:
         return None
     return foreign_weights(read_checkpoint(path, cache=cfg.DOWNLOAD_CACHE), path)
@@ -188,25 +207,18 @@ def tap_indices(cfg: CfgNode, student: Backbone, teacher: Backbone) -> tuple[lis
     options = cfg.DISTILLATION
     if not options.ENABLE_INTER:
         return [], []
-    _check_taps("STUDENT", student, options.INTER_STUDENT_INDEX)
-    _check_taps("TEACHER", teacher, options.INTER_TEACHER_INDEX)
+    for key, model in (("INTER_STUDENT_INDEX", student), ("INTER_TEACHER_INDEX", teacher)):
+        try:
+            model.check_indices(options[key])
+        except ValueError as error:
+            raise ConfigError(f"DISTILLATION.{key} is {options[key]}: {error}.") from None
     return options.INTER_STUDENT_INDEX, options.INTER_TEACHER_INDEX
-
-
-def _check_taps(which: str, model: Backbone, indices: list[int]) -> None:
-    count = len(model.blocks)
-    if any(i >= count for i in indices):
-        raise ConfigError(
-            f"DISTILLATION.INTER_{which}_INDEX is {indices}; the {which.lower()} has {count} "
-            f"blocks, numbered 0 to {count - 1}."
-        )
 
 
 def _build_resnet(cfg: CfgNode, **sizes: int) -> Backbone:
     return resnet(
         depth=cfg.CNN.DEPTH,
         **sizes,
-        trans_fun=cfg.RESNET.TRANS_FUN,
         num_groups=cfg.RESNET.NUM_GROUPS,
         width_per_group=cfg.RESNET.WIDTH_PER_GROUP,
         stride_1x1=cfg.RESNET.STRIDE_1X1,

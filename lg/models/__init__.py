@@ -1,4 +1,4 @@
-"""Models: backbones whose blocks can be tapped, and their weights under published names."""
+"""Models: backbones with blocks that can be tapped, and weights under published names."""
 
 from __future__ import annotations
 

@@ -1,7 +1,26 @@
-"""What every model of `lg` is: a network, the blocks guidance may tap, and how to read their maps.
+"""The common form of all models: a network, its blocks, and how to read their feature maps.
 
 Shapes: B batch, N patch tokens, P prefix tokens (class, distillation, register), C channels,
 H and W the map's height and width in patches or pixels of the map, K classes.
+
+The functions that build the families (`deit`, `pvt`, ...) share these arguments. Families of
+several stages take sequences of one entry per stage where their signature says so. Sizes that do
+not fit together raise a ValueError that names the arguments.
+
+    img_size: Height and width of the images in pixels; a multiple of `patch_size`, if the patches
+        do not overlap.
+    in_channels: Channels of the images.
+    num_classes: K.
+    patch_size: Height and width of a patch, in pixels of the stage's input.
+    hidden_dim: C, a multiple of `num_heads`.
+    depth: Number of blocks, 1 or more.
+    num_heads: Attention heads of each block.
+    mlp_ratio: Hidden width of the MLP over C.
+    ln_eps: Added to the variance in LayerNorm.
+    drop_rate: Dropout on the tokens after positions are added, after the projection of the
+        attention, and in the MLP.
+    drop_path_rate: Stochastic depth of the last block; rises linearly from 0 at the first.
+    attention_drop_rate: Dropout on the attention weights.
 """
 
 from __future__ import annotations
@@ -28,9 +47,9 @@ class MapLayout:
         kind: `nchw` for [B, C, H, W], `nhwc` for [B, H, W, C], `tokens` for [B, P + N, C].
         channels: C.
         prefix: P, tokens in front of the patch tokens; 0 unless `tokens`.
-        size: H and W at the image size the model was built for. `tokens` only: the other kinds
-            carry their size and so follow images of another size.
-        item: which item to take when the block returns a tuple or list; None when it does not.
+        size: H and W at the image size the model was built for. `tokens` only: outputs of the other
+            kinds have a height and width of their own.
+        item: Which item to take if the block returns a tuple or list; None if it returns a tensor.
     """
 
     kind: Literal["nchw", "nhwc", "tokens"]
@@ -55,7 +74,7 @@ class MapLayout:
         if tokens.shape[1] != height * width:
             raise ValueError(
                 f"a block returned {tokens.shape[1]} patch tokens where the model was built for "
-                f"{height} x {width}: feed images of MODEL.IMG_SIZE"
+                f"{height} x {width}: use images of the size that the model was built for"
             )
         return tokens.transpose(1, 2).reshape(tensor.shape[0], self.channels, height, width)
 
@@ -63,8 +82,8 @@ class MapLayout:
 class Backbone(nn.Module):
     """A network with numbered blocks; `model(images) -> logits`.
 
-    The network lives in `net` whatever library it comes from, so that its parameter names stay its
-    own; files on disk use the published names (`lg.models.published`).
+    The attribute `net` holds the network, with the parameter names of its library; files on disk
+    use the published names (`lg.models.published`).
 
     Args:
         net: Images [B, C, H, W] to logits [B, K].
@@ -93,10 +112,10 @@ class Backbone(nn.Module):
 
     @property
     def blocks(self) -> list[nn.Module]:
-        """The blocks in forward order, the ones INTER_STUDENT_INDEX counts.
+        """The blocks in forward order, as INTER_STUDENT_INDEX counts them.
 
-        Looked up by name at each call: a stored ModuleList would put every key into the state dict
-        a second time, a plain list would go stale when a block is replaced.
+        They are looked up by name at each call: a ModuleList would add every key to the state dict
+        a second time, and a plain list would be out of date after a block is replaced.
         """
         return [self.net.get_submodule(name) for name in self.block_names]
 
@@ -105,10 +124,24 @@ class Backbone(nn.Module):
         """Channels of each block's map."""
         return [layout.channels for layout in self.layouts]
 
-    def head_names(self) -> set[str]:
-        """Names, as in `named_parameters()`, of the classifier's parameters.
+    def check_indices(self, indices: Sequence[int]) -> None:
+        """Reject indices that are not those of a block.
 
-        Both heads of a distilled model.
+        Raises:
+            ValueError: The message names the index and the number of blocks.
+        """
+        count = len(self.block_names)
+        wrong = [index for index in indices if not 0 <= index < count]
+        if wrong:
+            raise ValueError(
+                f"block index {', '.join(map(str, wrong))} is out of range: the model has {count} "
+                f"blocks, numbered 0 to {count - 1}"
+            )
+
+    def head_names(self) -> set[str]:
+        """Return the names of the classifier's parameters, as in `named_parameters()`.
+
+        A distilled model has two classifiers.
         """
         found: Any = self.net.get_classifier()  # type: ignore[operator]
         heads = found if isinstance(found, (tuple, list)) else [found]
@@ -126,7 +159,7 @@ class Backbone(nn.Module):
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Put a model in evaluation mode without gradients; restore each module's own mode after."""
+    """Put a model in evaluation mode without gradients; restore each module's mode afterwards."""
     modes = {module: module.training for module in model.modules()}
     try:
         with torch.no_grad():
@@ -145,7 +178,7 @@ def unwrap(model: nn.Module) -> Backbone:
     """
     inner: Any = model
     while not isinstance(inner, Backbone):
-        # `_orig_mod` first: a compiled module forwards unknown attributes to the module it holds.
+        # `_orig_mod` first: a compiled module forwards unknown attributes to the wrapped module.
         children = dict(inner.named_children()) if isinstance(inner, nn.Module) else {}
         inner = children.get("_orig_mod", children.get("module"))
         if inner is None:
@@ -159,10 +192,10 @@ def unwrap(model: nn.Module) -> Backbone:
 def probe_layouts(
     net: nn.Module, names: Sequence[str], *, image_shape: tuple[int, int, int]
 ) -> dict[str, MapLayout | None]:
-    """Run one image through `net` and read from it how each named module returns its map.
+    """Run one image through `net` and infer how each named module returns its map.
 
-    Leaves the network as it was: evaluation mode keeps BatchNorm statistics, modes are restored
-    module by module, and the random streams do not move.
+    The network does not change: evaluation mode keeps BatchNorm statistics, the mode of each module
+    is restored, and the random state stays.
 
     Args:
         net: The network to run.
@@ -170,8 +203,8 @@ def probe_layouts(
         image_shape: Channels, height and width of the image; height equals width.
 
     Returns:
-        Layouts in the order in which the modules ran first; None where the output holds no map, or
-        one that the network overwrites in place. Modules that did not run are absent.
+        Layouts in the order in which the modules first ran. The layout is None if the output holds
+        no map, or a map that the network overwrites in place. Modules that did not run are absent.
     """
     outputs: dict[str, Any] = {}
     versions: dict[str, list[int]] = {}
@@ -185,7 +218,7 @@ def probe_layouts(
         return net.get_submodule(name).register_forward_hook(remember)
 
     handles = [watch(name) for name in names]
-    # Not a constant image: some normalisations turn one into NaN.
+    # Noise: some normalisations turn a constant image into NaN.
     image = torch.randn((1, *image_shape), generator=torch.Generator().manual_seed(0))
     try:
         with torch.random.fork_rng(devices=[]), evaluating(net):
@@ -194,7 +227,7 @@ def probe_layouts(
         for handle in handles:
             handle.remove()
     prefix = getattr(net, "num_prefix_tokens", 0)
-    # A tap would see what a later module wrote over such an output, not the output.
+    # If a later module overwrites an output in place, a tap would read the wrong values.
     shapes = {
         name: _shapes_of(output) if _versions_of(output) == versions[name] else None
         for name, output in outputs.items()
@@ -204,13 +237,13 @@ def probe_layouts(
 
 
 def _versions_of(output: Any) -> list[int]:
-    """Return how often each tensor of an output has been written to in place."""
+    """Return how often each tensor of an output was written to in place."""
     items = output if isinstance(output, (tuple, list)) else [output]
     return [item._version for item in items if isinstance(item, torch.Tensor)]
 
 
 def _shapes_of(output: Any) -> Any:
-    """Return the shape of a tensor, or the list of shapes (None for other things) of a tuple."""
+    """Return the shape of a tensor, or the list of shapes of a tuple (None for other items)."""
     if isinstance(output, torch.Tensor):
         return tuple(output.shape)
     if isinstance(output, (tuple, list)):
@@ -221,7 +254,7 @@ def _shapes_of(output: Any) -> Any:
 def _layout_of(shape: Any, *, prefix: int) -> MapLayout | None:
     """Return the layout that fits the shape(s) of one image's output; None for no map.
 
-    The image is square, so its map is square: that is what tells the layouts apart.
+    The image is square, so its map is square, which tells the layouts apart.
     """
     if isinstance(shape, list):
         for item, one in enumerate(shape):
@@ -242,9 +275,9 @@ def _layout_of(shape: Any, *, prefix: int) -> MapLayout | None:
 
 
 def _token_layout(num_tokens: int, channels: int, *, prefix: int) -> MapLayout | None:
-    """Return the layout of [1, P + N, C]: P is the net's own word or, failing it, the smallest."""
+    """Return the layout of [1, P + N, C]; P is `prefix` or, if that does not fit, the smallest."""
     if num_tokens in (1, prefix):
-        return None  # prefix tokens alone, as in class attention; not every net says how many
+        return None  # prefix tokens alone, as in class attention; not every net has `prefix`
     for candidate in (prefix, *range(num_tokens)):
         side = math.isqrt(max(num_tokens - candidate, 0))
         if side > 0 and side * side == num_tokens - candidate:
@@ -255,7 +288,7 @@ def _token_layout(num_tokens: int, channels: int, *, prefix: int) -> MapLayout |
 def _settle_cubes(
     layouts: dict[str, MapLayout | None], shapes: dict[str, Any]
 ) -> dict[str, MapLayout | None]:
-    """Read [1, D, D, D], which fits both image layouts, the way the net's other blocks are read."""
+    """Read [1, D, D, D], which fits both image layouts, in the layout of the net's other blocks."""
     cubes = [
         name
         for name, shape in shapes.items()

@@ -17,19 +17,20 @@ from timm.models.convit import GPSA, MHSA, ConVit
 from torch import nn
 
 from lg.models.backbone import Backbone, MapLayout
-from lg.models.layers import check_depth, check_patches, check_widths, split_heads
+from lg.models.layers import check_heads, check_patches, split_heads
 
 
 class GatedAttention(nn.Module):
-    """Gated positional self-attention: each head mixes what it sees with where it looks.
+    """Gated positional self-attention: each head mixes attention by content and by position.
 
-    The same layers, weights and numbers as timm's GPSA, which works out the positional attention,
-    the same for all images, for every one of them; here it is done once a batch. On CUDA the two
-    attentions act on the values apart and the results are mixed, which is the same sum: so the
-    content part can be fused and needs no N x N matrix in memory. On CPUs mixing first is faster.
+    Layers, weights and numbers are those of timm's GPSA, which repeats the positional attention,
+    the same for all images, for every image; this computes it once per batch. On CUDA the two
+    attentions are applied to the values separately and the results are mixed. The sum is the same,
+    and the content part can be fused, without an N x N matrix in memory. On CPUs it is faster to
+    mix the attentions first.
 
     Args:
-        source: The layer whose parts are taken over.
+        source: The layer whose parameters this one uses.
         num_tokens: N.
     """
 
@@ -41,14 +42,14 @@ class GatedAttention(nn.Module):
         self.qk, self.v, self.proj = source.qk, source.v, source.proj
         self.pos_proj = source.pos_proj
         self.attn_drop, self.proj_drop = source.attn_drop, source.proj_drop
-        # [N, N, 3]: column and row distance, and the square of both, between any two tokens
+        # [N, N, 3]: column distance, row distance and squared distance of any two tokens
         distances = source.get_rel_indices(num_tokens)[0]
         self.register_buffer("distances", distances, persistent=False)
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Tokens [B, N, C] to [B, N, C]."""
+        """Map tokens [B, N, C] to [B, N, C]."""
         value = split_heads(self.v(tokens), self.num_heads)
-        dropped = self.training and self.attn_drop.p > 0  # of the mixture, which must then exist
+        dropped = self.training and self.attn_drop.p > 0  # dropout needs the mixed attention
         if tokens.is_cuda and not dropped:
             heads = self.mix_results(tokens, value)
         else:
@@ -56,10 +57,10 @@ class GatedAttention(nn.Module):
         return self.proj_drop(self.proj(heads.transpose(1, 2).flatten(2)))
 
     def mix_results(self, tokens: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-        """Return what the heads gather, [B, M, N, C / M], without the mixed attention."""
+        """Return the attended values [B, M, N, C / M] without forming the mixed attention."""
         query, key = self._query_and_key(tokens)
         content = F.scaled_dot_product_attention(query, key, value, scale=self.scale)
-        # One product a head, with the images side by side: [M, N, N] x [M, N, B C / M].
+        # One product per head, with the images side by side: [M, N, N] x [M, N, B C / M].
         beside = value.permute(1, 2, 0, 3).flatten(2)
         position = self._positional().to(value.dtype) @ beside
         position = position.unflatten(2, (len(tokens), -1)).permute(2, 0, 1, 3)
@@ -77,11 +78,11 @@ class GatedAttention(nn.Module):
         return split_heads(query, self.num_heads), split_heads(key, self.num_heads)
 
     def _positional(self) -> torch.Tensor:
-        """Attention [M, N, N] by place alone."""
+        """Return the attention [M, N, N] by position alone."""
         return self.pos_proj(self.distances).permute(2, 0, 1).softmax(dim=-1)
 
     def _gate(self) -> torch.Tensor:
-        """Share of the positional attention, [M, 1, 1]."""
+        """Return the weight [M, 1, 1] of the positional attention."""
         return torch.sigmoid(self.gating_param)[:, None, None]
 
 
@@ -104,41 +105,24 @@ def convit(
 ) -> Backbone:
     """Return a ConViT.
 
-    Args:
-        img_size: Height and width of the images in pixels, a multiple of `patch_size`.
-        in_channels: Channels of the images.
-        num_classes: K.
-        patch_size: Height and width of a patch in pixels.
-        hidden_dim: C, a multiple of `num_heads`.
-        depth: Number of blocks.
-        num_heads: Attention heads of each block; the largest square in it start as the places of
-            a convolution's kernel.
-        mlp_ratio: Width of the MLP over C.
+    Args: as in `lg.models.backbone`, where the largest square number of heads in `num_heads` start
+    as the positions of a convolution's kernel, and:
         local_layers: Blocks with gated attention, before the class token joins; less than `depth`.
-        locality_strength: How sharply these heads look at their place at the start, > 0.
-        ln_eps: Added to the variance in LayerNorm.
-        drop_rate: Dropout on the tokens after positions are added, after the projection of the
-            attention and in the MLP.
-        drop_path_rate: Stochastic depth of the last block; rises linearly from 0 at the first.
-        attention_drop_rate: Dropout on the attention weights.
-
-    Raises:
-        ValueError: Sizes that do not fit together.
+        locality_strength: Initial focus of these heads on their position, > 0.
     """
-    check_patches(img_size, patch_size)
-    check_widths([hidden_dim], [num_heads])
-    check_depth([depth])
+    check_patches(img_size, [patch_size])
+    check_heads([hidden_dim], [num_heads])
     if not 0 <= local_layers < depth:
         raise ValueError(
-            f"CONVIT.LOCAL_LAYERS is {local_layers} of TRANSFORMER.DEPTH {depth}: the class token "
-            f"joins after them and needs a block left, use {depth - 1} or less"
+            f"local_layers is {local_layers} with depth {depth}: the class token joins after the "
+            f"local layers and needs at least one more block; use {depth - 1} or less"
         )
     net = ConVit(
         img_size=img_size,
         patch_size=patch_size,
         in_chans=in_channels,
         num_classes=num_classes,
-        embed_dim=hidden_dim // num_heads,  # timm multiplies it by the heads
+        embed_dim=hidden_dim // num_heads,  # timm multiplies it by num_heads
         depth=depth,
         num_heads=num_heads,
         mlp_ratio=mlp_ratio,
@@ -168,7 +152,7 @@ def convit(
 
 
 def _fused(source: MHSA, dim: int) -> Attention:
-    """Return timm's plain attention, which can be fused, with the layers of ConViT's own."""
+    """Return timm's `Attention`, which can be fused, with the layers of ConViT's `MHSA`."""
     attention = Attention(dim, num_heads=source.num_heads)
     for part in ("qkv", "attn_drop", "proj", "proj_drop"):
         setattr(attention, part, getattr(source, part))

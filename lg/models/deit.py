@@ -13,7 +13,7 @@ from torch import nn
 
 from lg.models.backbone import Backbone, MapLayout
 from lg.models.key_table import KeyTable
-from lg.models.layers import check_depth, check_patches, check_widths
+from lg.models.layers import check_heads, check_patches
 
 KEYS = KeyTable(
     renames=(
@@ -45,31 +45,12 @@ def deit(
 ) -> Backbone:
     """Return a DeiT with zero-initialised head(s).
 
-    Source: Touvron et al., "Training data-efficient image transformers", arXiv 2012.12877.
-
-    Args:
-        img_size: Height and width of the images in pixels, a multiple of `patch_size`.
-        in_channels: Channels of the images.
-        num_classes: K.
-        patch_size: Height and width of a patch in pixels.
-        hidden_dim: C, a multiple of `num_heads`.
-        depth: Number of blocks, 1 or more.
-        num_heads: Attention heads of each block.
-        mlp_ratio: Width of the MLP over C.
-        ln_eps: Added to the variance in LayerNorm.
-        drop_rate: Dropout on the tokens after positions are added, after the projection of the
-            attention and in the MLP. (timm's argument of this name is dropout before the head.)
-        drop_path_rate: Stochastic depth of the last block; rises linearly from 0 at the first.
-        attention_drop_rate: Dropout on the attention weights.
+    Args: as in `lg.models.backbone`, and:
         distilled: Add a distillation token and head. In training the model then returns
             (class logits, distillation logits), in evaluation their mean.
-
-    Raises:
-        ValueError: Sizes do not divide.
     """
-    check_patches(img_size, patch_size)
-    check_widths([hidden_dim], [num_heads])
-    check_depth([depth])
+    check_patches(img_size, [patch_size])
+    check_heads([hidden_dim], [num_heads])
     net = (VisionTransformerDistilled if distilled else VisionTransformer)(
         img_size=img_size,
         patch_size=patch_size,
@@ -79,7 +60,7 @@ def deit(
         depth=depth,
         num_heads=num_heads,
         mlp_ratio=mlp_ratio,
-        pos_drop_rate=drop_rate,
+        pos_drop_rate=drop_rate,  # timm's drop_rate is dropout before the head
         proj_drop_rate=drop_rate,
         attn_drop_rate=attention_drop_rate,
         drop_path_rate=drop_path_rate,

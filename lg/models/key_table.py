@@ -1,4 +1,4 @@
-"""How a family's parameter names translate to the names its weights are published under.
+"""Key tables: the published names of a family's parameters.
 
 A pattern is the beginning of a dotted name; `{}` stands for a number, and on the published side
 `{+1}` or `{-1}` for that number shifted.
@@ -15,14 +15,14 @@ _NUMBER = re.compile(r"\{([+-]\d+)?\}")
 
 @dataclass(frozen=True)
 class KeyTable:
-    """How the names of one family of models translate.
+    """The translation between the parameter names of a family and their published names.
 
     Attributes:
-        renames: Pairs (our pattern, published pattern). The first that fits a name replaces its
-            beginning; a name that none fits is the same on both sides.
-        order: Groups of published patterns, for networks that register their parts in another
-            order than the published state dict. Keys go group by group; inside a group by the
-            numbers, then by pattern, then in our order. Empty: our order.
+        renames: Pairs (own pattern, published pattern). The first that matches a name replaces the
+            beginning of the name. Names that match none are the same on both sides.
+        order: Groups of published patterns, if the published state dict has another order than the
+            network. Keys are sorted by group, then by their numbers, then by pattern, then by own
+            order. Empty for the own order.
     """
 
     renames: tuple[tuple[str, str], ...] = ()
@@ -49,12 +49,12 @@ class KeyTable:
 
 @cache
 def _pattern(text: str) -> re.Pattern[str]:
-    """Compile a pattern: it ends where a part of the dotted name ends."""
+    """Compile a pattern; it matches whole parts of a dotted name."""
     parts = [re.escape(part) for part in text.split("{}")]
     return re.compile(r"(\d+)".join(parts) + r"(?![^.])")
 
 
 def _filled(text: str, numbers: tuple[str, ...]) -> str:
-    """Return a published pattern with the numbers put in, shifted where it says so."""
+    """Return a published pattern with its placeholders replaced by the (shifted) numbers."""
     left = iter(numbers)
     return _NUMBER.sub(lambda place: str(int(next(left)) + int(place[1] or 0)), text)

@@ -1,11 +1,12 @@
-"""What several transformers share: attention over split heads, stochastic-depth ramps, size checks.
+"""What several transformers share: attention over split heads, initial weights, sizes of maps.
 
-Shapes: B batch, N tokens, C channels, M heads.
+Shapes: B batch, N tokens, C channels, M heads, H and W the height and width of a map.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +17,7 @@ from lg.models.backbone import Backbone, MapLayout
 from lg.models.key_table import KeyTable
 
 INIT_STD = 0.02  # of the initial weights of linear layers, tokens and positions
+_LARGEST_IMAGE = 4096  # pixels; where the search for a size that fits ends
 
 
 def split_heads(tokens: torch.Tensor, num_heads: int) -> torch.Tensor:
@@ -35,11 +37,11 @@ def attend(
     """Return softmax attention [B, N, C] of queries [B, N, C] over keys and values [B, K, C].
 
     Args:
-        query: What asks.
-        key: What is asked.
-        value: What is answered.
+        query: Queries.
+        key: Keys.
+        value: Values.
         num_heads: M, which divides C.
-        drop_rate: Dropout on the attention weights; 0 in evaluation.
+        drop_rate: Dropout on the attention weights; pass 0 in evaluation.
         scale: Factor of the scores; None for one over the root of a head's width.
     """
     heads = F.scaled_dot_product_attention(
@@ -66,19 +68,102 @@ def drop_path_ramp(rate: float, depth: int) -> list[float]:
 
 
 def init_linear(module: nn.Module) -> None:
-    """Draw a linear layer's weights from the truncated normal of the ViT papers; bias 0."""
+    """Draw a linear layer's weights from the truncated normal of the ViT papers; set its bias 0."""
     if isinstance(module, nn.Linear):
         trunc_normal_(module.weight, std=INIT_STD)
         if module.bias is not None:
             nn.init.zeros_(module.bias)
 
 
-def conv_size(size: int, *, kernel: int, stride: int, padding: int) -> int:
-    """Return the side of a convolution's output; 0 or less where the kernel does not fit."""
+def set_norm_eps(net: nn.Module, eps: float) -> None:
+    """Set the epsilon of every LayerNorm, where timm fixes it."""
+    for module in net.modules():
+        if isinstance(module, nn.LayerNorm):
+            module.eps = eps
+
+
+def conv_size(size: int, kernel: int, stride: int, padding: int) -> int:
+    """Return the side of a convolution's output; 0 or less if the kernel does not fit."""
     return (size + 2 * padding - kernel) // stride + 1
 
 
-def pyramid(
+def stage_sides(
+    img_size: int,
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    *,
+    sr_ratio: Sequence[int] | None = None,
+) -> list[int]:
+    """Return the side of each stage's map, where each stage starts with a convolution.
+
+    Args:
+        img_size: Height and width of the images in pixels.
+        kernel: Kernel of each convolution.
+        stride: Stride of each convolution.
+        padding: Zeros around the input of each convolution.
+        sr_ratio: Factor by which each stage reduces the side of its map.
+
+    Raises:
+        ValueError: A stage, or its reduced map, is left without a pixel.
+    """
+
+    def sides_of(size: int) -> list[int]:
+        sides = []
+        for geometry in zip(kernel, stride, padding, strict=True):
+            size = conv_size(size, *geometry)
+            sides.append(size)
+        return sides
+
+    def fits(size: int) -> bool:
+        least = sr_ratio or [1] * len(kernel)
+        return all(side >= low for side, low in zip(sides_of(size), least, strict=True))
+
+    sides = sides_of(img_size)
+    if not fits(img_size):
+        maps = ", ".join(f"{max(side, 0)} x {max(side, 0)}" for side in sides)
+        limit = f" for sr_ratio {list(sr_ratio)}" if sr_ratio else ""
+        smallest = next(filter(fits, range(1, _LARGEST_IMAGE + 1)), None)
+        advice = f"use an image size of {smallest} or more" if smallest else "no image size fits"
+        raise ValueError(
+            f"img_size {img_size} is too small{limit}: the stages get maps of {maps}; {advice}"
+        )
+    return sides
+
+
+def check_patches(img_size: int, patch_size: Sequence[int]) -> None:
+    """Reject images that do not divide into patches, or patches of patches.
+
+    Raises:
+        ValueError: The message names the nearest sizes that divide.
+    """
+    step = math.prod(patch_size)
+    if img_size % step:
+        below = max(img_size // step, 1) * step
+        shown = f"patch_size {step}"
+        if len(patch_size) > 1:
+            shown = f"{step}, the product of patch_size {list(patch_size)}"
+        raise ValueError(
+            f"img_size {img_size} is not a multiple of {shown}: use an image size such as {below} "
+            f"or {below + step}"
+        )
+
+
+def check_heads(hidden_dim: Sequence[int], num_heads: Sequence[int]) -> None:
+    """Reject widths that the heads do not divide.
+
+    Raises:
+        ValueError: The message names the width and the heads.
+    """
+    for width, heads in zip(hidden_dim, num_heads, strict=True):
+        if width % heads:
+            raise ValueError(
+                f"hidden_dim {width} is not divisible by num_heads {heads}: every head has the "
+                "same width"
+            )
+
+
+def staged_backbone(
     net: nn.Module,
     *,
     family: str,
@@ -87,8 +172,9 @@ def pyramid(
     depth: Sequence[int],
     sides: Sequence[int],
     prefix: Sequence[int],
+    stages: str = "stages",
 ) -> Backbone:
-    """Return a net of stages (`stages.I.blocks.J`, tokens on square maps) as a `Backbone`.
+    """Return a net of stages (`<stages>.I.blocks.J`, tokens on square maps) as a `Backbone`.
 
     Args:
         net: The network.
@@ -98,61 +184,16 @@ def pyramid(
         depth: Blocks of each stage.
         sides: Height and width of each stage's map.
         prefix: Class tokens of each stage.
+        stages: Name of the list of stages in `net`.
     """
-    stages = list(zip(hidden_dim, depth, sides, prefix, strict=True))
     return Backbone(
         net,
         family=family,
         keys=keys,
-        block_names=[f"stages.{i}.blocks.{j}" for i, n in enumerate(depth) for j in range(n)],
+        block_names=[f"{stages}.{i}.blocks.{j}" for i, n in enumerate(depth) for j in range(n)],
         layouts=[
-            MapLayout("tokens", channels, first, (side, side))
-            for channels, count, side, first in stages
+            MapLayout("tokens", channels, tokens, (side, side))
+            for channels, count, side, tokens in zip(hidden_dim, depth, sides, prefix, strict=True)
             for _ in range(count)
         ],
     )
-
-
-def smallest_image(fits: Callable[[int], bool]) -> str:
-    """Return in words the smallest image that fits, of those that anyone would use."""
-    size = next((size for size in range(1, 4097) if fits(size)), None)
-    return "no image fits" if size is None else f"use an image size of {size} or more"
-
-
-def check_patches(img_size: int, patch_size: int) -> None:
-    """Refuse images that patches do not tile.
-
-    Raises:
-        ValueError: Naming both keys and the nearest sizes that would do.
-    """
-    if img_size < patch_size or img_size % patch_size:
-        below = max(img_size // patch_size, 1) * patch_size
-        raise ValueError(
-            f"MODEL.IMG_SIZE {img_size} is not a multiple of TRANSFORMER.PATCH_SIZE {patch_size}: "
-            f"use an image size such as {below} or {below + patch_size}"
-        )
-
-
-def check_widths(hidden_dim: Sequence[int], num_heads: Sequence[int]) -> None:
-    """Refuse widths that heads do not divide.
-
-    Raises:
-        ValueError: Naming both keys.
-    """
-    for width, heads in zip(hidden_dim, num_heads, strict=True):
-        if width % heads:
-            raise ValueError(
-                f"TRANSFORMER.HIDDEN_DIM {width} is not divisible by TRANSFORMER.NUM_HEADS "
-                f"{heads}: every head has the same width"
-            )
-
-
-def check_depth(depth: Sequence[int]) -> None:
-    """Refuse a stage without blocks.
-
-    Raises:
-        ValueError: Naming the key.
-    """
-    if min(depth) < 1:
-        shown = depth[0] if len(depth) == 1 else list(depth)
-        raise ValueError(f"TRANSFORMER.DEPTH is {shown}: use 1 block or more")

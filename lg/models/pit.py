@@ -1,8 +1,8 @@
 """PiT: a vision transformer whose maps are pooled between stages, on timm.
 
 Source: Heo et al., "Rethinking Spatial Dimensions of Vision Transformers", arXiv 2103.16302.
-Departure, as in the published code: stochastic depth rises as i / total, so that the last block
-stays below the given rate.
+Departure, as in the published code: stochastic depth rises as i / total, so the last block stays
+below the given rate.
 """
 
 from __future__ import annotations
@@ -12,11 +12,10 @@ from itertools import pairwise
 
 from timm.layers import DropPath
 from timm.models.pit import PoolingVisionTransformer
-from torch import nn
 
-from lg.models.backbone import Backbone, MapLayout
+from lg.models.backbone import Backbone
 from lg.models.key_table import KeyTable
-from lg.models.layers import check_depth, check_widths, conv_size
+from lg.models.layers import check_heads, set_norm_eps, stage_sides, staged_backbone
 
 KEYS = KeyTable(
     renames=(
@@ -51,40 +50,23 @@ def pit(
     drop_path_rate: float = 0.0,
     attention_drop_rate: float = 0.0,
 ) -> Backbone:
-    """Return a PiT; sequences hold one entry a stage.
+    """Return a PiT; sequences hold one entry per stage.
 
-    Args:
-        img_size: Height and width of the images in pixels, `patch_size` or more.
-        in_channels: Channels of the images.
-        num_classes: K.
-        patch_size: Height and width of a patch in pixels.
-        stride: Pixels between patches; smaller than `patch_size`, they overlap.
-        hidden_dim: Channels, multiples of `num_heads`, and each of the one before it.
-        depth: Number of blocks, 1 or more.
-        num_heads: Attention heads.
-        mlp_ratio: Width of the MLP over the channels.
-        ln_eps: Added to the variance in LayerNorm.
-        drop_rate: Dropout on the map after positions are added, after the projection of the
-            attention and in the MLP.
-        drop_path_rate: Stochastic depth; block i of n has i / n of it.
-        attention_drop_rate: Dropout on the attention weights.
-
-    Raises:
-        ValueError: Sizes that do not fit together.
+    Args: as in `lg.models.backbone`, where each `hidden_dim` is a multiple of the one before it and
+    block i of n has stochastic depth i / n of `drop_path_rate`, and:
+        stride: Pixels between patches; they overlap if it is smaller than `patch_size`.
     """
-    check_widths(hidden_dim, num_heads)
-    check_depth(depth)
+    check_heads(hidden_dim, num_heads)
     for before, after in pairwise(hidden_dim):
         if after % before:
             raise ValueError(
-                f"TRANSFORMER.HIDDEN_DIM is {list(hidden_dim)}: a pooling makes {after} channels "
-                f"of {before} by groups, so each must be a multiple of the one before it"
+                f"hidden_dim is {list(hidden_dim)}: grouped pooling makes {after} channels of "
+                f"{before}, so each entry must be a multiple of the one before it"
             )
-    if img_size < patch_size:
-        raise ValueError(
-            f"MODEL.IMG_SIZE {img_size} is smaller than TRANSFORMER.PATCH_SIZE {patch_size}: use "
-            f"an image size of {patch_size} or more"
-        )
+    pools = len(depth) - 1  # a 3 x 3 convolution of every other pixel between two stages
+    sides = stage_sides(
+        img_size, [patch_size, *[3] * pools], [stride, *[2] * pools], [0, *[1] * pools]
+    )
     net = PoolingVisionTransformer(
         img_size=img_size,
         patch_size=patch_size,
@@ -98,18 +80,20 @@ def pit(
         proj_drop_rate=drop_rate,
         attn_drop_rate=attention_drop_rate,
     )
-    net.pos_drop.p = drop_rate  # older timm misspells the argument for it
+    net.pos_drop.p = drop_rate  # older timm misspells its argument
     names = [f"transformers.{i}.blocks.{j}" for i, n in enumerate(depth) for j in range(n)]
     for index, name in enumerate(names):
         rate = drop_path_rate * index / len(names)
         block = net.get_submodule(name)
         block.drop_path1, block.drop_path2 = DropPath(rate), DropPath(rate)
-    for module in net.modules():
-        if isinstance(module, nn.LayerNorm):
-            module.eps = ln_eps
-    layouts = []
-    side = conv_size(img_size, kernel=patch_size, stride=stride, padding=0)
-    for width, count in zip(hidden_dim, depth, strict=True):
-        layouts += [MapLayout("tokens", width, 1, (side, side))] * count
-        side = conv_size(side, kernel=3, stride=2, padding=1)  # the pooling behind the stage
-    return Backbone(net, family="PiT", keys=KEYS, block_names=names, layouts=layouts)
+    set_norm_eps(net, ln_eps)
+    return staged_backbone(
+        net,
+        family="PiT",
+        keys=KEYS,
+        hidden_dim=hidden_dim,
+        depth=depth,
+        sides=sides,
+        prefix=[1] * len(depth),
+        stages="transformers",
+    )

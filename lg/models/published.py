@@ -27,8 +27,8 @@ def published_name(model: nn.Module, name: str) -> str:
     backbone = unwrap(model)
     if not name.startswith("net."):
         raise ValueError(
-            f"{name!r} is not the name of a Backbone's parameter: take names from its "
-            "named_parameters(), where each begins with 'net.'"
+            f"{name!r} is not the name of a Backbone's parameter: use a name of its "
+            "named_parameters(), which begin with 'net.'"
         )
     return backbone.keys.published(name.removeprefix("net."))
 
@@ -36,7 +36,7 @@ def published_name(model: nn.Module, name: str) -> str:
 def published_state_dict(model: nn.Module) -> dict[str, torch.Tensor]:
     """Return the weights under their published names and in the published order.
 
-    The tensors share memory with the model, as those of `state_dict()` do.
+    The tensors share memory with the model, like those of `state_dict()`.
     """
     backbone = unwrap(model)
     table = backbone.keys
@@ -55,10 +55,10 @@ def weights_hash(model: nn.Module) -> str:
 
 
 def load_published_state_dict(model: nn.Module, state_dict: Mapping[str, Any]) -> None:
-    """Load weights stored under published names; all of them or none.
+    """Load weights stored under published names, strictly.
 
     Raises:
-        ValueError: Keys are missing, unexpected or of another shape. Nothing was loaded.
+        ValueError: Keys are missing, unexpected or of another shape. Nothing is loaded then.
     """
     own = published_state_dict(model)
     missing = [name for name in own if name not in state_dict]
@@ -73,8 +73,8 @@ def load_published_state_dict(model: nn.Module, state_dict: Mapping[str, Any]) -
     if wrong:
         raise ValueError(
             f"the weights do not fit this {unwrap(model).family} model, nothing was loaded. "
-            f"{'; '.join(wrong)}. Use the config the weights were trained with (MODEL.TYPE, "
-            "NUM_CLASSES, IMG_SIZE, DEPTH, width)"
+            f"{'; '.join(wrong)}. Use the config of the weights (type, classes, image size, "
+            "depth, width)"
         )
     with torch.no_grad():
         for name, tensor in own.items():
@@ -89,5 +89,5 @@ def _describe(value: Any) -> str:
 
 
 def _shorten(names: list[str]) -> str:
-    """Return the first few names and the mark of more."""
+    """Return the first few names, and `...` if there are more."""
     return ", ".join(names[:_SHOWN]) + (", ..." if len(names) > _SHOWN else "")

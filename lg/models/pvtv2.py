@@ -8,11 +8,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from timm.models.pvt_v2 import OverlapPatchEmbed, PyramidVisionTransformerV2
-from torch import nn
 
 from lg.models.backbone import Backbone
 from lg.models.key_table import KeyTable
-from lg.models.layers import check_depth, check_widths, conv_size, pyramid, smallest_image
+from lg.models.layers import check_heads, set_norm_eps, stage_sides, staged_backbone
 
 KEYS = KeyTable(
     renames=(
@@ -42,30 +41,21 @@ def pvtv2(
     drop_path_rate: float = 0.0,
     attention_drop_rate: float = 0.0,
 ) -> Backbone:
-    """Return a PVTv2; sequences hold one entry a stage.
+    """Return a PVTv2; sequences hold one entry per stage.
 
-    Args:
-        img_size: Height and width of the images in pixels.
-        in_channels: Channels of the images.
-        num_classes: K.
-        patch_size: Side of a patch, in pixels of the stage's input; half of it is padding.
+    Args: as in `lg.models.backbone`, where there are no positions and half a patch is padding, and:
         patch_stride: Pixels between patches, less than `patch_size`.
-        hidden_dim: Channels, multiples of `num_heads`.
-        depth: Number of blocks, 1 or more.
-        num_heads: Attention heads.
-        mlp_ratio: Width of the MLP over the channels.
         sr_ratio: Reduction of keys and values per side.
-        ln_eps: Added to the variance in LayerNorm.
-        drop_rate: Dropout after the projection of the attention and in the MLP.
-        drop_path_rate: Stochastic depth of the last block; rises linearly from 0 at the first.
-        attention_drop_rate: Dropout on the attention weights.
-
-    Raises:
-        ValueError: Sizes that do not fit together.
     """
-    check_widths(hidden_dim, num_heads)
-    check_depth(depth)
-    sides = _sides(img_size, patch_size, patch_stride, sr_ratio)
+    check_heads(hidden_dim, num_heads)
+    for patch, stride in zip(patch_size, patch_stride, strict=True):
+        if patch <= stride:
+            raise ValueError(
+                f"patch_size {patch} does not overlap at patch_stride {stride}: use a larger patch "
+                "or a smaller stride"
+            )
+    padding = [patch // 2 for patch in patch_size]
+    sides = stage_sides(img_size, patch_size, patch_stride, padding, sr_ratio=sr_ratio)
     net = PyramidVisionTransformerV2(
         in_chans=in_channels,
         num_classes=num_classes,
@@ -78,7 +68,7 @@ def pvtv2(
         attn_drop_rate=attention_drop_rate,
         drop_path_rate=drop_path_rate,
     )
-    # timm fixes patches of 7 and 3 pixels; the config does not.
+    # timm fixes patches of 7 and 3 pixels.
     for i, stage in enumerate(net.stages):
         embed = OverlapPatchEmbed(
             patch_size=patch_size[i],
@@ -91,10 +81,8 @@ def pvtv2(
             net.patch_embed = embed
         else:
             stage.downsample = embed  # type: ignore[assignment]
-    for module in net.modules():
-        if isinstance(module, nn.LayerNorm):
-            module.eps = ln_eps
-    return pyramid(
+    set_norm_eps(net, ln_eps)
+    return staged_backbone(
         net,
         family="PVTv2",
         keys=KEYS,
@@ -103,36 +91,3 @@ def pvtv2(
         sides=sides,
         prefix=[0] * len(depth),
     )
-
-
-def _sides(
-    img_size: int,
-    patch_size: Sequence[int],
-    patch_stride: Sequence[int],
-    sr_ratio: Sequence[int],
-) -> list[int]:
-    """Return the side of each stage's map; refuse patches that leave gaps, and vanishing maps."""
-    for patch, stride in zip(patch_size, patch_stride, strict=True):
-        if patch <= stride:
-            raise ValueError(
-                f"TRANSFORMER.PATCH_SIZE {patch} does not overlap at TRANSFORMER.PATCH_STRIDE "
-                f"{stride}: use a larger patch or a smaller stride"
-            )
-
-    def sides_of(size: int) -> list[int]:
-        sides = []
-        for patch, stride in zip(patch_size, patch_stride, strict=True):
-            size = conv_size(size, kernel=patch, stride=stride, padding=patch // 2)
-            sides.append(size)
-        return sides
-
-    def fits(size: int) -> bool:
-        return all(side >= ratio for side, ratio in zip(sides_of(size), sr_ratio, strict=True))
-
-    if not fits(img_size):
-        maps = ", ".join(f"{side} x {side}" for side in sides_of(img_size))
-        raise ValueError(
-            f"MODEL.IMG_SIZE {img_size} gives the stages maps of {maps}, of which PVT.SR_RATIO "
-            f"{list(sr_ratio)} leaves nothing in one: {smallest_image(fits)}, or lower that entry"
-        )
-    return sides_of(img_size)

@@ -1,8 +1,8 @@
 """Residual networks: the guides (CIFAR form) and larger CNNs (ImageNet form).
 
 Source: He et al., "Deep Residual Learning for Image Recognition", arXiv 1512.03385: section 4.2
-for the CIFAR form, table 1 for the ImageNet form. Departure, as in the published guides: the CIFAR
-form takes a 1x1 convolution where the shape changes, not zero padding.
+for the CIFAR form, table 1 for the ImageNet form. Departure, as in the published guides: where the
+shape changes, the CIFAR form has a 1x1 convolution instead of zero padding.
 """
 
 from __future__ import annotations
@@ -54,14 +54,14 @@ Layer = Callable[..., nn.Module]
 class CifarResNet(nn.Module):
     """The CIFAR form: 3x3 stem of 16 channels, then stages of 16, 32 and 64.
 
-    Modules are named as in timm's ResNet, so that both forms share one table of published keys.
+    Modules are named as in timm's ResNet, so both forms share one `KeyTable`.
 
     Args:
         blocks_per_stage: n of the depth 6n + 2.
         in_channels: Channels of the images.
         num_classes: K.
-        act_layer: Makes an activation; called with `inplace`.
-        norm_layer: Makes a normalisation of the given number of channels.
+        act_layer: Returns an activation; called with `inplace`.
+        norm_layer: Returns a normalisation of the given number of channels.
     """
 
     def __init__(
@@ -88,13 +88,13 @@ class CifarResNet(nn.Module):
         self.fc = nn.Linear(third, num_classes)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """Images [B, C, H, W] to logits [B, K]."""
+        """Map images [B, C, H, W] to logits [B, K]."""
         features = self.act1(self.bn1(self.conv1(images)))
         features = self.layer3(self.layer2(self.layer1(features)))
         return self.fc(self.global_pool(features))
 
     def get_classifier(self) -> nn.Module:
-        """The classifier, by the name timm's models give it."""
+        """Return the classifier, under the name that timm's models use."""
         return self.fc
 
 
@@ -113,7 +113,7 @@ def _cifar_stage(
         shortcut = nn.Sequential(
             nn.Conv2d(width_in, width, 1, stride=stride, bias=False), norm_layer(width)
         )
-    # timm types these as classes where it calls any maker.
+    # timm's hints ask for classes; any callable works.
     block = partial(BasicBlock, act_layer=act_layer, norm_layer=norm_layer)  # type: ignore[arg-type]
     rest = [block(width, width) for _ in range(num_blocks - 1)]
     return nn.Sequential(block(width_in, width, stride, shortcut), *rest)
@@ -125,7 +125,6 @@ def resnet(
     img_size: int,
     in_channels: int = 3,
     num_classes: int,
-    trans_fun: str = "basic_transform",
     num_groups: int = 1,
     width_per_group: int = 64,
     stride_1x1: bool = True,
@@ -138,30 +137,26 @@ def resnet(
     """Return a ResNet whose `blocks` are its stages, the ones INTER_TEACHER_INDEX counts.
 
     Args:
-        depth: 18, 34, 50, 101 or 152 for the ImageNet form (4 stages), else 6n + 2 for the CIFAR
-            form (3 stages).
-        img_size: Height and width of the images in pixels. It shapes no weight.
+        depth: 18, 34 (basic blocks), 50, 101 or 152 (bottlenecks) for the ImageNet form of 4
+            stages, else 6n + 2 for the CIFAR form of 3 stages (basic blocks).
+        img_size: Height and width of the images in pixels; any size works.
         in_channels: Channels of the images.
         num_classes: K.
-        trans_fun: `basic_transform` or `bottleneck_transform`; the depth demands one of them.
         num_groups: Groups of the 3x3 convolution of a bottleneck.
-        width_per_group: Channels of each group in the first stage; doubles from stage to stage.
+        width_per_group: Channels of each group of a bottleneck in the first stage; doubles from
+            stage to stage.
         stride_1x1: Stride on the first 1x1 of a bottleneck, else on its 3x3.
-        activation: A name that timm knows.
+        activation: Name of an activation in timm.
         activation_inplace: Let activations overwrite their input.
         bn_eps: Added to the variance in BatchNorm.
         bn_momentum: Weight of the new batch in BatchNorm's running statistics, 0 to 1.
         zero_init_final_bn_gamma: Start each residual branch at zero.
-
-    Raises:
-        ValueError: A combination that does not exist; the message names the config keys.
     """
-    _check(depth, img_size, trans_fun, num_groups, width_per_group)
-    act_layer = _activation(activation)
+    act_layer: Layer = get_act_layer(activation)
     norm_layer = partial(nn.BatchNorm2d, eps=bn_eps, momentum=bn_momentum)
     net: nn.Module
     if depth in IMAGENET_STAGES:
-        block = BasicBlock if trans_fun == "basic_transform" else Bottleneck
+        block = BasicBlock if depth < 50 else Bottleneck
         net = TimmResNet(
             block,  # type: ignore[arg-type]  # timm's hint asks for an instance, it wants the class
             IMAGENET_STAGES[depth],
@@ -176,8 +171,10 @@ def resnet(
         if stride_1x1:
             _move_strides(net)
     else:
+        blocks_per_stage, rest = divmod(depth - 2, 6)
+        assert blocks_per_stage > 0 and rest == 0, f"no ResNet has depth {depth}"
         net = CifarResNet(
-            blocks_per_stage=(depth - 2) // 6,
+            blocks_per_stage=blocks_per_stage,
             in_channels=in_channels,
             num_classes=num_classes,
             act_layer=act_layer,
@@ -186,7 +183,7 @@ def resnet(
         widths = list(CIFAR_WIDTHS)
     _initialise(net, zero_init_final_bn_gamma=zero_init_final_bn_gamma)
     for module in net.modules():
-        if hasattr(module, "inplace"):  # timm's blocks ask for in-place activations by themselves
+        if hasattr(module, "inplace"):  # timm's blocks always ask for in-place activations
             module.inplace = activation_inplace  # type: ignore[assignment]
     return Backbone(
         net,
@@ -197,54 +194,10 @@ def resnet(
     )
 
 
-def _check(
-    depth: int, img_size: int, trans_fun: str, num_groups: int, width_per_group: int
-) -> None:
-    """Refuse what cannot be built, or would be built as if a setting were not there."""
-    if img_size < 1:
-        raise ValueError(f"MODEL.IMG_SIZE is {img_size}: give the size in pixels, 1 or more")
-    if depth not in IMAGENET_STAGES and (depth < 8 or (depth - 2) % 6):
-        raise ValueError(
-            f"CNN.DEPTH is {depth}: use {', '.join(map(str, IMAGENET_STAGES))} (ImageNet form) or "
-            "6n + 2, such as 8, 14, 20, 32, 44, 56, 110 (CIFAR form)"
-        )
-    needed = "bottleneck_transform" if depth in (50, 101, 152) else "basic_transform"
-    if trans_fun != needed:
-        raise ValueError(
-            f"RESNET.TRANS_FUN is {trans_fun!r}: CNN.DEPTH {depth} is built of another block, "
-            f"set RESNET.TRANS_FUN to {needed!r}"
-        )
-    if num_groups < 1 or width_per_group < 1:
-        raise ValueError(
-            f"RESNET.NUM_GROUPS is {num_groups} and RESNET.WIDTH_PER_GROUP {width_per_group}: "
-            "both must be 1 or more"
-        )
-    if needed == "basic_transform" and (num_groups, width_per_group) != (1, 64):
-        raise ValueError(
-            f"RESNET.NUM_GROUPS is {num_groups} and RESNET.WIDTH_PER_GROUP {width_per_group}: "
-            f"CNN.DEPTH {depth} has no bottlenecks to apply them to, leave them at 1 and 64 or "
-            "use CNN.DEPTH 50, 101 or 152"
-        )
-
-
-def _activation(name: str) -> Layer:
-    """Return the maker of activations that timm knows as `name`."""
-    try:
-        layer = get_act_layer(name)
-    except (KeyError, AssertionError):
-        layer = None
-    if layer is None:
-        raise ValueError(
-            f"CNN.ACTIVATION_FUN is {name!r}: use one that timm knows, such as relu, leaky_relu, "
-            "gelu, silu or hard_swish"
-        )
-    return layer
-
-
 def _move_strides(net: nn.Module) -> None:
     """Move the stride of each bottleneck from its 3x3 to its first 1x1 convolution.
 
-    The original paper strides the 1x1, timm the 3x3; weights have the same shapes either way.
+    The original paper has the stride on the 1x1, timm on the 3x3; the weights have equal shapes.
     """
     for module in net.modules():
         if isinstance(module, Bottleneck):

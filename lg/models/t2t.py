@@ -1,9 +1,9 @@
-"""T2T-ViT: tokens that gather their neighbourhood step by step, then a deep and narrow transformer.
+"""T2T-ViT: a transformer on tokens that aggregate their neighbours in several steps.
 
 Source: Yuan et al., "Tokens-to-Token ViT", arXiv 2101.11986, section 3.1 (tokens to token) and 3.2
 (backbone); Performer attention: Choromanski et al., arXiv 2009.14794.
-Departure, as in the published code: since the first attention of a step changes the width of the
-tokens, its residual is the value, not the input.
+Departure, as in the published code: the attention of a step changes the width of the tokens, so its
+residual is the value, not the input.
 
 Shapes: B batch, N tokens, C channels, R random features, H and W the map.
 """
@@ -24,11 +24,10 @@ from lg.models.backbone import Backbone, MapLayout
 from lg.models.key_table import KeyTable
 from lg.models.layers import (
     INIT_STD,
-    check_depth,
-    check_widths,
-    conv_size,
+    check_heads,
     drop_path_ramp,
     init_linear,
+    stage_sides,
 )
 
 KEYS = KeyTable(
@@ -59,21 +58,21 @@ class PerformerAttention(nn.Module):
         self.projection = nn.Linear(dim, dim)
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Tokens [B, N, dim_in] to [B, N, dim]; the residual, the value, is in it."""
-        # The published order of the fused projection.
+        """Map tokens [B, N, dim_in] to [B, N, dim], including the residual."""
+        # The order in published weights is key, query, value.
         key, query, value = self.qkv_transform(tokens).chunk(3, dim=-1)
         # Exponentials of squares do not fit half precision.
         with torch.autocast(tokens.device.type, enabled=False):
             exact = torch.promote_types(value.dtype, torch.float32)
             keys, queries = self._features(key.to(exact)), self._features(query.to(exact))
-            # Sum over the tokens first: no N x N matrix ever exists.
+            # Sum over the tokens first, to avoid an N x N matrix.
             summary = keys.transpose(1, 2) @ value.to(exact)  # [B, R, C]
             weight = queries @ keys.sum(dim=1).unsqueeze(-1)  # [B, N, 1]
             attended = (queries @ summary) / (weight + _DIVISION_EPS)
         return value + self.projection(attended.to(value.dtype))
 
     def _features(self, vectors: torch.Tensor) -> torch.Tensor:
-        """Positive random features [B, N, R] whose inner products estimate exp(x . y)."""
+        """Return positive random features [B, N, R]; their inner products estimate exp(x . y)."""
         half_square = vectors.square().sum(dim=-1, keepdim=True) / 2
         scores = vectors @ self.w.to(vectors.dtype).T - half_square
         return scores.exp() / math.sqrt(len(self.w))
@@ -90,7 +89,7 @@ class TokenTransformer(nn.Module):
         self.mlp = Mlp(dim, hidden_features=dim, drop=drop_rate)
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Tokens [B, N, dim_in] to [B, N, dim]."""
+        """Map tokens [B, N, dim_in] to [B, N, dim]."""
         tokens = self.attn(self.norm1(tokens))
         return tokens + self.mlp(self.norm2(tokens))
 
@@ -98,37 +97,37 @@ class TokenTransformer(nn.Module):
 class TokensToToken(nn.Module):
     """Soft splits (overlapping windows, unfolded) with a token transformer between each two.
 
-    Attributes:
-        sides: Side of the map after each split, at the image size it was built for.
+    Args:
+        splits: Kernel, stride and padding of each split.
+        sides: Side of the map after each split.
+        in_channels: Channels of the images.
+        hidden_dim: Channels of the resulting tokens.
+        token_dim: Channels of the tokens between splits.
+        ln_eps: Added to the variance in LayerNorm.
+        drop_rate: Dropout in the MLPs.
     """
 
     def __init__(
         self,
         *,
-        img_size: int,
+        splits: Sequence[tuple[int, int, int]],
+        sides: Sequence[int],
         in_channels: int,
         hidden_dim: int,
         token_dim: int,
-        splits: Sequence[tuple[int, int, int]],
         ln_eps: float,
         drop_rate: float,
     ) -> None:
         super().__init__()
-        self.splits = list(splits)  # kernel, stride, padding
-        self.sides: list[int] = []
-        widths = []
-        side, channels = img_size, in_channels
-        for kernel, stride, padding in self.splits:
-            side = conv_size(side, kernel=kernel, stride=stride, padding=padding)
-            self.sides.append(side)
-            widths.append(channels * kernel**2)
-            channels = token_dim
+        self.splits, self.sides = list(splits), list(sides)
+        channels = [in_channels, *[token_dim] * (len(self.splits) - 1)]
+        widths = [c * kernel**2 for c, (kernel, _, _) in zip(channels, self.splits, strict=True)]
         layer = partial(TokenTransformer, dim=token_dim, ln_eps=ln_eps, drop_rate=drop_rate)
         self.attention = nn.ModuleList(layer(width) for width in widths[:-1])
         self.projection = nn.Linear(widths[-1], hidden_dim)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """Images [B, C, H, W] to tokens [B, N, hidden_dim]."""
+        """Map images [B, C, H, W] to tokens [B, N, hidden_dim]."""
         features = images
         for transformer, split, side in zip(self.attention, self.splits, self.sides, strict=False):
             tokens = transformer(_soft_split(features, *split))
@@ -167,19 +166,19 @@ class T2TViT(nn.Module):
         self.apply(init_linear)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """Images [B, C, H, W] to logits [B, K]."""
+        """Map images [B, C, H, W] to logits [B, K]."""
         tokens = self.t2t_module(images)
         tokens = torch.cat([self.cls_token.expand(len(tokens), -1, -1), tokens], dim=1)
         tokens = self.layers(self.pos_drop(tokens + self.pos_embed))
         return self.head(self.norm(tokens)[:, 0])
 
     def get_classifier(self) -> nn.Module:
-        """The classifier, by the name timm's models give it."""
+        """Return the classifier, under the name that timm's models use."""
         return self.head
 
 
 def sinusoid(num_tokens: int, channels: int) -> torch.Tensor:
-    """Return fixed positions [1, N, C]: sines in even channels, cosines in odd ones.
+    """Return fixed positions [1, N, C]: sines in even channels, cosines in odd channels.
 
     Source: Vaswani et al., arXiv 1706.03762, section 3.5.
     """
@@ -210,48 +209,34 @@ def t2t(
 ) -> Backbone:
     """Return a T2T-ViT with Performer token transformers.
 
-    Args:
-        img_size: Height and width of the images in pixels.
-        in_channels: Channels of the images.
-        num_classes: K.
-        hidden_dim: Channels of the blocks, a multiple of `num_heads`.
-        depth: Number of blocks, 1 or more.
-        num_heads: Attention heads of each block.
-        mlp_ratio: Width of the MLP over `hidden_dim`.
-        patch_size: Pixels a token steps; the product of the strides, checked if given.
+    Args: as in `lg.models.backbone`, for images of any size, and:
+        patch_size: Product of the strides; checked if given, it changes nothing.
         token_dim: Channels inside the tokens-to-token module, 2 or more.
-        kernel_size: Windows of the soft splits, in pixels of their input; one entry a split.
+        kernel_size: Windows of the soft splits, in pixels of their input; one entry per split.
         stride: Steps of the soft splits.
-        padding: Zeros around the soft splits.
-        ln_eps: Added to the variance in LayerNorm.
-        drop_rate: Dropout on the tokens after positions are added, after the projection of the
-            attention and in every MLP.
-        drop_path_rate: Stochastic depth of the last block; rises linearly from 0 at the first.
-        attention_drop_rate: Dropout on the attention weights of the blocks.
-
-    Raises:
-        ValueError: Sizes that do not fit together.
+        padding: Zeros around the input of the soft splits.
     """
-    _check_splits(patch_size, kernel_size, stride, padding)
-    check_widths([hidden_dim], [num_heads])
-    check_depth([depth])
-    if token_dim < 2:
-        raise ValueError(f"T2T.TOKEN_DIM is {token_dim}: use 2 or more")
+    check_heads([hidden_dim], [num_heads])
+    if not len(kernel_size) == len(stride) == len(padding) > 0:
+        raise ValueError(
+            f"kernel_size {list(kernel_size)}, stride {list(stride)} and padding {list(padding)} "
+            "differ in length: give one entry of each for every soft split"
+        )
+    if patch_size is not None and patch_size != math.prod(stride):
+        raise ValueError(
+            f"patch_size is {patch_size}, but stride {list(stride)} steps {math.prod(stride)} "
+            "pixels in all: make them agree, or set patch_size to null"
+        )
+    sides = stage_sides(img_size, kernel_size, stride, padding)
     t2t_module = TokensToToken(
-        img_size=img_size,
+        splits=list(zip(kernel_size, stride, padding, strict=True)),
+        sides=sides,
         in_channels=in_channels,
         hidden_dim=hidden_dim,
         token_dim=token_dim,
-        splits=list(zip(kernel_size, stride, padding, strict=True)),
         ln_eps=ln_eps,
         drop_rate=drop_rate,
     )
-    if min(t2t_module.sides) < 1:
-        raise ValueError(
-            f"MODEL.IMG_SIZE {img_size} is too small for the windows T2T.KERNEL_SIZE "
-            f"{list(kernel_size)} with T2T.STRIDE {list(stride)}: use "
-            f"{_smallest(kernel_size, stride, padding)} or more"
-        )
     blocks = [
         Block(
             hidden_dim,
@@ -273,38 +258,10 @@ def t2t(
         ln_eps=ln_eps,
         drop_rate=drop_rate,
     )
-    side = t2t_module.sides[-1]
     return Backbone(
         net,
         family="T2TViT",
         keys=KEYS,
         block_names=[f"layers.{index}" for index in range(depth)],
-        layouts=[MapLayout("tokens", hidden_dim, 1, (side, side))] * depth,
+        layouts=[MapLayout("tokens", hidden_dim, 1, (sides[-1], sides[-1]))] * depth,
     )
-
-
-def _check_splits(
-    patch_size: int | None,
-    kernel_size: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-) -> None:
-    """Refuse soft splits that contradict each other or the patch size."""
-    if not len(kernel_size) == len(stride) == len(padding) > 0:
-        raise ValueError(
-            f"T2T.KERNEL_SIZE {list(kernel_size)}, T2T.STRIDE {list(stride)} and T2T.PADDING "
-            f"{list(padding)} differ in length: give one entry of each for every soft split"
-        )
-    if patch_size is not None and patch_size != math.prod(stride):
-        raise ValueError(
-            f"TRANSFORMER.PATCH_SIZE is {patch_size}, but T2T.STRIDE {list(stride)} steps "
-            f"{math.prod(stride)} pixels in all: make them agree, or set PATCH_SIZE to null"
-        )
-
-
-def _smallest(kernel_size: Sequence[int], stride: Sequence[int], padding: Sequence[int]) -> int:
-    """Return the smallest image for which every split gives a token."""
-    side = 1
-    for kernel, step, border in reversed([*zip(kernel_size, stride, padding, strict=True)]):
-        side = max((side - 1) * step + kernel - 2 * border, 1)
-    return side

@@ -14,15 +14,15 @@ from lg.models.backbone import evaluating, unwrap
 
 
 class FeatureTaps:
-    """Keep what chosen blocks return, for as long as the `with` block lasts.
+    """Record the outputs of chosen blocks inside a `with` block.
 
         with FeatureTaps(model, [0, 6, 11]) as taps:
             logits = model(images)
             maps = taps.maps()
 
-    Hooks sit on the blocks asked for only. They are removed and the outputs forgotten on leaving,
-    so the maps must be read inside. A compiled `model` runs uncompiled meanwhile: compiled code
-    does not see hooks that come and go.
+    Only the chosen blocks get hooks. On exit the hooks are removed and the outputs released, so
+    read the maps inside. A compiled `model` runs uncompiled inside, because compiled code ignores
+    hooks that are registered later.
 
     Args:
         model: A `Backbone`, bare or wrapped by DistributedDataParallel or torch.compile.
@@ -38,20 +38,14 @@ class FeatureTaps:
         self._indices = list(indices)
         self._outputs: dict[int, Any] = {}
         self._cleanup = ExitStack()
-        count = len(self._backbone.block_names)
-        wrong = [index for index in self._indices if not 0 <= index < count]
-        if wrong:
-            raise ValueError(
-                f"block index {', '.join(map(str, wrong))} is out of range: the model has {count} "
-                f"blocks, so 0 to {count - 1} are allowed"
-            )
+        self._backbone.check_indices(self._indices)
 
     def __enter__(self) -> FeatureTaps:
         with ExitStack() as stack:
             stack.callback(self._outputs.clear)
             if self._compiled:
                 stack.enter_context(torch.compiler.set_stance("force_eager"))
-            # A new pass forgets the previous one's outputs.
+            # Each pass replaces the outputs of the one before.
             forget = self._backbone.net.register_forward_pre_hook(lambda *_: self._outputs.clear())
             stack.callback(forget.remove)
             blocks = self._backbone.blocks
@@ -77,15 +71,15 @@ class FeatureTaps:
 
     def _hook(self, index: int) -> Any:
         def keep(_module: nn.Module, _inputs: Any, output: Any) -> None:
-            # The first call wins: activation checkpointing runs the block again in the backward
-            # pass, and that copy is not the one the loss hangs on.
+            # Keep the first call's output: activation checkpointing runs the block again in the
+            # backward pass, and the loss does not depend on that copy.
             self._outputs.setdefault(index, output)
 
         return keep
 
 
 def _is_compiled(module: nn.Module) -> bool:
-    """Tell modules from `torch.compile(module)` and after `module.compile()`."""
+    """Return whether `torch.compile(module)` or `module.compile()` compiled this module."""
     in_place = getattr(module, "_compiled_call_impl", None) is not None
     return in_place or "_orig_mod" in dict(module.named_children())
 
@@ -93,7 +87,7 @@ def _is_compiled(module: nn.Module) -> bool:
 def map_shapes(
     model: nn.Module, indices: Sequence[int], *, image_size: int, in_channels: int
 ) -> list[tuple[int, int, int]]:
-    """Run one image through `model` and return [C, H, W] of its maps; the model stays as it was.
+    """Run one image through `model` and return [C, H, W] of its maps; the model does not change.
 
     Args:
         model: As for `FeatureTaps`.
@@ -108,7 +102,7 @@ def map_shapes(
     return [(m.shape[1], m.shape[2], m.shape[3]) for m in maps]
 
 
-# Called inside compiled code it runs uncompiled, with all it calls, for the reason given above.
+# Not compiled, for the same reason, even when compiled code calls it.
 @torch.compiler.disable
 def feature_maps(
     model: nn.Module, images: torch.Tensor, indices: Sequence[int]

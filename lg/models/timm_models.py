@@ -1,8 +1,8 @@
 """Any model that timm provides, by its name.
 
-For such a model nobody has written down which modules are its blocks, nor how they return
-their maps. Both are read from the model itself: candidates by the names of their classes, and then
-one image is run through to see what they return.
+Which modules are the blocks of such a model, and how they return their maps, is inferred from the
+model: the names of classes give candidates, and one image run through the model shows their
+outputs.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ from torch import nn
 
 from lg.models.backbone import Backbone, probe_layouts
 
-# Classes that are one residual block, by their names; and those that only sound like it: stages and
+# Names of classes that are one residual block, and of similar names that are not: stages, and
 # attention of the class token alone.
 _BLOCK_CLASS = re.compile(
     "Block|Bottleneck|Residual|MBConv|DepthwiseSeparableConv|SelectiveKernelBasic|XceptionModule|"
     "DlaBasic"
 )
 _NO_BLOCK_CLASS = re.compile("Stage|Class")
-# Parts of a model where such classes serve another end, by the names of their attributes.
+# Names of attributes under which such classes are not blocks.
 _NO_BLOCK_PLACE = re.compile("stem|patch_embed|downsample|head|final|global_block|incre_modules")
-# Blocks whose tokens are grouped by mask unit: reshaped to a map, neighbours would be far apart.
+# Blocks that group tokens by mask unit: they cannot be reshaped to a map.
 _SHUFFLED_CLASS = "HieraBlock"
 _MAX_LISTED = 30  # module names in an error message
 
@@ -45,29 +45,29 @@ def timm_model(
     block_names: Sequence[str] = (),
     pretrained: Mapping[str, torch.Tensor] | None = None,
 ) -> Backbone:
-    """Return the timm model `name`; its blocks are found by running it once.
+    """Return the timm model `name`, with blocks found by running it once.
 
     Args:
         name: A name of `timm.list_models()`, with or without a tag; nothing is downloaded.
         img_size: Height and width of the images in pixels.
         in_channels: Channels of the images.
         num_classes: K.
-        drop_rate: Dropout as the model defines it, for most of them before the head.
+        drop_rate: Dropout as the model defines it, in most models before the head.
         drop_path_rate: Stochastic depth of the last block; None keeps the model's default.
         block_names: Names of the blocks' modules, or patterns (`stages.*.blocks.*`, where `*` does
-            not cross a dot), if they cannot be found or others are wanted.
-        pretrained: A state dict of this model as timm or its makers publish it; None for fresh
-            weights. Positions are resized and the input convolution is adapted as timm does; a
-            classifier for another number of classes stays fresh, everything else must fit.
+            not match a dot), to replace the blocks that are found.
+        pretrained: A state dict of this model as timm or its authors publish it; None for fresh
+            weights. timm resizes positions and adapts the input convolution; a classifier for
+            another number of classes stays fresh; everything else must fit.
 
     Raises:
-        ValueError: Unknown name, image size or rate the model cannot take, blocks not found,
-            weights of another model.
+        ValueError: Unknown name, unsupported image size or rate, no blocks found, or weights of
+            another model.
     """
     if not timm.is_model(name):
         near = difflib.get_close_matches(name, timm.list_models(), n=5, cutoff=0.5)
         hint = f"did you mean {', '.join(near)}?" if near else "timm.list_models() lists them all"
-        raise ValueError(f"MODEL.TYPE timm/{name}: timm {timm.__version__} has no {name!r}; {hint}")
+        raise ValueError(f"timm {timm.__version__} has no model {name!r}; {hint}")
     settings = {
         "img_size": img_size,
         "in_chans": in_channels,
@@ -78,7 +78,7 @@ def timm_model(
         net = _create(name, **settings, num_classes=num_classes)
     else:
         net = _create_pretrained(name, pretrained, num_classes, settings)
-    candidates = _named_blocks(net, name, block_names) if block_names else _find_blocks(net)
+    candidates = _named_blocks(net, block_names) if block_names else _find_blocks(net)
     try:
         layouts = probe_layouts(net, candidates, image_shape=(in_channels, img_size, img_size))
     except (RuntimeError, AssertionError, ValueError, IndexError, ZeroDivisionError) as error:
@@ -91,14 +91,13 @@ def timm_model(
     mapless = [block for block in candidates if block not in blocks]
     if block_names and mapless:
         raise ValueError(
-            f"MODEL.BLOCKS names {', '.join(mapless[:5])} of timm/{name}, which return no feature "
-            "map, or one that the next module overwrites: leave them out. The model has "
-            f"{_outline(net)}"
+            f"block_names has {', '.join(mapless[:5])}, which return no feature map, or one that "
+            f"the next module overwrites: leave them out. The model has {_outline(net)}"
         )
     if not blocks:
         raise ValueError(
-            f"no blocks that return feature maps were found in timm/{name}: name them with "
-            f"MODEL.BLOCKS, in patterns such as 'features.*'. The model has {_outline(net)}"
+            "no blocks that return feature maps were found: set block_names to patterns such as "
+            f"'features.*'. The model has {_outline(net)}"
         )
     return Backbone(net, family="timm", block_names=list(blocks), layouts=list(blocks.values()))
 
@@ -106,20 +105,20 @@ def timm_model(
 def _create_pretrained(
     name: str, weights: Mapping[str, torch.Tensor], num_classes: int, settings: dict[str, Any]
 ) -> nn.Module:
-    """Build the model with all of the weights, then change its classifier if it must be.
+    """Build the model with all of the weights, then replace its classifier if the classes differ.
 
-    With as many classes as the weights have, timm loads strictly, but for a few families; with
-    others it would pass over whatever else is missing.
+    timm loads strictly (except for a few families) only if the number of classes is that of the
+    weights. Otherwise it ignores everything else that is missing, too.
     """
     config = timm.get_pretrained_cfg(name)
     heads = _names(config and config.classifier)
-    # Makers' own files may name the head otherwise, or have none.
+    # Files of the authors may name the head otherwise, or have none.
     known = [n for head in heads for n in _shape(weights, head)[:1]]
     counts = dict.fromkeys([*known[:1], config.num_classes if config else 1000, 0])
     overlay: dict[str, Any] = {}
     convs = _names(config and config.first_conv)
     if convs and all(_shape(weights, c)[1:2] == (settings["in_chans"],) for c in convs):
-        overlay["first_conv"] = None  # older timm adapts what fits, or discards it
+        overlay["first_conv"] = None  # older timm adapts or discards even what fits
     reasons = []
     for count in counts:
         overlay |= {"state_dict": dict(weights), "num_classes": count}
@@ -135,46 +134,43 @@ def _create_pretrained(
         except _WeightsError as error:
             reasons.append(str(error))
             continue
-        # A norm that sits with the classifier in one module may start afresh, as it does.
+        # A norm in the classifier's module starts fresh, as the classifier does.
         beside = tuple(f"{h.rpartition('.')[0]}." for h in heads if "." in h)
         lacking = [key for key in missing if not key.startswith(beside)]
         if lacking:
-            reasons.append(f"nothing in them is for {', '.join(lacking[:5])}")
+            reasons.append(f"they lack {', '.join(lacking[:5])}")
             continue
         net.pretrained_cfg.pop("state_dict", None)  # type: ignore[operator, union-attr]
         if count != num_classes:
             net.reset_classifier(num_classes)  # type: ignore[operator]
         return net
     made_for = config.input_size[-1] if config else settings["img_size"]
-    size_hint = (
-        f"; if it is that, MODEL.IMG_SIZE {settings['img_size']} may be at fault: it is made for "
-        f"{made_for}"
-        if made_for != settings["img_size"]
-        else ""
-    )
+    hint = ""
+    if made_for != settings["img_size"]:
+        hint = f", or set img_size {settings['img_size']} to {made_for}, which it is made for"
     raise ValueError(
         f"the pretrained weights do not fit timm/{name}: {reasons[0]}. Use the file that timm or "
-        f"the model's makers publish under this name{size_hint}"
+        f"the model's authors publish under this name{hint}"
     )
 
 
 def _names(entry: Any) -> list[str]:
-    """Return the module names of an entry of timm's: one, several or none."""
+    """Return the module names in an entry of timm's config: one, several or none."""
     return [entry] if isinstance(entry, str) else list(entry or ())
 
 
 def _shape(weights: Mapping[str, torch.Tensor], module: str) -> tuple[int, ...]:
-    """Return the shape of a module's weight in the file; empty where it has none."""
+    """Return the shape of a module's weight in the file; empty if there is none."""
     weight = weights.get(f"{module}.weight")
     return () if weight is None else tuple(weight.shape)
 
 
 @contextmanager
 def _missing_keys() -> Iterator[list[str]]:
-    """Collect the parameters and buffers that any load leaves as they were.
+    """Collect the names that a state dict lacks while timm builds a model and loads it.
 
-    timm loads while it builds, and of some families never strictly; it tells only its log what was
-    missing. A model that does not exist yet can be watched through its class alone.
+    timm loads some families without `strict` and reports missing keys only to its log. The model
+    does not exist before, so the method of the class is replaced.
     """
     missing: list[str] = []
     load = nn.Module.load_state_dict
@@ -192,15 +188,15 @@ def _missing_keys() -> Iterator[list[str]]:
 
 
 class _WeightsError(Exception):
-    """Weights that the model cannot load, with the reason."""
+    """Weights that the model cannot load; the message is the reason."""
 
 
 def _create(name: str, **settings: Any) -> nn.Module:
-    """Build the model, leaving out the settings it does not know where that changes nothing."""
+    """Build the model; settings it does not accept are left out if that changes nothing."""
     img_size = settings["img_size"]
     harmless = {"img_size": True, "drop_rate": not settings["drop_rate"]}
     harmless["drop_path_rate"] = not settings["drop_path_rate"]
-    # A refused attempt may have drawn weights; the seed must not depend on that.
+    # A failed attempt may have drawn weights; the next one must start from the same random state.
     random_state = torch.get_rng_state()
     while True:
         try:
@@ -211,8 +207,7 @@ def _create(name: str, **settings: Any) -> nn.Module:
                 raise
             if not harmless[unknown]:
                 raise ValueError(
-                    f"TRANSFORMER.{unknown.upper()} is {settings[unknown]}, but timm/{name} has no "
-                    "such rate: set it to 0"
+                    f"{unknown} is {settings[unknown]}, but the model has no such rate: set it to 0"
                 ) from error
             del settings[unknown]
             torch.set_rng_state(random_state)
@@ -226,17 +221,17 @@ def _create(name: str, **settings: Any) -> nn.Module:
 
 
 def _size_error(name: str, img_size: int, error: Exception) -> ValueError:
-    """Return the error for images the model cannot take, with what timm says would do."""
+    """Return the error for an unsupported image size, with the sizes that timm recommends."""
     config = timm.get_pretrained_cfg(name)
     known = []
     if config is not None:
         known.append(f"it is made for {config.input_size[-1]}")
         if config.min_input_size:
-            known.append(f"takes {config.min_input_size[-1]} or more")
+            known.append(f"needs {config.min_input_size[-1]} or more")
     reason = " ".join(str(error).split())[:200] or type(error).__name__
     return ValueError(
-        f"MODEL.IMG_SIZE {img_size} does not suit timm/{name} ({reason}): "
-        f"{', '.join(known) or 'timm does not say which size would'}"
+        f"img_size {img_size} does not fit timm/{name} ({reason}): "
+        f"{', '.join(known) or 'timm does not recommend a size'}"
     )
 
 
@@ -255,11 +250,11 @@ def _find_blocks(net: nn.Module) -> list[str]:
     return found
 
 
-def _named_blocks(net: nn.Module, model: str, patterns: Sequence[str]) -> list[str]:
-    """Return the modules that the patterns name, in the order of the model.
+def _named_blocks(net: nn.Module, patterns: Sequence[str]) -> list[str]:
+    """Return the names of the modules that match the patterns, in the order of the model.
 
     Raises:
-        ValueError: A pattern names none.
+        ValueError: A pattern matches none.
     """
 
     def fits(name: str, pattern: str) -> bool:
@@ -271,14 +266,13 @@ def _named_blocks(net: nn.Module, model: str, patterns: Sequence[str]) -> list[s
     if idle:
         shown = ", ".join(p if p.isprintable() else repr(p) for p in idle)
         raise ValueError(
-            f"MODEL.BLOCKS names {shown}, but timm/{model} has no such module. "
-            f"It has {_outline(net)}"
+            f"block_names has {shown}, but the model has no such module. It has {_outline(net)}"
         )
     return [name for name in names if any(fits(name, pattern) for pattern in patterns)]
 
 
 def _outline(net: nn.Module) -> str:
-    """Return the module names of the upper levels, numbers folded to `*`, with their classes."""
+    """Return the module names of the top levels, numbers replaced by `*`, with their classes."""
     kinds: dict[str, dict[str, None]] = {}
     for name, module in net.named_modules():
         parts = name.split(".")

@@ -1,4 +1,4 @@
-"""The transformer families: every setting reaches its layer, every size that fits builds."""
+"""The transformer families: settings reach their layers, sizes that fit build."""
 
 from __future__ import annotations
 
@@ -336,43 +336,43 @@ def test_cvt_scales_by_the_full_width() -> None:
 @pytest.mark.parametrize(
     ("name", "changes", "message"),
     [
-        ("t2t", {"hidden_dim": 33}, "HIDDEN_DIM 33 is not divisible by TRANSFORMER.NUM_HEADS 2"),
-        ("t2t", {"patch_size": 8}, r"PATCH_SIZE is 8, but T2T.STRIDE \[4, 2, 2\] steps 16 pixels"),
-        ("t2t", {"stride": [4, 2]}, "T2T.STRIDE .* differ in length"),
-        ("t2t", {"token_dim": 1}, "T2T.TOKEN_DIM is 1"),
-        ("t2t", {"img_size": 2}, "IMG_SIZE 2 is too small .* use 3 or more"),
-        ("t2t", {"depth": 0}, "TRANSFORMER.DEPTH is 0"),
-        ("pit", {"hidden_dim": [16, 24]}, "makes 24 channels of 16 by groups"),
-        ("pit", {"img_size": 7}, "IMG_SIZE 7 is smaller than .* 8 or more"),
-        ("pit", {"depth": [2, 0]}, r"DEPTH is \[2, 0\]"),
-        ("pvt", {"img_size": 36}, r"IMG_SIZE 36 is not a multiple of 8, .* such as 32 or 40"),
+        ("t2t", {"hidden_dim": 33}, "hidden_dim 33 is not divisible by num_heads 2"),
+        ("t2t", {"patch_size": 8}, r"patch_size is 8, but stride \[4, 2, 2\] steps 16 pixels"),
+        ("t2t", {"stride": [4, 2]}, "stride .* differ in length"),
+        ("t2t", {"img_size": 2}, "img_size 2 is too small: .* use an image size of 3 or more"),
+        ("pit", {"hidden_dim": [16, 24]}, r"hidden_dim is \[16, 24\]: .* makes 24 channels of 16"),
+        ("pit", {"img_size": 7}, "img_size 7 is too small: .* 8 or more"),
+        ("pvt", {"img_size": 36}, r"img_size 36 is not a multiple of 8, .* such as 32 or 40"),
         (
             "pvt",
             {"sr_ratio": [4, 2]},
-            r"SR_RATIO is \[4, 2\]: the last stage holds the class",
+            r"sr_ratio is \[4, 2\]: the last stage holds the class",
         ),
-        ("pvt", {"sr_ratio": [16, 1]}, "a map of 8 x 8 by 16, which leaves nothing"),
-        ("pvt", {"num_heads": [1, 3]}, "HIDDEN_DIM 32 is not divisible by .* 3"),
-        ("pvtv2", {"patch_size": [4, 3]}, "PATCH_SIZE 4 does not overlap at .*STRIDE 4"),
-        ("pvtv2", {"sr_ratio": [16, 1]}, r"maps of 8 x 8, 4 x 4, .* size of 61 or more"),
+        (
+            "pvt",
+            {"sr_ratio": [16, 1]},
+            r"too small for sr_ratio \[16, 1\]: .* 8 x 8, 4 x 4; .* 64 or more",
+        ),
+        ("pvt", {"num_heads": [1, 3]}, "hidden_dim 32 is not divisible by num_heads 3"),
+        ("pvtv2", {"patch_size": [4, 3]}, "patch_size 4 does not overlap at patch_stride 4"),
+        ("pvtv2", {"sr_ratio": [16, 1]}, r"maps of 8 x 8, 4 x 4; .* size of 61 or more"),
         (
             "convit",
             {"local_layers": 3},
-            "LOCAL_LAYERS is 3 of .*DEPTH 3: .* use 2 or less",
+            "local_layers is 3 with depth 3: .* use 2 or less",
         ),
-        ("convit", {"img_size": 30}, "IMG_SIZE 30 is not a multiple of .* 24 or 32"),
+        ("convit", {"img_size": 30}, "img_size 30 is not a multiple of patch_size 8: .* 24 or 32"),
         ("cvt", {"stride_q": [2, 1]}, "turn 8 x 8 queries into 4 x 4"),
         ("cvt", {"padding_q": [0, 1]}, "turn 8 x 8 queries into 6 x 6"),
-        ("cvt", {"qkv_proj_method": ["conv", "dw_bn"]}, "'conv': use dw_bn, avg, linear"),
-        ("cvt", {"img_size": 2}, "IMG_SIZE 2 is too small .* use an image size of 3 or more"),
+        ("cvt", {"img_size": 2}, "img_size 2 is too small: .* use an image size of 3 or more"),
         (
             "cvt",
             {"kernel_qkv": [11, 3], "padding_q": [5, 1], "padding_kv": [0, 1]},
-            "KERNEL_QKV 11 does not fit the 8 x 8 map",
+            "kernel_qkv 11 does not fit the 8 x 8 map",
         ),
     ],
 )
-def test_errors_name_the_key_and_the_fix(name: str, changes: dict, message: str) -> None:
+def test_errors_name_the_argument_and_the_fix(name: str, changes: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         build(name, **changes)
 

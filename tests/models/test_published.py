@@ -36,9 +36,7 @@ BUILDERS = {
     "deit": small_deit,
     "distilled": lambda: small_deit(distilled=True, depth=1),
     "cifar": lambda: resnet(depth=8, img_size=32, num_classes=10),
-    "bottleneck": lambda: resnet(
-        depth=50, img_size=32, num_classes=10, trans_fun="bottleneck_transform"
-    ),
+    "bottleneck": lambda: resnet(depth=50, img_size=32, num_classes=10),
     "timm": lambda: timm_model("mobilenetv3_small_100", img_size=32, in_channels=3, num_classes=10),
 }
 

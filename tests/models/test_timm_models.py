@@ -95,7 +95,7 @@ def test_blocks_and_maps_are_found(family: tuple) -> None:
 def test_blocks_and_maps_are_found_in_more_families() -> None:
     for family in SLOW_FAMILIES:
         check_family(*family)
-    with pytest.raises(ValueError, match=r"MODEL.BLOCKS.* features.\* \(Conv2d/ReLU/MaxPool2d\)"):
+    with pytest.raises(ValueError, match=r"block_names .* features.\* \(Conv2d/ReLU/MaxPool2d\)"):
         build("vgg11", 32)
 
 
@@ -240,22 +240,27 @@ def test_blocks_named_by_hand() -> None:
 @pytest.mark.parametrize(
     ("name", "size", "settings", "message"),
     [
-        ("nest_tiny", 32, {}, r"no blocks .* MODEL.BLOCKS.* levels.\* \(NestLevel\)"),
-        ("resnet18", 32, {"block_names": ["body.*"]}, r"MODEL.BLOCKS names body.\*, .* no such"),
-        ("resnet18", 32, {"block_names": ["fc"]}, "MODEL.BLOCKS names fc of .* no feature map"),
+        ("nest_tiny", 32, {}, r"no blocks .* block_names .* levels.\* \(NestLevel\)"),
+        ("resnet18", 32, {"block_names": ["body.*"]}, r"block_names has body.\*, .* no such"),
+        ("resnet18", 32, {"block_names": ["fc"]}, "block_names has fc, .* no feature map"),
         # The ReLU behind it writes over its output.
-        ("resnet18", 32, {"block_names": ["bn1"]}, "bn1 .* the next module overwrites"),
+        ("resnet18", 32, {"block_names": ["bn1"]}, "bn1, .* the next module overwrites"),
         ("cait_xxs24_224", 32, {"block_names": ["blocks_token_only.*"]}, "no feature map"),
         ("hiera_tiny_224", 224, {"block_names": ["blocks.*"]}, "no feature map"),
-        ("vit_tiny_patch16_24", 32, {}, "has no 'vit_tiny_patch16_24'; did you mean vit_tiny_p"),
-        ("hf-hub:timm/vit", 32, {}, "has no 'hf-hub:timm/vit'"),
-        ("vit_tiny_patch16_224", 8, {}, "IMG_SIZE 8 does not suit .*: it is made for 224"),
-        ("xcit_nano_12_p16_224", 50, {}, "IMG_SIZE 50 does not suit .* divide image.* for 224"),
-        ("inception_v3", 32, {}, "IMG_SIZE 32 does not suit .* made for 299"),
-        ("densenet121", 32, {"drop_path_rate": 0.1}, "TRANSFORMER.DROP_PATH_RATE is 0.1, .* no s"),
+        (
+            "vit_tiny_patch16_24",
+            32,
+            {},
+            "no model 'vit_tiny_patch16_24'; did you mean vit_tiny_p",
+        ),
+        ("hf-hub:timm/vit", 32, {}, "has no model 'hf-hub:timm/vit'"),
+        ("vit_tiny_patch16_224", 8, {}, "img_size 8 does not fit .*: it is made for 224"),
+        ("xcit_nano_12_p16_224", 50, {}, "img_size 50 does not fit .* divide image.* for 224"),
+        ("inception_v3", 32, {}, "img_size 32 does not fit .* made for 299"),
+        ("densenet121", 32, {"drop_path_rate": 0.1}, "drop_path_rate is 0.1, .* no such rate"),
     ],
 )
-def test_errors_name_the_key_and_the_fix(
+def test_errors_name_the_argument_and_the_fix(
     name: str, size: int, settings: dict, message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):
@@ -324,11 +329,10 @@ def test_distilled_deit_returns_two_logits_in_training_and_their_mean_in_evaluat
     [
         (
             {"img_size": 30},
-            "IMG_SIZE 30 is not a multiple of TRANSFORMER.PATCH_SIZE 8: .* 24 or 32",
+            "img_size 30 is not a multiple of patch_size 8: .* 24 or 32",
         ),
-        ({"img_size": 4}, "IMG_SIZE 4 is not a multiple .* 8 or 16"),
-        ({"num_heads": 3}, "HIDDEN_DIM 32 is not divisible by TRANSFORMER.NUM_HEADS 3"),
-        ({"depth": 0}, "DEPTH is 0"),
+        ({"img_size": 4}, "img_size 4 is not a multiple .* 8 or 16"),
+        ({"num_heads": 3}, "hidden_dim 32 is not divisible by num_heads 3"),
     ],
 )
 def test_deit_sizes_that_do_not_divide(changes: dict, message: str) -> None:

@@ -155,7 +155,8 @@ def test_guide_faults_are_found_one_by_one(tmp_path: Path) -> None:
         found, PROBLEM, "Device and precision"
     )
     assert taps == (
-        "DISTILLATION.INTER_STUDENT_INDEX is [0, 5]; the student has 2 blocks, numbered 0 to 1."
+        "DISTILLATION.INTER_STUDENT_INDEX is [0, 5]: block index 5 is out of range: the model has "
+        "2 blocks, numbered 0 to 1."
     )
     assert weights.startswith(f"DISTILLATION.TEACHER_WEIGHTS: {guide}: the weights do not fit ")
     assert "head.fc.weight is [7, 64], the model has [10, 64]" in weights

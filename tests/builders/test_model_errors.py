@@ -1,0 +1,73 @@
+"""Errors about models: the builder names config keys where the models name their arguments."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+import lg
+from lg.builders import build_teacher
+from lg.errors import ConfigError
+
+PLAIN = "PATCH_SIZE: 16, HIDDEN_DIM: 33, DEPTH: 2, NUM_HEADS: 2, MLP_RATIO: 2"
+STAGED = "HIDDEN_DIM: [8, 16], DEPTH: [1, 1], NUM_HEADS: 1, MLP_RATIO: 2"
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings", "message"),
+    [
+        (
+            "DeiT",
+            f"TRANSFORMER: {{{PLAIN}}}",
+            "TRANSFORMER.HIDDEN_DIM 33 is not divisible by TRANSFORMER.NUM_HEADS 2: ",
+        ),
+        (
+            "T2TViT",
+            f"TRANSFORMER: {{{PLAIN.replace('33', '32')}}}\nT2T: {{STRIDE: [4, 2, 1]}}",
+            r"TRANSFORMER.PATCH_SIZE is 16, but T2T.STRIDE \[4, 2, 1\] steps 8 pixels .*, "
+            "or set TRANSFORMER.PATCH_SIZE to null",
+        ),
+        (
+            "PVT",
+            f"TRANSFORMER: {{PATCH_SIZE: [4, 2], {STAGED}}}\nPVT: {{SR_RATIO: [16, 1]}}",
+            r"MODEL.IMG_SIZE 32 is too small for PVT.SR_RATIO \[16, 1\]: .* use .* 64 or more",
+        ),
+        (
+            "timm/densenet121",
+            "TRANSFORMER: {DROP_PATH_RATE: 0.1}",
+            "MODEL.TYPE timm/densenet121: TRANSFORMER.DROP_PATH_RATE is 0.1, .* set it to 0",
+        ),
+        ("timm/resnet_18", "{}", "MODEL.TYPE timm/resnet_18: timm .* no model 'resnet_18'; did"),
+        (
+            "timm/resnet18",
+            "MODEL: {BLOCKS: [body]}",
+            "MODEL.TYPE timm/resnet18: MODEL.BLOCKS has body, but the model has no such module",
+        ),
+    ],
+)
+def test_errors_name_the_keys_of_the_config(
+    tmp_path: Path, kind: str, settings: str, message: str
+) -> None:
+    base = tmp_path / "base.yaml"
+    base.write_text(f"MODEL: {{TYPE: {kind}, IMG_SIZE: 32, NUM_CLASSES: 10}}\n")
+    run = tmp_path / "run.yaml"
+    run.write_text(f"_BASE_: [base.yaml]\n{settings if settings != '{}' else ''}\n")
+    with pytest.raises(ConfigError, match=f"^{message}"):
+        lg.build_model(lg.load_config(run))
+
+
+def test_an_image_size_that_the_guide_rejects_is_named_by_the_key_of_the_guide(
+    tmp_path: Path,
+) -> None:
+    run = tmp_path / "run.yaml"
+    run.write_text(
+        "DISTILLATION: {ENABLE_INTER: True, INTER_STUDENT_INDEX: [0], INTER_TEACHER_INDEX: [0], "
+        "TEACHER_MODEL: timm/vit_tiny_patch16_224, TEACHER_IMG_SIZE: 8}\n"
+    )
+    message = (
+        "^DISTILLATION.TEACHER_MODEL 'timm/vit_tiny_patch16_224' cannot be built: "
+        "DISTILLATION.TEACHER_IMG_SIZE 8 does not fit "
+    )
+    with pytest.raises(ConfigError, match=message):
+        build_teacher(lg.load_config(run))

@@ -24,50 +24,36 @@ from lg.builders.training import (
 )
 from lg.checkpoint import CheckpointFolder, load_weights
 from lg.datasets.loader import MODEL
+from lg.device import Precision
 from lg.distributed import World
+from lg.guidance import GuidedStudent
 from lg.logs.log import RunLog
 from lg.logs.reporter import Reporter
 from lg.run import Run
 
 
 def build_run(cfg: CfgNode, data: tuple, world: World, log: RunLog) -> Run:
-    """Everything a run consists of, on its device, with the random streams seeded."""
+    """Build all parts of a run on its device, and seed the random streams."""
     train_data, test_data = data
     device = build_device(cfg, world)
     if device.type == "cpu" and cfg.DEVICE == "auto":
-        log.warn("No GPU found, so this runs on the CPU. DEVICE cpu says that this is wanted.")
+        log.warn("No GPU found: running on the CPU (set DEVICE cpu to silence this).")
     if cfg.MODEL.NUM_CLASSES == 1:
-        log.warn("There is one class only, so labels teach nothing and every test is 100 %.")
+        log.warn("MODEL.NUM_CLASSES is 1: labels teach nothing, and every test gives 100 %.")
     torch.backends.cudnn.benchmark = cfg.CUDNN.BENCHMARK
-    torch.manual_seed(cfg.RNG_SEED)  # the same weights in every process ...
+    torch.manual_seed(cfg.RNG_SEED)  # the same initial weights in every process
     guided, guide, loss = build_guided(cfg)
     if cfg.TRAIN.WEIGHTS:
         load_weights(guided.student, cfg.TRAIN.WEIGHTS, cache=cfg.DOWNLOAD_CACHE)
     stream = np.random.SeedSequence((cfg.RNG_SEED, MODEL, world.rank)).generate_state(1)[0]
-    torch.manual_seed(int(stream))  # ... and another stream for dropout and the like in each
+    torch.manual_seed(int(stream))  # other draws of dropout in each process
     prepare_bank(cfg, guide, train_data, device)
     guided.to(device)
     if isinstance(guide, nn.Module):
         guide.to(device)
     synchronize_batch_norms(cfg, (guided, guide), world, device)
-    module: nn.Module = guided
     precision = build_precision(cfg, device)
-    if cfg.TRAIN.COMPILE != "none":
-        count = cfg.TRAIN.BATCH_SIZE // (world.size * cfg.TRAIN.ACCUM_STEPS)
-        module = compile_student(
-            guided,
-            cfg.TRAIN.COMPILE,
-            example=torch.zeros(count, 3, cfg.MODEL.IMG_SIZE, cfg.MODEL.IMG_SIZE, device=device),
-            precision=precision,
-            say=log.info,
-            warn=log.warn,
-        )
-    if world.size > 1:
-        # Of 1x1 convolutions and tokens of one: a layout that costs nothing here.
-        warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
-        module = DistributedDataParallel(
-            module, device_ids=[device.index] if device.type == "cuda" else None
-        )
+    module = _wrap(cfg, guided, world, device, precision, log)
     loader = build_train_loader(cfg, train_data, world, device)
     log.info(f"DATA_LOADER.BACKEND {cfg.DATA_LOADER.BACKEND}: {loader}.")
     report = Reporter(
@@ -99,3 +85,31 @@ def build_run(cfg: CfgNode, data: tuple, world: World, log: RunLog) -> Run:
         checkpoints=CheckpointFolder(cfg.OUT_DIR, keep=cfg.TRAIN.KEEP_CHECKPOINTS),
         settings=build_settings(cfg),
     )
+
+
+def _wrap(
+    cfg: CfgNode,
+    guided: GuidedStudent,
+    world: World,
+    device: torch.device,
+    precision: Precision,
+    log: RunLog,
+) -> nn.Module:
+    """Compile the student and average gradients over processes, where the config sets that."""
+    module: nn.Module = guided
+    if cfg.TRAIN.COMPILE != "none":
+        count = cfg.TRAIN.BATCH_SIZE // (world.size * cfg.TRAIN.ACCUM_STEPS)
+        module = compile_student(
+            guided,
+            cfg.TRAIN.COMPILE,
+            example=torch.zeros(count, 3, cfg.MODEL.IMG_SIZE, cfg.MODEL.IMG_SIZE, device=device),
+            precision=precision,
+            say=log.info,
+            warn=log.warn,
+        )
+    if world.size > 1:
+        # The warning is about 1x1 convolutions and single tokens, whose layout costs nothing here.
+        warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
+        devices = [device.index] if device.type == "cuda" else None
+        module = DistributedDataParallel(module, device_ids=devices)
+    return module

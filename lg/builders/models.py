@@ -14,7 +14,7 @@ from lg.checkpoint import foreign_weights, load_weights, read_checkpoint
 from lg.config.rules import FAMILIES
 from lg.datasets.base import ImageDataset
 from lg.errors import ConfigError, UserError
-from lg.guidance import FeatureBank, FrozenTeacher, GuidanceLoss, GuidedStudent, NoTeacher
+from lg.guidance import FeatureBank, FrozenTeacher, GuidanceLoss, GuidedStudent, NoGuide
 from lg.models.backbone import Backbone
 from lg.models.published import weights_hash
 from lg.models.resnet import resnet
@@ -22,7 +22,7 @@ from lg.models.taps import map_shapes
 from lg.models.timm_models import timm_model
 from lg.paths import is_local_file
 
-Guide = FrozenTeacher | FeatureBank | NoTeacher
+Guide = FrozenTeacher | FeatureBank | NoGuide
 
 
 def build_model(cfg: CfgNode, *, pretrained: bool = True) -> Backbone:
@@ -94,7 +94,7 @@ def build_guided(cfg: CfgNode) -> tuple[GuidedStudent, Guide, GuidanceLoss]:
     options = cfg.DISTILLATION
     student = build_model(cfg)
     if not (options.ENABLE_INTER or options.ENABLE_LOGIT):
-        return GuidedStudent(student), NoTeacher(), GuidanceLoss()
+        return GuidedStudent(student), NoGuide(), GuidanceLoss()
     teacher = build_teacher(cfg, trained=not options.OFFLINE)
     student_taps, teacher_taps = tap_indices(cfg, student, teacher)
     guide: Guide

@@ -1,13 +1,12 @@
-"""The losses of guided training: classification, imitation of feature maps, imitation of class
-scores.
+"""The losses of guided training: classification, imitation of feature maps and of logits.
 
-Shapes: N batch, C channels, H W map, K classes, T taps. All losses are computed in float32 whatever
-the maps are stored in.
+Shapes: N batch, C channels, H W map, K classes, T taps. Half precision is widened to float32.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -17,8 +16,7 @@ TRANSFORMS = ("linear", "attention", "similarity")
 
 
 def imitation_loss(student_map: Tensor, teacher_map: Tensor, transform: str = "linear") -> Tensor:
-    """Mean squared difference of two feature maps after bringing them to one size and one
-    description.
+    """Return the mean squared difference of two feature maps after a resize and a transform.
 
     Both maps are resized (bilinear, align_corners False) to the larger height and the larger width
     of the two.
@@ -26,16 +24,16 @@ def imitation_loss(student_map: Tensor, teacher_map: Tensor, transform: str = "l
     Args:
         student_map: [N, C, H, W]; for `linear` already projected to the teacher's channels.
         teacher_map: [N, C', H', W'].
-        transform: `linear` compares the maps themselves (C = C'); `attention` their L2-normalised
-            spatial energy, the channel mean of squares; `similarity` the L2-normalised rows of
-            their N x N Gram matrices.
+        transform: `linear` compares the maps themselves (C = C'); `attention` the L2-normalised
+            channel mean of squares; `similarity` the L2-normalised rows of the N x N Gram
+            matrices.
 
     Returns:
         A scalar, float32.
 
     Raises:
-        ValueError: unknown transform, or `linear` with differing channel counts, or differing batch
-            sizes.
+        ValueError: The transform is unknown, the batch sizes differ, or the channels differ with
+            `linear`.
 
     Source: Locality Guidance, ECCV 2022, section 3.3; attention: arXiv 1612.03928; similarity:
     arXiv 1907.09682.
@@ -44,37 +42,35 @@ def imitation_loss(student_map: Tensor, teacher_map: Tensor, transform: str = "l
         raise ValueError(f"transform is {transform!r}; allowed: {', '.join(TRANSFORMS)}.")
     if len(student_map) != len(teacher_map):
         raise ValueError(
-            f"The student's maps are of {len(student_map)} images, the teacher's of "
-            f"{len(teacher_map)}."
+            f"student_map holds {len(student_map)} images, teacher_map {len(teacher_map)}; they "
+            "must hold the same images."
         )
     if transform == "linear" and student_map.shape[1] != teacher_map.shape[1]:
         raise ValueError(
-            f"The projected student map has {student_map.shape[1]} channels, the teacher's "
-            f"{teacher_map.shape[1]}; "
-            "the projection head must produce the teacher's count."
+            f"student_map has {student_map.shape[1]} channels, teacher_map "
+            f"{teacher_map.shape[1]}; project the student's map to the teacher's channels."
         )
-    size = (
-        max(student_map.shape[2], teacher_map.shape[2]),
-        max(student_map.shape[3], teacher_map.shape[3]),
-    )
-    student, teacher = (
-        _describe(_resize(_widen(m), size), transform) for m in (student_map, teacher_map)
-    )
+    both = student_map, teacher_map
+    size = max(m.shape[2] for m in both), max(m.shape[3] for m in both)
+    student, teacher = (_transform(_resize(_widen(m), size), transform) for m in both)
     return F.mse_loss(student, teacher)
 
 
 def logit_loss(
     student_logits: Tensor, teacher_logits: Tensor, *, kind: str = "soft", temperature: float = 1.0
 ) -> Tensor:
-    """Imitation of the teacher's class scores.
+    """Return the loss of imitating the teacher's logits.
 
     Args:
         student_logits: [N, K].
         teacher_logits: [N, K].
-        kind: `soft`: KL divergence from the teacher's to the student's distribution, both at
-            `temperature`, mean over the batch, times temperature^2 so that its gradient keeps its
-            size; `hard`: cross-entropy with the teacher's argmax.
+        kind: `soft`: KL divergence of the student's distribution from the teacher's, both at
+            `temperature`, averaged over the batch and multiplied by temperature^2, which keeps the
+            scale of its gradient; `hard`: cross-entropy with the teacher's argmax.
         temperature: > 0; `soft` only.
+
+    Raises:
+        ValueError: The kind is unknown.
 
     Source: soft: arXiv 1503.02531; hard: arXiv 2012.12877.
     """
@@ -88,31 +84,29 @@ def logit_loss(
 
 
 def classification_loss(logits: Tensor, targets: Tensor) -> Tensor:
-    """Cross-entropy of logits [N, K] with target distributions [N, K], mean over the batch."""
+    """Return the cross-entropy of logits [N, K] with target distributions [N, K], batch mean."""
     return -(targets * F.log_softmax(_widen(logits), dim=1)).sum(dim=1).mean()
 
 
+@dataclass(frozen=True, kw_only=True)
 class GuidanceLoss:
-    """Cross-entropy beside the imitation of a guide's feature maps and class scores.
+    """Cross-entropy and the imitation of a guide's feature maps and logits.
 
-    loss = (1 - w) * cls + w * logit + inter_weight * inter, where w = logit_weight, or 0 without
-    logit imitation.
+    loss = (1 - logit_weight) * cls + logit_weight * logit + inter_weight * inter
+
+    Attributes:
+        transform: See `imitation_loss`.
+        inter_weight: Weight of the imitation of feature maps, >= 0.
+        logit_kind: See `logit_loss`.
+        temperature: See `logit_loss`.
+        logit_weight: Weight of the imitation of logits, 0 to 1; 0 turns it off.
     """
 
-    def __init__(
-        self,
-        *,
-        transform: str = "linear",
-        inter_weight: float = 0.0,
-        logit_kind: str = "soft",
-        temperature: float = 1.0,
-        logit_weight: float = 0.0,
-    ) -> None:
-        self.transform = transform
-        self.inter_weight = inter_weight
-        self.logit_kind = logit_kind
-        self.temperature = temperature
-        self.logit_weight = logit_weight
+    transform: str = "linear"
+    inter_weight: float = 0.0
+    logit_kind: str = "soft"
+    temperature: float = 1.0
+    logit_weight: float = 0.0
 
     def __call__(
         self,
@@ -122,20 +116,22 @@ class GuidanceLoss:
         teacher_maps: Sequence[Tensor] = (),
         teacher_logits: Tensor | None = None,
     ) -> dict[str, Tensor]:
-        """Computes every term.
+        """Compute every term.
 
         Args:
-            logits: [N, K], or the pair (class, distillation) of a student with a distillation
-                token, whose second head then imitates the teacher while the first learns the
-                labels.
-            student_maps: T maps [N, C, H, W], projected where the transform is linear.
-            targets: distributions over classes [N, K].
+            logits: [N, K]; or the pair (class, distillation) of a student with a distillation
+                token: the first learns the labels, the second imitates the teacher.
+            student_maps: T maps [N, C, H, W], already projected if the transform is linear.
+            targets: Distributions over classes [N, K].
             teacher_maps: T maps, in the same order.
-            teacher_logits: [N, K]; needed when logit_weight is above 0.
+            teacher_logits: [N, K]; required if logit_weight is above 0.
 
         Returns:
-            `loss` (what to minimise) and its unweighted terms `cls`, `inter` (summed over taps) and
-            `logit`; scalars, a term that is off is 0.
+            `loss`, the value to minimise, and its unweighted terms `cls`, `inter` (summed over
+            taps) and `logit`; scalars, 0 for a term that is off.
+
+        Raises:
+            ValueError: The guide returned no logits to imitate, or another number of maps.
         """
         class_logits, imitating_logits = logits if isinstance(logits, tuple) else (logits, logits)
         cls = classification_loss(class_logits, targets)
@@ -143,7 +139,9 @@ class GuidanceLoss:
         loss = cls
         if self.logit_weight > 0:
             if teacher_logits is None:
-                raise ValueError("Logit imitation is on, but the guide gives no class scores.")
+                raise ValueError(
+                    f"logit_weight is {self.logit_weight}, but the guide returned no logits."
+                )
             logit = logit_loss(
                 imitating_logits, teacher_logits, kind=self.logit_kind, temperature=self.temperature
             )
@@ -156,7 +154,7 @@ class GuidanceLoss:
 
 
 def _widen(tensor: Tensor) -> Tensor:
-    """Half precision to float32; wider ones stay."""
+    """Convert half precision to float32."""
     return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 
@@ -166,8 +164,8 @@ def _resize(feature_map: Tensor, size: tuple[int, int]) -> Tensor:
     return F.interpolate(feature_map, size=size, mode="bilinear", align_corners=False)
 
 
-def _describe(feature_map: Tensor, transform: str) -> Tensor:
-    """What is compared: [N, C, H, W] (linear), [N, H*W] (attention) or [N, N] (similarity)."""
+def _transform(feature_map: Tensor, transform: str) -> Tensor:
+    """Return what is compared: [N, C, H, W] (linear), [N, H*W] (attention), [N, N] (similarity)."""
     if transform == "attention":
         return F.normalize(feature_map.square().mean(dim=1).flatten(1), dim=1)
     if transform == "similarity":

@@ -1,4 +1,4 @@
-"""The student with its projection heads: all that is trained, in one module."""
+"""The student with its projection heads: everything that is trained, in one module."""
 
 from __future__ import annotations
 
@@ -12,47 +12,46 @@ from lg.models.taps import FeatureTaps
 
 
 class _Tap:
-    """A forward hook that stays, so that compiled code sees it; it keeps what a block returns while
-    the student listens."""
+    """A permanent forward hook, visible to compilation, that stores a block's output on demand."""
 
-    def __init__(self, kept: dict[int, Any], index: int) -> None:
-        self.kept, self.index, self.listening = kept, index, False
+    def __init__(self, outputs: dict[int, Any], index: int) -> None:
+        self.outputs, self.index, self.is_active = outputs, index, False
 
     def __call__(self, _module: nn.Module, _inputs: Any, output: Any) -> None:
-        if self.listening:
-            self.kept[self.index] = output
+        if self.is_active:
+            self.outputs[self.index] = output
 
 
 class GuidedStudent(nn.Module):
-    """A model whose blocks are tapped in training and whose maps are projected to the teacher's
-    channels.
+    """A student that also returns its tapped maps in training, projected to the teacher's channels.
 
-    Heads run inside `forward`, so that one wrapper (DDP, compile, autocast) covers everything that
-    learns.
+    The heads run inside `forward`, so that one wrapper (DDP, compile, autocast) covers everything
+    that is trained.
 
     Attributes:
-        student: the model alone; what is tested, averaged and published.
-        heads: 1x1 convolutions with bias, in tap order; empty when maps are compared without
-            projection.
+        student: The model alone, which is tested, averaged and published.
+        heads: 1x1 convolutions with bias, in tap order; empty without projection.
     """
 
     def __init__(
         self, student: Backbone, *, indices: Sequence[int] = (), teacher_dims: Sequence[int] = ()
     ) -> None:
-        """Adds one head for each tapped block.
+        """Add a head for each tapped block.
 
         Args:
-            student: the model.
-            indices: blocks to tap, in the order of the teacher maps they are compared with.
-            teacher_dims: channels of those teacher maps; empty for transforms that need no
-                projection.
+            student: The model.
+            indices: Blocks to tap, in the order of the teacher maps they imitate.
+            teacher_dims: Channels of those teacher maps; empty for transforms without projection.
+
+        Raises:
+            ValueError: The student lacks one of the blocks.
         """
         super().__init__()
-        FeatureTaps(student, indices)  # refuses indices that the model does not have
+        FeatureTaps(student, indices)  # rejects indices that the model lacks
         self.student = student
         self.indices = tuple(indices)
-        self._kept: dict[int, Any] = {}
-        self._taps = [_Tap(self._kept, index) for index in dict.fromkeys(indices)]
+        self._outputs: dict[int, Any] = {}
+        self._taps = [_Tap(self._outputs, index) for index in dict.fromkeys(indices)]
         for tap in self._taps:
             student.blocks[tap.index].register_forward_hook(tap)
         dims = [student.feature_dims[i] for i in indices] if teacher_dims else []
@@ -63,25 +62,24 @@ class GuidedStudent(nn.Module):
     def forward(
         self, images: Tensor
     ) -> tuple[Tensor | tuple[Tensor, Tensor], list[Tensor]] | Tensor:
-        """Images [N, 3, S, S] to (logits [N, K], maps) in training, to logits [N, K] in evaluation.
+        """Map images [N, 3, S, S] to (logits [N, K], maps) in training and to logits in evaluation.
 
-        A student with a distillation token gives a pair of logits in training.
+        In training, a student with a distillation token returns a pair of logits.
         """
         if not self.training:
             return self.student(images)
         if not self.indices:
             return self.student(images), []
-        self._listen(True)
+        self._activate_taps(True)
         logits = self.student(images)
-        # Not beyond this pass: activation checkpointing runs blocks again in the backward pass, and
-        # that copy is not the one the loss hangs on.
-        self._listen(False)
-        maps = [self.student.to_map(index, self._kept[index]) for index in self.indices]
-        self._kept.clear()
+        # Activation checkpointing runs the blocks again in the backward pass; ignore those outputs.
+        self._activate_taps(False)
+        maps = [self.student.to_map(index, self._outputs[index]) for index in self.indices]
+        self._outputs.clear()
         if self.heads:
             maps = [head(m) for head, m in zip(self.heads, maps, strict=True)]
         return logits, maps
 
-    def _listen(self, listening: bool) -> None:
+    def _activate_taps(self, is_active: bool) -> None:
         for tap in self._taps:
-            tap.listening = listening
+            tap.is_active = is_active

@@ -1,7 +1,7 @@
-"""Guides: what gives the training step the maps and class scores to imitate.
+"""Guides: they give the training step the maps and logits to imitate.
 
-Every guide is called as `guide(images, index, view) -> (maps, logits | None)`, so that the step
-need not know which it has.
+Every guide is called as `guide(images, index, view) -> (maps, logits | None)`; the training step
+does not know which one it has.
 """
 
 from __future__ import annotations
@@ -18,15 +18,14 @@ from lg.models.taps import FeatureTaps
 
 
 class FrozenTeacher(nn.Module):
-    """A trained CNN that never changes: no gradients, no new statistics, whatever `train()` is
-    called.
+    """A trained teacher that never changes: no gradients and no new statistics, even in `train()`.
 
     It sees the student's augmented, normalised batch, resized (bilinear, align_corners False) to
     its own image size.
 
     Attributes:
-        model: the CNN.
-        feature_dims: channels of the maps it gives, in tap order.
+        model: The teacher, usually a CNN.
+        feature_dims: Channels of the maps, in tap order.
     """
 
     def __init__(
@@ -38,21 +37,24 @@ class FrozenTeacher(nn.Module):
         batch_norm: str = "eval",
         with_logits: bool = False,
     ) -> None:
-        """Freezes `model`.
+        """Freeze `model`.
 
         Args:
-            model: the trained guide.
-            indices: its blocks (stages of a ResNet) whose maps are given.
-            image_size: side of the images it sees, pixels.
+            model: The trained teacher.
+            indices: Blocks (stages of a ResNet) whose maps to return.
+            image_size: Side of the teacher's images, pixels.
             batch_norm: `eval` normalises with the stored statistics; `batch` with those of each
-                batch, as the published runs did. Neither changes the stored ones.
-            with_logits: whether class scores are given too.
+                batch, as in the published runs. Neither changes the stored statistics.
+            with_logits: Whether to return logits.
+
+        Raises:
+            ValueError: `batch_norm` is unknown, or the teacher lacks one of the blocks.
         """
         super().__init__()
         if batch_norm not in ("eval", "batch"):
             raise ValueError(f"batch_norm is {batch_norm!r}; allowed: eval, batch.")
-        FeatureTaps(model, indices)  # refuses indices that the model does not have
-        # Channels last: what convolutions are fastest in, on CPUs and GPUs.
+        FeatureTaps(model, indices)  # rejects indices that the model lacks
+        # Convolutions are fastest in channels_last, on CPUs and GPUs.
         self.model = model.requires_grad_(False).to(memory_format=torch.channels_last)
         self.indices = tuple(indices)
         self.image_size = image_size
@@ -62,13 +64,12 @@ class FrozenTeacher(nn.Module):
         self.train(False)
 
     def train(self, mode: bool = True) -> FrozenTeacher:
-        """Stays frozen for any `mode`."""
+        """Stay frozen in any `mode`."""
         super().train(False)
         if self.batch_norm == "batch":
             for module in self.modules():
                 if isinstance(module, _BatchNorm):
-                    # Training mode without tracking: batch statistics are used and nothing is
-                    # stored.
+                    # Training mode without tracking uses batch statistics and stores nothing.
                     module.training = True
                     module.track_running_stats = False
         return self
@@ -77,11 +78,9 @@ class FrozenTeacher(nn.Module):
     def forward(
         self, images: Tensor, index: Tensor | None = None, view: Tensor | None = None
     ) -> tuple[list[Tensor], Tensor | None]:
-        """Images [N, 3, S, S] to the tapped maps [N, C, H, W] and, if asked for, class scores [N,
-        K].
+        """Map images [N, 3, S, S] to the tapped maps [N, C, H, W] and logits [N, K] or None.
 
-        `index` and `view` (which image, which crop) are for guides that replay stored features;
-        this one looks at the images.
+        `index` and `view` are for guides that replay stored maps; they are ignored here.
         """
         size = (self.image_size, self.image_size)
         if tuple(images.shape[2:]) != size:
@@ -92,8 +91,8 @@ class FrozenTeacher(nn.Module):
         return maps, logits if self.with_logits else None
 
 
-class NoTeacher:
-    """The guide of unguided training: nothing to imitate."""
+class NoGuide:
+    """The guide of unguided training: it gives nothing to imitate."""
 
     feature_dims: tuple[int, ...] = ()
 

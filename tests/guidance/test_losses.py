@@ -1,4 +1,4 @@
-"""The losses by hand-made numbers, and how they add up."""
+"""The losses against numbers computed by hand, and their sum."""
 
 from __future__ import annotations
 
@@ -37,16 +37,16 @@ def test_soft_logit_loss_is_the_divergence_times_the_squared_temperature() -> No
     assert value.item() == pytest.approx(9 * expected / 2, rel=1e-5)
 
 
-def test_hard_logit_loss_takes_the_teachers_choice() -> None:
-    choice = torch.tensor([[1.0, 0.0, 0.0], [1.0, 0.0, 0.0]])
+def test_hard_logit_loss_is_cross_entropy_with_the_teachers_argmax() -> None:
+    argmax = torch.tensor([[1.0, 0.0, 0.0], [1.0, 0.0, 0.0]])
     value = logit_loss(LOGITS, TEACHER, kind="hard")
-    assert value.item() == pytest.approx(cross_entropy(LOGITS, choice), rel=1e-5)
+    assert value.item() == pytest.approx(cross_entropy(LOGITS, argmax), rel=1e-5)
 
 
-def test_linear_compares_at_the_larger_height_and_the_larger_width() -> None:
+def test_linear_compares_at_the_larger_height_and_width() -> None:
     student = torch.arange(8.0).reshape(1, 1, 4, 2)
     teacher = torch.tensor([[[[1.0, 2.0, 3.0, 4.0]]]])  # one row of four
-    # Bilinear, corners not aligned: the student's rows widen to a, 3a/4 + b/4, a/4 + 3b/4, b.
+    # Bilinear, align_corners False: the student's rows widen to a, 3a/4 + b/4, a/4 + 3b/4, b.
     rows = [
         [a, 0.75 * a + 0.25 * b, 0.25 * a + 0.75 * b, b]
         for a, b in ((0, 1), (2, 3), (4, 5), (6, 7))
@@ -57,14 +57,14 @@ def test_linear_compares_at_the_larger_height_and_the_larger_width() -> None:
     assert imitation_loss(student, teacher).item() == pytest.approx(expected, rel=1e-6)
 
 
-def test_attention_compares_shapes_of_energy_not_sizes() -> None:
+def test_attention_ignores_the_scale_of_the_maps() -> None:
     student, teacher = torch.rand(2, 5, 3, 3), torch.rand(2, 7, 3, 3)
     value = imitation_loss(student, teacher, "attention")
     assert value > 0
     torch.testing.assert_close(imitation_loss(9 * student, teacher, "attention"), value)
 
 
-def test_similarity_of_a_batch_with_itself_in_other_units_is_nothing() -> None:
+def test_similarity_ignores_the_scale_of_the_maps() -> None:
     maps = torch.rand(3, 4, 2, 2)
     assert imitation_loss(maps, 5 * maps, "similarity").item() == pytest.approx(0, abs=1e-10)
 
@@ -72,12 +72,12 @@ def test_similarity_of_a_batch_with_itself_in_other_units_is_nothing() -> None:
 @pytest.mark.parametrize(
     ("student", "teacher", "transform", "message"),
     [
-        ((2, 3, 4, 4), (2, 5, 4, 4), "linear", "student map has 3 channels, the teacher's 5"),
-        ((2, 3, 4, 4), (3, 3, 4, 4), "linear", "of 2 images, the teacher's of 3"),
+        ((2, 3, 4, 4), (2, 5, 4, 4), "linear", "student_map has 3 channels, teacher_map 5"),
+        ((2, 3, 4, 4), (3, 3, 4, 4), "linear", "student_map holds 2 images, teacher_map 3"),
         ((2, 3, 4, 4), (2, 3, 4, 4), "l2", "transform is 'l2'; allowed: linear, att"),
     ],
 )
-def test_maps_that_cannot_be_compared(
+def test_incomparable_maps_are_rejected(
     student: tuple, teacher: tuple, transform: str, message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):
@@ -91,7 +91,7 @@ def test_the_terms_add_up() -> None:
     terms = loss((LOGITS, LOGITS + TEACHER), student, TARGETS, teacher, TEACHER)
     cls = cross_entropy(LOGITS, TARGETS)
     inter = sum(imitation_loss(s, t).item() for s, t in zip(student, teacher, strict=True))
-    # The second head imitates, the first learns the labels.
+    # The first head learns the labels, the second imitates.
     logit = logit_loss(LOGITS + TEACHER, TEACHER, temperature=2.0).item()
     assert terms["cls"].item() == pytest.approx(cls, rel=1e-5)
     assert terms["inter"].item() == pytest.approx(inter, rel=1e-5)
@@ -99,7 +99,7 @@ def test_the_terms_add_up() -> None:
     assert terms["loss"].item() == pytest.approx(0.7 * cls + 0.3 * logit + 2.5 * inter, rel=1e-5)
 
 
-def test_without_guidance_it_is_cross_entropy() -> None:
+def test_without_guidance_the_loss_is_cross_entropy() -> None:
     terms = GuidanceLoss()(LOGITS, [], TARGETS)
     assert terms["loss"].item() == pytest.approx(cross_entropy(LOGITS, TARGETS), rel=1e-5)
     assert terms["inter"] == terms["logit"] == 0

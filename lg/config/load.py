@@ -212,7 +212,7 @@ def _validate(cfg: CfgNode, where: Mapping[str, str]) -> None:
 
     Args:
         cfg: The config.
-        where: Where each key is set that does not keep its default, such as "in FILE".
+        where: Key -> where it is set, such as "in FILE"; keys that keep their defaults are absent.
     """
     values = dict(flatten(cfg))
 

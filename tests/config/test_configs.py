@@ -215,7 +215,7 @@ def test_a_config_states_its_cost(name: str) -> None:
 
 
 def test_configs_state_the_published_accuracy() -> None:
-    said = {n: (CONFIGS / n).read_text() for n in GRID if "Published" in (CONFIGS / n).read_text()}
+    texts = {n: (CONFIGS / n).read_text() for n in GRID if "Published" in (CONFIGS / n).read_text()}
     expected = {
         "deit/deit-ti_c100": (65.08, 78.15),
         "t2t/t2t-7_c100": (69.37, 78.35),
@@ -226,7 +226,7 @@ def test_configs_state_the_published_accuracy() -> None:
         "deit/deit-ti_flowers": (50.06, 68.50),
         "deit/deit-ti_chaoyang": (82.00, 84.20),
     }
-    assert {n.rpartition("_")[0] for n in said} == set(expected)
+    assert {n.rpartition("_")[0] for n in texts} == set(expected)
     for stem, (base, ours) in expected.items():
-        assert f"Published top-1: {base:.2f} %" in said[f"{stem}_base.yaml"]
-        assert f"Published top-1: {ours:.2f} %" in said[f"{stem}_ours.yaml"]
+        assert f"Published top-1: {base:.2f} %" in texts[f"{stem}_base.yaml"]
+        assert f"Published top-1: {ours:.2f} %" in texts[f"{stem}_ours.yaml"]

@@ -86,10 +86,10 @@ WRONG = [
 ]
 
 
-@pytest.mark.parametrize(("text", "said", "wanted"), WRONG, ids=[w[0] for w in WRONG])
-def test_a_wrong_type_is_an_error(write: Write, text: str, said: str, wanted: str) -> None:
+@pytest.mark.parametrize(("text", "expected", "wanted"), WRONG, ids=[w[0] for w in WRONG])
+def test_a_wrong_type_is_an_error(write: Write, text: str, expected: str, wanted: str) -> None:
     message = fault(write(text))
-    assert said in message and "run.yaml" in message
+    assert expected in message and "run.yaml" in message
     assert f"it takes {wanted}." in message if wanted else "it is a section" in message
 
 
@@ -203,20 +203,8 @@ def test_unusual_but_valid_yaml_loads(write: Write, text: str, key: str, value: 
 
 
 INVALID_VALUES = [
-    *(
-        "{a: b}",
-        "{[]: 1}",
-        "*a",
-        "a: b: c",
-        "[1",
-        "!!int abc",
-        "2001-99-99",
-        "...",
-        "---",
-        "%",
-        "é",
-    ),
-    *("\0", "1j", "{1}", "b'a'", '"a', "lambda: 0", "1e400", "nan", "", "null", "[" * 600),
+    *("{a: b}", "{[]: 1}", "*a", "a: b: c", "[1", "!!int abc", "2001-99-99", "...", "---", "é"),
+    *("\0", "%", "1j", "{1}", "b'a'", '"a', "lambda: 0", "1e400", "nan", "", "null", "[" * 600),
 ]
 
 

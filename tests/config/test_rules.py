@@ -56,7 +56,7 @@ def test_every_number_has_a_range() -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "advice"),
     [
         ("MODEL: {TYPE: Deit}", "Did you mean DeiT?"),
         ("MODEL: {TYPE: timm/}", "timm/NAME"),
@@ -70,10 +70,10 @@ def test_every_number_has_a_range() -> None:
         ("LAUNCH: {MODE: cloud}", "allowed: local, slurm, submitit_local."),
     ],
 )
-def test_a_choice_names_what_is_allowed(write: Write, text: str, said: str) -> None:
+def test_a_choice_names_what_is_allowed(write: Write, text: str, advice: str) -> None:
     key = ".".join([*yaml.safe_load(text), *next(iter(yaml.safe_load(text).values()))])
     message = fault(write(text))
-    assert message.startswith(f"{key} is ") and said in message and "run.yaml" in message
+    assert message.startswith(f"{key} is ") and advice in message and "run.yaml" in message
 
 
 def test_any_timm_model_may_be_named(write: Write) -> None:
@@ -137,10 +137,10 @@ BROKEN: list[tuple[str, dict[str, Any], str]] = [
     ("RESNET.TRANS_FUN", {"CNN.DEPTH": 50}, "needs bottleneck_transform"),
     ("RESNET.NUM_GROUPS", {"RESNET.NUM_GROUPS": 2}, "set it to 1"),
     ("RESNET.WIDTH_PER_GROUP", {"RESNET.WIDTH_PER_GROUP": 32}, "set it to 64"),
-    *((k, {"MODEL.TYPE": "DeiT", k: value}, said) for k, (value, said) in CNN_UNREAD.items()),
+    *((k, {"MODEL.TYPE": "DeiT", k: value}, advice) for k, (value, advice) in CNN_UNREAD.items()),
     *(
-        (k, {"MODEL.TYPE": "timm/resnet18", k: 0.5 if k.endswith(("RATE", "EPS")) else 2}, said)
-        for k, said in TIMM_IGNORES.items()
+        (k, {"MODEL.TYPE": "timm/resnet18", k: 0.5 if k.endswith(("RATE", "EPS")) else 2}, advice)
+        for k, advice in TIMM_IGNORES.items()
     ),
     (
         "MODEL.PRETRAINED",
@@ -159,7 +159,7 @@ BROKEN: list[tuple[str, dict[str, Any], str]] = [
         {"MODEL.TYPE": "PVTv2", "TRANSFORMER.PATCH_PADDING": [1]},
         "only MODEL.TYPE CvT reads it: leave it at null.",
     ),
-    *((k, {"MODEL.TYPE": "DeiT", k: value}, said) for k, (value, said) in OTHER_FAMILY.items()),
+    *((k, {"MODEL.TYPE": "DeiT", k: value}, advice) for k, (value, advice) in OTHER_FAMILY.items()),
     (
         "DISTILLATION.INTER_STUDENT_INDEX",
         {"DISTILLATION.ENABLE_INTER": True},
@@ -196,8 +196,8 @@ BROKEN: list[tuple[str, dict[str, Any], str]] = [
         "set that True",
     ),
     *(
-        ("DISTILLATION.OFFLINE", {**OFFLINE, key: value}, said)
-        for key, value, said in [
+        ("DISTILLATION.OFFLINE", {**OFFLINE, key: value}, advice)
+        for key, value, advice in [
             ("DISTILLATION.ENABLE_INTER", False, "only DISTILLATION.ENABLE_INTER uses"),
             ("DISTILLATION.FEATURE_FILE", None, "name the stored features"),
             ("DISTILLATION.ENABLE_LOGIT", True, "ENABLE_LOGIT False"),
@@ -237,13 +237,13 @@ BROKEN: list[tuple[str, dict[str, Any], str]] = [
 ]
 
 
-@pytest.mark.parametrize(("key", "values", "said"), BROKEN)
+@pytest.mark.parametrize(("key", "values", "advice"), BROKEN)
 def test_every_impossible_combination_is_named(
-    write: Write, key: str, values: dict[str, Any], said: str
+    write: Write, key: str, values: dict[str, Any], advice: str
 ) -> None:
     message = fault(write(yaml.safe_dump(nested(values))))
     value = (dict(flatten(DEFAULTS)) | values)[key]
-    assert message.startswith(f"{key} is {value!r}") and said in message and message.endswith(".")
+    assert message.startswith(f"{key} is {value!r}") and advice in message and message.endswith(".")
     assert (key in values) == (".yaml" in message)
 
 

@@ -59,10 +59,10 @@ def tell(
         test_batch_size: TEST.BATCH_SIZE.
         mixed: Whether precision is mixed.
     """
-    from lg.distributed import speaks_for_all
+    from lg.distributed import reports_failure
 
     lost = is_lost_peer(error)
-    if not speaks_for_all(lost_peer=lost):
+    if not reports_failure(lost_peer=lost):
         return
     if isinstance(error, (UserError, OSError)):
         line = str(error)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lg.distributed import rows_of_all
+from lg.distributed import gather_rows
 from lg.errors import NonFiniteLossError
 
 LOSS_TERMS = ("loss", "cls", "inter", "logit")
@@ -95,7 +95,7 @@ class TrainMeter:
             return
         mine = torch.stack(self._pending)
         self._pending.clear()
-        steps = torch.stack(rows_of_all(mine), dim=1).tolist()  # [steps, processes, columns]
+        steps = torch.stack(gather_rows(mine), dim=1).tolist()  # [steps, processes, columns]
         for number, rows in enumerate(steps, start=step - len(steps) + 1):
             for row in rows:
                 self._check(row, f"epoch {epoch + 1}, step {number}")

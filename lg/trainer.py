@@ -162,7 +162,7 @@ def test_epoch(run: Run) -> bool:
 
 def _until_stopped(run: Run) -> Iterator[Batch]:
     """Yield the test batches; after a stop signal, save and raise `Interrupted`."""
-    num_shared = distributed.smallest(len(run.test_loader), run.device)
+    num_shared = distributed.min_over_processes(len(run.test_loader), run.device)
     for number, batch in enumerate(run.test_loader):
         # The question is collective, so it is asked only for batches that every process has.
         if number < num_shared and asked_to_stop(run, number):

@@ -1,4 +1,4 @@
-"""Processes: joining the world, collectives, launching here or on a cluster."""
+"""Processes: launch them here or on a cluster, join them, exchange data between them."""
 
 from lg.distributed.world import (
     LAUNCHED,
@@ -6,14 +6,15 @@ from lg.distributed.world import (
     any_process,
     barrier,
     broadcast_buffers,
-    claim_fault,
+    claim_failure,
     gather_objects,
+    gather_rows,
     in_turn,
     join,
     leave,
-    rows_of_all,
-    smallest,
-    speaks_for_all,
+    min_over_processes,
+    reports_failure,
+    serve_store,
     sum_over_processes,
     use_loopback,
 )
@@ -24,14 +25,15 @@ __all__ = [
     "any_process",
     "barrier",
     "broadcast_buffers",
-    "claim_fault",
+    "claim_failure",
     "gather_objects",
+    "gather_rows",
     "in_turn",
     "join",
     "leave",
-    "rows_of_all",
-    "smallest",
-    "speaks_for_all",
+    "min_over_processes",
+    "reports_failure",
+    "serve_store",
     "sum_over_processes",
     "use_loopback",
 ]

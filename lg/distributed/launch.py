@@ -1,23 +1,21 @@
-"""Starting one process a GPU on this machine, and ending all of them when one ends."""
+"""Start one process per GPU on this machine, and end all of them when one fails."""
 
 from __future__ import annotations
 
-import contextlib
 import os
 import random
 import signal
-import socket
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from lg.distributed import LAUNCHED, claim_fault, use_loopback
+from lg.distributed import LAUNCHED, claim_failure, serve_store, use_loopback
 
-GRACE = 10  # seconds that processes have to end by themselves when one has failed
+GRACE = 10  # seconds that the other processes get to end when one has failed
 
 
 def launch(
@@ -28,68 +26,79 @@ def launch(
     host: str,
     port_range: tuple[int, int],
 ) -> None:
-    """Runs `entry(*args)` in `num_processes` processes, or right here when there is one or torchrun
-    started us.
+    """Run `entry(*args)` in `num_processes` processes.
 
-    They meet at `host`, and nothing listens on any other address. When one ends with a fault, the
-    others have `GRACE` seconds to end too, and are stopped then.
+    One process, or a process that torchrun started, calls it directly. When one process fails, the
+    others are stopped after `GRACE` seconds.
+
+    Args:
+        entry: A function that can be pickled.
+        args: Values that can be pickled.
+        num_processes: At least 1.
+        host: The one address that the shared store listens at.
+        port_range: First and last port to try.
+
+    Raises:
+        OSError: No port of the range is free.
     """
     if num_processes == 1 or "RANK" in os.environ:
         entry(*args)
         return
-    with _listen(host, port_range) as listening:
-        address, port = listening.getsockname()[:2]
-        store = dist.TCPStore(
-            address,
-            port,
-            is_master=True,
-            wait_for_workers=False,
-            master_listen_fd=listening.detach(),
-        )
-        environment = {LAUNCHED: "1", "MASTER_ADDR": address, "MASTER_PORT": str(port)}
-        if host in ("localhost", "127.0.0.1"):
-            use_loopback(environment)
-        context = mp.start_processes(
-            _child,
-            (entry, args, num_processes, environment),
-            nprocs=num_processes,
-            start_method="spawn",
-            join=False,
-        )
-        _wait(context, store)
+    store = _serve_at_free_port(host, port_range)
+    environment = {LAUNCHED: "1", "MASTER_ADDR": store.host, "MASTER_PORT": str(store.port)}
+    if host in ("localhost", "127.0.0.1"):
+        use_loopback(environment)
+    context = mp.start_processes(
+        _run_process,
+        (entry, args, num_processes, environment),
+        nprocs=num_processes,
+        start_method="spawn",
+        join=False,
+    )
+    _wait(context, store)
+
+
+def _serve_at_free_port(host: str, port_range: tuple[int, int]) -> dist.TCPStore:
+    first, last = port_range
+    # SystemRandom, because the run's random streams must not change.
+    for port in random.SystemRandom().sample(range(first, last + 1), min(100, last - first + 1)):
+        try:
+            return serve_store(host, port)
+        except OSError:
+            continue
+    raise OSError(f"PORT_RANGE is {list(port_range)}; no free port was found in it at {host}.")
 
 
 def _wait(context: Any, store: dist.Store) -> None:
-    """Waits for all processes; what this one is asked to end with, they are asked as well."""
+    """Wait for all processes; pass SIGINT and SIGTERM on to them."""
 
     def forward(signum: int, frame: FrameType | None) -> None:
         for process in context.processes:
             if process.is_alive():
                 os.kill(process.pid, signum)
 
-    kept = {s: signal.signal(s, forward) for s in (signal.SIGINT, signal.SIGTERM)}
+    previous = {s: signal.signal(s, forward) for s in (signal.SIGINT, signal.SIGTERM)}
     try:
         while not context.join(grace_period=GRACE):
             pass
     except mp.ProcessExitedException as error:
-        if error.signal_name and claim_fault(store):
-            print(_killed(error.error_index, error.signal_name), file=sys.stderr)
-        # A process that said itself why it ended has a status of its own.
+        if error.signal_name and claim_failure(store):
+            print(_describe_kill(error.error_index, error.signal_name), file=sys.stderr)
         sys.exit(error.exit_code if error.exit_code > 0 else 128 - error.exit_code)
     finally:
-        for signum, handler in kept.items():
+        for signum, handler in previous.items():
             signal.signal(signum, handler)
 
 
-def _killed(rank: int, signal_name: str) -> str:
-    cause = " Often that means that memory ran out." if signal_name == "SIGKILL" else ""
+def _describe_kill(rank: int, signal_name: str) -> str:
+    cause = " (often because memory ran out)" if signal_name == "SIGKILL" else ""
     return (
-        f"Error: process {rank} was ended by {signal_name}, so all processes were stopped.{cause} "
-        "The same command goes on from the last checkpoint."
+        f"Error: process {rank} was killed by {signal_name}{cause}, so all processes were stopped. "
+        "Run the same command to resume from the last checkpoint."
     )
 
 
-def _child(
+def _run_process(
     rank: int,
     entry: Callable[..., None],
     args: tuple[Any, ...],
@@ -104,21 +113,3 @@ def _child(
         LOCAL_WORLD_SIZE=str(size),
     )
     entry(*args)
-
-
-@contextlib.contextmanager
-def _listen(host: str, port_range: tuple[int, int]) -> Iterator[socket.socket]:
-    """A socket that listens at a free port of the range, drawn without touching the run's random
-    streams."""
-    first, last = port_range
-    count = last - first + 1
-    for port in random.SystemRandom().sample(range(first, last + 1), min(100, count)):
-        with socket.socket() as listening:
-            try:
-                listening.bind((host, port))
-            except OSError:
-                continue
-            listening.listen()
-            yield listening
-            return
-    raise OSError(f"PORT_RANGE is {list(port_range)}; no free port was found in it at {host}.")

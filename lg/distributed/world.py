@@ -1,15 +1,13 @@
-"""Processes: who am I, how many are we, what we exchange, and how all end when one does.
+"""The processes of a run: who this one is, what they exchange, and how all of them end together.
 
-The world comes from torchrun's (or a cluster job's) environment, or from `lg.distributed.launch`.
-The store, through which processes find each other, belongs to the launcher and so outlives them.
-The first process that fails records it there, and only that process reports the error.
+The environment that describes them comes from torchrun, a cluster job or `lg.distributed.launch`.
+The first process that fails records this in the store that they share, and reports the error alone.
 """
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
-import hashlib
 import os
 import signal
 import socket
@@ -25,12 +23,12 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.rendezvous import rendezvous
 
-LAUNCHED = "LG_LAUNCHED"  # in the environment of processes that `lg.distributed.launch` started
-_FAULT = "fault"  # key in the store
+LAUNCHED = "LG_LAUNCHED"  # set in the environment of processes that `lg.distributed.launch` starts
+_FAILURES = "failures"  # key in the store
 
 
 class World(NamedTuple):
-    """This process among all."""
+    """The place of this process among all processes of the run."""
 
     rank: int = 0
     size: int = 1
@@ -39,161 +37,165 @@ class World(NamedTuple):
 
     @property
     def is_main(self) -> bool:
-        """The one process that writes, logs and downloads."""
+        """Whether this is the process that writes, logs and downloads."""
         return self.rank == 0
 
 
-_store: dist.Store | None = None  # of this process, once it has joined
+_store: dist.Store | None = None  # set once this process has joined
 
 
 def join(*, backend: str, device: str = "auto") -> World:
-    """Joins the process group that the environment describes; a world of one without such an
-    environment.
+    """Join the process group that the environment describes.
+
+    Without such an environment the world has one process and there is no group.
 
     Args:
         backend: nccl or gloo.
-        device: as in `select_device`; processes that do not use GPUs always take gloo.
+        device: As in `select_device`; processes that do not use GPUs always use gloo.
     """
     global _store
     if "RANK" not in os.environ:
         return World()
+    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     if not dist.is_initialized():
         on_gpu = device in ("auto", "cuda") and torch.cuda.is_available()
-        rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-        if LAUNCHED in os.environ:
-            address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-            _store = dist.TCPStore(*address, is_master=False)
-        else:
-            _end_with_parent()
-            one_machine = os.environ.get("LOCAL_WORLD_SIZE") == str(size)
-            if one_machine and "TORCHELASTIC_RUN_ID" not in os.environ:
-                agents = _local_store(rank)
-            else:
-                agents, rank, size = next(rendezvous("env://"))
-            _store = dist.PrefixStore(_meeting(agents, rank, size), agents)
-            if not one_machine:
-                _choose_interface(os.environ["MASTER_ADDR"])
+        _store = _connect(rank, size)
         dist.init_process_group(
             backend if on_gpu else "gloo", store=_store, rank=rank, world_size=size
         )
-    rank, size = dist.get_rank(), dist.get_world_size()
     local_rank = int(os.environ.get("LOCAL_RANK", rank))
     return World(rank, size, local_rank, int(os.environ.get("LOCAL_WORLD_SIZE", size)))
 
 
-def _local_store(rank: int) -> dist.TCPStore:
-    """The store of processes of one machine that nobody keeps one for: the first does, and nothing
-    listens on another address than loopback."""
-    use_loopback(os.environ)
-    address, port = "127.0.0.1", int(os.environ["MASTER_PORT"])
-    if rank > 0:
+def _connect(rank: int, size: int) -> dist.Store:
+    """Return the store in which the processes of this start find each other."""
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    if LAUNCHED in os.environ:
         return dist.TCPStore(address, port, is_master=False)
-    with socket.socket() as listening:
-        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listening.bind((address, port))
-        listening.listen()
+    _end_with_parent()
+    by_torchrun = "TORCHELASTIC_RUN_ID" in os.environ
+    if os.environ.get("LOCAL_WORLD_SIZE") != str(size):
+        _choose_interface(address)
+    elif not by_torchrun:  # a cluster job on one machine
+        use_loopback(os.environ)
+        if rank == 0:
+            return serve_store("127.0.0.1", port)
+        return dist.TCPStore("127.0.0.1", port, is_master=False)
+    store, _, _ = next(rendezvous("env://"))
+    return dist.PrefixStore(_name_start(store, rank, size), store) if by_torchrun else store
+
+
+def serve_store(host: str, port: int) -> dist.TCPStore:
+    """Return a store that listens at one address; TCPStore alone would listen at all of them.
+
+    Raises:
+        OSError: The port is in use.
+    """
+    with socket.socket() as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind((host, port))
+        listener.listen()
+        address, port = listener.getsockname()[:2]
         return dist.TCPStore(
             address,
             port,
             is_master=True,
             wait_for_workers=False,
-            master_listen_fd=listening.detach(),
+            master_listen_fd=listener.detach(),
         )
 
 
 def use_loopback(environment: MutableMapping[str, str]) -> None:
-    """Has the processes of one machine talk where no other machine can."""
+    """Set the loopback interface for traffic between processes of one machine."""
     name = "lo0" if sys.platform == "darwin" else "lo"
     environment.update(GLOO_SOCKET_IFNAME=name, NCCL_SOCKET_IFNAME=name)
 
 
-def _meeting(store: dist.Store, rank: int, size: int) -> str:
-    """A name that the processes of this start share, and none that were here before.
+def _name_start(store: dist.Store, rank: int, size: int) -> str:
+    """Return a name that the processes of this start agree on and no earlier start used.
 
-    After a restart torchrun's store may still hold what the last processes said of themselves, and
-    its restart counts differ between machines. So each process says a new word; the first lists the
-    words until all have found their own in the list.
+    It must be agreed on because torchrun keeps its store, with the addresses of dead processes in
+    it, when it restarts processes, and its restart count may differ between machines.
     """
-    word = uuid.uuid4().hex[:16]
-    store.set(f"word/{rank}", word)
-    others = range(1, size)
+    if rank == 0:
+        name = uuid.uuid4().hex
+        store.set("start", name)
+        words = [store.get(f"{name}/{other}").decode() for other in range(1, size)]
+        store.set(f"{name}/words", " ".join(words))
+        return name
+    word = uuid.uuid4().hex
     while True:
-        if rank == 0:
-            store.set("words", " ".join(store.get(f"word/{r}").decode() for r in range(size)))
-        words = store.get("words").decode()
-        name = hashlib.sha256(words.encode()).hexdigest()
-        if rank == 0 and all(store.check([f"{name}/{r}"]) for r in others):
-            store.set(f"{name}/complete", "")
-        elif rank > 0 and word in words.split():
-            store.set(f"{name}/{rank}", "")
-        if word in words.split() and store.check([f"{name}/complete"]):
+        name = store.get("start").decode()  # of an earlier start, unless its list has our word
+        store.set(f"{name}/{rank}", word)
+        if store.check([f"{name}/words"]) and word in store.get(f"{name}/words").decode():
             return name
         time.sleep(0.02)
 
 
 def _choose_interface(address: str) -> None:
-    """Has gloo use the network on which the other machines are, unless it is told which; by itself
-    it takes the one that this machine's name stands for, which often is loopback."""
+    """Make gloo use the interface that leads to `address`, unless GLOO_SOCKET_IFNAME is set.
+
+    Gloo would use the interface that the hostname resolves to, which often is loopback.
+    """
     if "GLOO_SOCKET_IFNAME" in os.environ or not sys.platform.startswith("linux"):
         return
     import fcntl
 
     get_address = 0x8915  # SIOCGIFADDR
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe, contextlib.suppress(OSError):
-        probe.connect((address, 1))  # sends nothing; chooses the way there
-        mine = socket.inet_aton(probe.getsockname()[0])
+        probe.connect((address, 1))  # sends nothing; selects the route
+        own_address = socket.inet_aton(probe.getsockname()[0])
         for _, name in socket.if_nameindex():
             request = struct.pack("256s", name.encode()[:15])
-            with contextlib.suppress(OSError):
-                if fcntl.ioctl(probe, get_address, request)[20:24] == mine:
+            with contextlib.suppress(OSError):  # an interface without an IPv4 address
+                if fcntl.ioctl(probe, get_address, request)[20:24] == own_address:
                     os.environ["GLOO_SOCKET_IFNAME"] = name
 
 
 def _end_with_parent() -> None:
-    """Asks Linux for a SIGTERM when who started this process is gone; others would train on."""
-    set_parent_death_signal = 1  # a number of prctl's
+    """Have Linux send SIGTERM when the process that started this one dies."""
+    set_parent_death_signal = 1  # PR_SET_PDEATHSIG
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL("libc.so.6").prctl(set_parent_death_signal, signal.SIGTERM)
 
 
 def leave() -> None:
-    """Ends the process group, if there is one."""
+    """Leave the process group, if there is one."""
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
-def speaks_for_all(*, lost_peer: bool = False) -> bool:
-    """Whether this process is the one that says why the run ends: the first with a fault, which
-    notes it before it ends and the others lose contact with it.
+def reports_failure(*, lost_peer: bool = False) -> bool:
+    """Return whether this process reports why the run ends: the first one that failed does.
 
     Args:
-        lost_peer: the fault is that another process is gone; who started the processes, if that
-            was `launch`, knows more about it than we do.
+        lost_peer: This process failed because another one is gone. `launch` knows why and reports
+            it, if it started the processes.
     """
     if _store is None:
         return True
     if lost_peer and LAUNCHED in os.environ:
         return False
-    return claim_fault(_store)
+    return claim_failure(_store)
 
 
-def claim_fault(store: dist.Store) -> bool:
-    """Whether no process has noted a fault before; from now on one has."""
+def claim_failure(store: dist.Store) -> bool:
+    """Record a failure in the store and return whether it is the first one."""
     try:
-        return bool(store.add(_FAULT, 1) == 1)
-    except RuntimeError:  # who kept the store is gone, and nobody else can ask it either
+        return bool(store.add(_FAILURES, 1) == 1)
+    except RuntimeError:  # the process that kept the store is gone
         return True
 
 
 def sum_over_processes(tensor: Tensor) -> Tensor:
-    """The sum of a tensor over all processes, in place."""
+    """Sum a tensor over all processes, in place, and return it."""
     if dist.is_initialized():
         dist.all_reduce(tensor)
     return tensor
 
 
-def smallest(value: int, device: torch.device) -> int:
-    """The smallest of the values of all processes."""
+def min_over_processes(value: int, device: torch.device) -> int:
+    """Return the smallest value of all processes."""
     if not dist.is_initialized():
         return value
     least = torch.tensor(value, device=device)
@@ -201,8 +203,8 @@ def smallest(value: int, device: torch.device) -> int:
     return int(least.item())
 
 
-def rows_of_all(rows: Tensor) -> list[Tensor]:
-    """The tensors of all processes, of one shape, in rank order."""
+def gather_rows(rows: Tensor) -> list[Tensor]:
+    """Return the tensors of all processes, which have one shape, in rank order."""
     if not dist.is_initialized():
         return [rows]
     gathered = [torch.empty_like(rows) for _ in range(dist.get_world_size())]
@@ -211,15 +213,14 @@ def rows_of_all(rows: Tensor) -> list[Tensor]:
 
 
 def broadcast_buffers(module: torch.nn.Module) -> None:
-    """Gives every process the main process's buffers, such as BatchNorm statistics."""
+    """Copy the main process's buffers, such as BatchNorm statistics, to all processes."""
     if dist.is_initialized():
         for buffer in module.buffers():
             dist.broadcast(buffer, src=0)
 
 
 def gather_objects(value: Any) -> list[Any]:
-    """The values of all processes, in rank order; the main process alone gets them, others an empty
-    list."""
+    """Return the values of all processes, in rank order, in the main process; else an empty list."""
     if not dist.is_initialized():
         return [value]
     gathered: list[Any] = [None] * dist.get_world_size()
@@ -228,7 +229,7 @@ def gather_objects(value: Any) -> list[Any]:
 
 
 def any_process(flag: bool, device: torch.device) -> bool:
-    """True on all processes when it is on one."""
+    """Return True in all processes if `flag` is True in one."""
     if not dist.is_initialized():
         return flag
     total = torch.tensor([float(flag)], device=device)
@@ -236,15 +237,17 @@ def any_process(flag: bool, device: torch.device) -> bool:
 
 
 def barrier() -> None:
-    """Waits for all processes."""
+    """Wait for all processes."""
     if dist.is_initialized():
         dist.barrier()
 
 
 @contextlib.contextmanager
 def in_turn(world: World) -> Iterator[None]:
-    """Work that may fetch files: the main process does it before all others, then the first process
-    of each other machine, then the rest, so that each file is fetched once and never by two."""
+    """Order work that may download files, so that no two processes download the same one.
+
+    The main process goes first, then the first process of each other machine, then the rest.
+    """
     turn = 0 if world.is_main else 1 if world.local_rank == 0 else 2
     for _ in range(turn):
         barrier()

@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import os
 import re
+import socket
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 
 import lg
+import lg.distributed.launch
 from lg import distributed, trainer
-from lg.distributed import World, in_turn, rows_of_all
+from lg.distributed import World, gather_rows, in_turn, serve_store
 from lg.logs.log import read_json_lines
 from tests.distributed.distributed_cases import gradients
 
@@ -111,8 +115,8 @@ def test_a_dead_process_ends_all_within_half_a_minute_with_one_line(tmp_path: Pa
     assert done.returncode == 128 + 9
     said = [line for line in done.stderr.splitlines() if "Error" in line]
     assert said == [
-        "Error: process 1 was ended by SIGKILL, so all processes were stopped. Often that means "
-        "that memory ran out. The same command goes on from the last checkpoint."
+        "Error: process 1 was killed by SIGKILL (often because memory ran out), so all processes "
+        "were stopped. Run the same command to resume from the last checkpoint."
     ]
     pids = [int(path.read_text()) for path in tmp_path.glob("*.pid")]
     assert len(pids) == 2 and not any(Path(f"/proc/{pid}").exists() for pid in pids)
@@ -196,12 +200,38 @@ def test_torchrun_goes_on_after_a_worker_was_killed(trained: Path, tmp_path: Pat
 
 def test_a_world_of_one_needs_nobody() -> None:
     rows = torch.arange(6.0).reshape(2, 3)
-    assert rows_of_all(rows) == [rows]
+    assert gather_rows(rows) == [rows]
     with in_turn(World()):
         assert np.isfinite(rows.numpy()).all()
 
 
-def test_gloo_takes_the_network_that_leads_to_the_other_machines(
+def test_a_restart_is_not_confused_by_what_earlier_starts_left() -> None:
+    store = dist.HashStore()  # kept over restarts, as torchrun keeps its own
+    names = []
+    for _ in range(3):
+        with ThreadPoolExecutor(3) as pool:
+            # The main process comes last, when the others have found what the earlier start left.
+            others = [pool.submit(distributed.world._name_start, store, r, 3) for r in (1, 2)]
+            if names:
+                time.sleep(0.1)
+                assert not any(other.done() for other in others)
+            names.append(distributed.world._name_start(store, 0, 3))
+            assert [other.result(timeout=10) for other in others] == [names[-1]] * 2
+    assert len(set(names)) == 3
+
+
+def test_the_store_listens_at_its_own_address_only() -> None:
+    store = serve_store("localhost", 0)
+    assert store.host == "127.0.0.1"
+    with socket.create_connection(("127.0.0.1", store.port), timeout=5):
+        pass
+    with pytest.raises(OSError):  # also loopback, but not the address asked for
+        socket.create_connection(("127.0.0.2", store.port), timeout=5)
+    with pytest.raises(OSError, match=r"PORT_RANGE is \[(\d+), \1\]; no free port"):
+        lg.distributed.launch._serve_at_free_port("localhost", (store.port, store.port))
+
+
+def test_gloo_uses_the_interface_that_leads_to_the_other_machines(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     on_linux = sys.platform.startswith("linux")

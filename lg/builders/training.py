@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from timm.layers import convert_sync_batchnorm
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from yacs.config import CfgNode
 
 from lg.config import dump_config
 from lg.device import Precision, allow_tf32, reuse_memory, select_device
 from lg.distributed import World, in_turn
 from lg.distributed.cluster import Resources
-from lg.distributed.sync_batch_norm import synchronize_batch_norm, uses_batch_statistics
 from lg.errors import ConfigError
 from lg.guidance import GuidedStudent
 from lg.guidance.bank_file import bank_path
@@ -83,22 +84,33 @@ def build_device(cfg: CfgNode, world: World) -> torch.device:
 def synchronize_batch_norms(
     cfg: CfgNode, parts: Sequence[object], world: World, device: torch.device
 ) -> None:
-    """With TRAIN.SYNC_BN, has the BatchNorms of student and guide see the whole batch.
+    """With TRAIN.SYNC_BN, make BatchNorms of student and guide use the whole batch, in place.
+
+    Names, parameters and stored statistics stay as they are.
 
     Raises:
-        ConfigError: neither has any that looks at the batch.
+        ConfigError: No BatchNorm uses the statistics of the batch, or the device is not a GPU.
     """
-    models = [part for part in parts if isinstance(part, nn.Module) and uses_batch_statistics(part)]
     if not cfg.TRAIN.SYNC_BN:
         return
+    models = [part for part in parts if isinstance(part, nn.Module) and _uses_batch_stats(part)]
     if not models:
         raise ConfigError(
-            f"TRAIN.SYNC_BN is True, but MODEL.TYPE {cfg.MODEL.TYPE} and its guide have no "
-            "BatchNorm that looks at the batch: set it to False."
+            f"TRAIN.SYNC_BN is True, but no BatchNorm of MODEL.TYPE {cfg.MODEL.TYPE} or its guide "
+            "uses the statistics of the batch: set it to False."
+        )
+    if device.type != "cuda":
+        raise ConfigError(
+            f"TRAIN.SYNC_BN is True, but torch synchronises BatchNorm on GPUs only and this run is "
+            f"on {device.type}: set it to False."
         )
     if world.size > 1:
         for model in models:
-            synchronize_batch_norm(model, device)
+            convert_sync_batchnorm(model)  # torch's, and timm's BatchNorm keeps its activation
+
+
+def _uses_batch_stats(model: nn.Module) -> bool:
+    return any(isinstance(each, _BatchNorm) and each.training for each in model.modules())
 
 
 def build_precision(cfg: CfgNode, device: torch.device) -> Precision:

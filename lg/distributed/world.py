@@ -220,7 +220,10 @@ def broadcast_buffers(module: torch.nn.Module) -> None:
 
 
 def gather_objects(value: Any) -> list[Any]:
-    """Return the values of all processes, in rank order, in the main process; else an empty list."""
+    """Return the values of all processes, in rank order.
+
+    Only the main process gets them; the others get an empty list.
+    """
     if not dist.is_initialized():
         return [value]
     gathered: list[Any] = [None] * dist.get_world_size()

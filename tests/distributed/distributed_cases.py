@@ -30,19 +30,15 @@ SIZES = {
     "DEVICE": "cpu",
     "MODEL.IMG_SIZE": 32,
     "MODEL.NUM_CLASSES": 5,
-    "TRANSFORMER.PATCH_SIZE": [3, 3, 3],
-    "TRANSFORMER.PATCH_STRIDE": [2, 2, 2],
-    "TRANSFORMER.PATCH_PADDING": [1, 1, 1],
-    "TRANSFORMER.HIDDEN_DIM": [8, 16, 16],
-    "TRANSFORMER.DEPTH": [1, 1, 1],
-    "TRANSFORMER.NUM_HEADS": [1, 2, 2],
+    "TRANSFORMER.PATCH_SIZE": 8,
+    "TRANSFORMER.HIDDEN_DIM": 16,
+    "TRANSFORMER.DEPTH": 3,
+    "TRANSFORMER.NUM_HEADS": 2,
     "TRANSFORMER.DROP_PATH_RATE": 0.0,
     "CNN.DEPTH": 8,
     "DISTILLATION.INTER_STUDENT_INDEX": [0, 1, 2],
     "DISTILLATION.INTER_TEACHER_INDEX": [0, 1, 2],
-    "DISTILLATION.TEACHER_BN": "batch",
     "DISTILLATION.TEACHER_WEIGHTS": None,
-    "TRAIN.SYNC_BN": True,
     "TRAIN.BATCH_SIZE": 12,
 }
 NUM_IMAGES = 12
@@ -51,17 +47,16 @@ NUM_IMAGES = 12
 def config(**changes: Any) -> Any:
     values = SIZES | {key.replace("__", "."): value for key, value in changes.items()}
     opts = [text for key, value in values.items() for text in (key, str(value))]
-    return lg.load_config(CONFIGS / "cvt/cvt-13_c100_ours.yaml", opts)
+    return lg.load_config(CONFIGS / "deit/deit-ti_c100_ours.yaml", opts)
 
 
 def guided_run(world: distributed.World, *, accum_steps: int, precision: Precision) -> Any:
-    """CvT with BatchNorm, guided through linear heads by a ResNet with the batch's statistics."""
+    """Return a DeiT that a ResNet guides through linear heads, in float64."""
     cfg = config(TRAIN__ACCUM_STEPS=accum_steps)
     torch.manual_seed(0)
     guided, guide, loss = builders.build_guided(cfg)
     guided.double()
     guide.double()
-    builders.synchronize_batch_norms(cfg, (guided, guide), world, CPU)
     module = DistributedDataParallel(guided) if world.size > 1 else guided
     return SimpleNamespace(
         guided=guided,
@@ -85,7 +80,7 @@ def share_of_batch(world: distributed.World) -> tuple[Batch, torch.Tensor]:
 
 
 def gradients(world: distributed.World) -> dict[str, Any]:
-    """Gradients and stored statistics after one batch, all of it at once or in two parts."""
+    """Return the gradients of one batch, all of it at once or in two parts."""
     found = {}
     for accum_steps in (1, 2):
         run = guided_run(world, accum_steps=accum_steps, precision=Precision(CPU))
@@ -93,7 +88,6 @@ def gradients(world: distributed.World) -> dict[str, Any]:
         found[accum_steps] = {
             "loss": distributed.sum_over_processes(losses["loss"].clone()) / world.size,
             "gradients": {n: p.grad for n, p in run.guided.named_parameters()},
-            "buffers": dict(run.guided.named_buffers()),
         }
     return found
 

@@ -71,7 +71,7 @@ def run(mode: str, cfg: CfgNode) -> None:
     except Interrupted as stop:
         sys.exit(stop.code)
     except Exception as error:
-        errors.tell(
+        errors.report_failure(
             error,
             batch_size=cfg.TRAIN.BATCH_SIZE,
             accum_steps=cfg.TRAIN.ACCUM_STEPS,

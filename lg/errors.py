@@ -1,6 +1,6 @@
 """Errors that users can fix, and how a failed run is reported.
 
-Modules that are loaded before torch raise these errors, so torch is imported inside functions.
+Modules that are loaded before torch raise these errors, so functions import torch themselves.
 """
 
 from __future__ import annotations
@@ -37,68 +37,60 @@ class NonFiniteLossError(UserError):
     """A loss or weight became infinite or NaN."""
 
 
-_NO_MEMORY = ("out of memory", "can't allocate memory", "not enough memory", "alloc_failed")
-_WAYS_OUT = (
-    "Ways out that keep the recipe: {accumulate}TRAIN.MIXED_PRECISION True; else a smaller "
-    "TRAIN.BATCH_SIZE. TEST.BATCH_SIZE {test} and DATA_LOADER.NUM_WORKERS take memory as well, and "
-    "so do images kept decoded (DATA_LOADER.BACKEND workers keeps none)."
-)
+# Where torch raises a plain RuntimeError from C++, its text is the only mark of the cause.
+_OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory", "alloc_failed")
+_LOST_PEER = "gloo"  # in the path of the source file that gloo's messages begin with
+
+_RESUME = "Run the same command to resume from the last checkpoint."
 
 
-def tell(
+def report_failure(
     error: Exception, *, batch_size: int, accum_steps: int, test_batch_size: int, mixed: bool
 ) -> None:
-    """Says why the run ends on standard error, from the one process whose fault it is.
+    """Print why the run ends to standard error, in the first process that failed.
 
-    A fault of the program itself, which no user can mend, is told with its traceback.
+    Errors that users can fix are one line; all others keep their traceback.
 
     Args:
-        error: What ends the run.
+        error: What ended the run.
         batch_size: TRAIN.BATCH_SIZE.
         accum_steps: TRAIN.ACCUM_STEPS.
         test_batch_size: TEST.BATCH_SIZE.
-        mixed: Whether precision is mixed.
+        mixed: TRAIN.MIXED_PRECISION.
     """
-    from lg.distributed import reports_failure
+    from lg.distributed import is_first_to_fail
 
     lost = is_lost_peer(error)
-    if not reports_failure(lost_peer=lost):
+    if not is_first_to_fail(lost_peer=lost):
         return
+    sizes = f"TRAIN.BATCH_SIZE {batch_size} and TRAIN.ACCUM_STEPS {accum_steps}"
+    cause = first_line(error)
     if isinstance(error, (UserError, OSError)):
         line = str(error)
     elif lost:
         line = (
-            f"Contact with the other processes is lost ({_first_line(error)}): one was ended from "
-            "outside, or its machine or the network failed. The same command goes on from the last "
-            "checkpoint."
+            f"Lost contact with the other processes ({cause}): one was killed, or its machine or "
+            f"the network failed. {_RESUME}"
         )
     elif is_out_of_memory(error):
+        advice = memory_advice(
+            batch_size=batch_size,
+            accum_steps=accum_steps,
+            test_batch_size=test_batch_size,
+            mixed=mixed,
+        )
         precision = "mixed precision" if mixed else "fp32"
-        parts = f"TRAIN.ACCUM_STEPS {2 * accum_steps} (half as much at a time); "
-        ways = _WAYS_OUT.format(
-            accumulate=parts if batch_size % (2 * accum_steps) == 0 else "", test=test_batch_size
-        )
-        if mixed:
-            ways = ways.replace("TRAIN.MIXED_PRECISION True; else ", "")
+        line = f"Out of memory with {sizes} in {precision} ({cause}). {advice}"
+    elif _is_from_image_workers(error):
         line = (
-            f"Out of memory with TRAIN.BATCH_SIZE {batch_size}, TRAIN.ACCUM_STEPS {accum_steps} in "
-            f"{precision} ({_first_line(error)}). {ways}"
+            f"Reading images failed ({cause}): if memory ran out, lower DATA_LOADER.NUM_WORKERS; "
+            "if reading is slow, check the disk or network of DATA_LOADER.ROOT or raise "
+            f"DATA_LOADER.TIMEOUT. {_RESUME}"
         )
-    elif str(error).startswith("DataLoader worker"):
+    elif _is_from_batch_norm(error):
         line = (
-            f"A process that reads images has died ({_first_line(error)}). Often memory ran out: "
-            "lower DATA_LOADER.NUM_WORKERS. The same command goes on from the last checkpoint."
-        )
-    elif str(error).startswith("Expected more than 1 value per channel"):
-        line = (
-            f"A BatchNorm of the model got a single value, with TRAIN.BATCH_SIZE {batch_size} and "
-            f"TRAIN.ACCUM_STEPS {accum_steps} ({_first_line(error)}): raise the first, or lower "
-            "the second."
-        )
-    elif str(error).startswith("DataLoader timed out"):
-        line = (
-            f"No images have come for long ({_first_line(error)}). Check the disk or network that "
-            "DATA_LOADER.ROOT is on, or raise DATA_LOADER.TIMEOUT."
+            f"A BatchNorm of the model got one value per channel ({cause}) with {sizes}: raise the "
+            "first or lower the second."
         )
     else:
         traceback.print_exception(error)
@@ -106,25 +98,63 @@ def tell(
     print(f"Error: {line}", file=sys.stderr, flush=True)
 
 
+def memory_advice(*, batch_size: int, accum_steps: int, test_batch_size: int, mixed: bool) -> str:
+    """Return which settings need less memory; those that keep the recipe come first.
+
+    The arguments are those of `report_failure`.
+    """
+    keeping = (
+        [f"TRAIN.ACCUM_STEPS {2 * accum_steps}"] if batch_size % (2 * accum_steps) == 0 else []
+    )
+    if not mixed:
+        keeping.append("TRAIN.MIXED_PRECISION True")
+    first = f"Set {' or '.join(keeping)}, which keep the recipe, or lower" if keeping else "Lower"
+    return (
+        f"{first} TRAIN.BATCH_SIZE. TEST.BATCH_SIZE {test_batch_size}, DATA_LOADER.NUM_WORKERS and "
+        "decoded images (none with DATA_LOADER.BACKEND workers) take memory too."
+    )
+
+
 def is_lost_peer(error: Exception) -> bool:
-    """Whether the error is that another process has gone, rather than one of this process."""
+    """Return whether the error is that another process is gone, not one of this process."""
     import torch.distributed as dist
 
     return isinstance(error, dist.DistError) or (
-        isinstance(error, RuntimeError) and "gloo" in str(error)
+        isinstance(error, RuntimeError) and _LOST_PEER in str(error)
     )
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """Whether memory of this machine or its GPU ran out."""
+    """Return whether memory of this machine or its GPU ran out."""
     import torch
 
     text = str(error).lower()
     return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or (
-        isinstance(error, RuntimeError) and any(part in text for part in _NO_MEMORY)
+        isinstance(error, RuntimeError) and any(part in text for part in _OUT_OF_MEMORY)
     )
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """Return the first line of an error's message, at most 160 characters, or its type's name."""
     lines = str(error).strip().splitlines()
     return lines[0][:160].rstrip(".") if lines else type(error).__name__
+
+
+def _is_from_image_workers(error: Exception) -> bool:
+    """Return whether torch's loader raised the error: a worker died or its time was up.
+
+    An error that a worker raised does not count; torch raises that again elsewhere.
+    """
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    module = frames[-1].f_globals["__name__"] if frames else ""
+    return isinstance(error, RuntimeError) and module.startswith("torch.utils.data.")
+
+
+def _is_from_batch_norm(error: Exception) -> bool:
+    """Return whether a BatchNorm rejected its input, for which a single value is the one reason."""
+    from torch.nn.functional import batch_norm
+
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    return isinstance(error, ValueError) and any(
+        frame.f_code is batch_norm.__code__ for frame in frames
+    )

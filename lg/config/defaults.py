@@ -148,7 +148,7 @@ DEFAULTS: dict[str, Any] = {
         "FRACTION": 1.0,
         # (+) micro-batches per batch, to save memory; must divide BATCH_SIZE
         "ACCUM_STEPS": 1,
-        # (+) several GPUs: BatchNorm uses the statistics of the whole batch instead of each process's
+        # (+) several GPUs: BatchNorm uses the statistics of the whole batch, not of each process's
         # share
         "SYNC_BN": False,
         "HFLIP": 0.5,  # (+) probability of a horizontal flip, [0, 1]; use 0 for digits or letters

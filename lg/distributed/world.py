@@ -165,8 +165,8 @@ def leave() -> None:
         dist.destroy_process_group()
 
 
-def reports_failure(*, lost_peer: bool = False) -> bool:
-    """Return whether this process reports why the run ends: the first one that failed does.
+def is_first_to_fail(*, lost_peer: bool = False) -> bool:
+    """Return whether this process failed first, so that it reports why the run ends.
 
     Args:
         lost_peer: This process failed because another one is gone. `launch` knows why and reports

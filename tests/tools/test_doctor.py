@@ -207,8 +207,9 @@ def test_whatever_building_raises_is_a_finding(
     monkeypatch.setattr("lg.tools.doctor.checkup.build_run", overflow)
     assert texts(check_config(cfg), PROBLEM) == [
         "taking the first training steps runs out of memory (CUDA out of memory. Tried to allocate "
-        "9 GiB). Set TRAIN.MIXED_PRECISION True or raise TRAIN.ACCUM_STEPS, which keep the "
-        "recipe, or lower TRAIN.BATCH_SIZE."
+        "9 GiB). Set TRAIN.ACCUM_STEPS 2 or TRAIN.MIXED_PRECISION True, which keep the recipe, or "
+        "lower TRAIN.BATCH_SIZE. TEST.BATCH_SIZE 200, DATA_LOADER.NUM_WORKERS and decoded images "
+        "(none with DATA_LOADER.BACKEND workers) take memory too."
     ]
 
 

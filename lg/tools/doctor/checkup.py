@@ -34,6 +34,7 @@ from lg.datasets.cached_loader import CachedTrainLoader
 from lg.datasets.loader import usable_workers
 from lg.datasets.scan import drop_unreadable, has_image_files, scan
 from lg.distributed import World
+from lg.errors import memory_advice
 from lg.files.lock import check_writable, existing_folder
 from lg.guidance import FeatureBank
 from lg.guidance.bank_file import bank_path
@@ -69,6 +70,12 @@ def doctor(cfg: CfgNode) -> None:
 def check_config(cfg: CfgNode) -> Findings:
     """Find what would stop a config's training, spoil its result, or look odd."""
     found = Findings()
+    found.memory_advice = memory_advice(
+        batch_size=cfg.TRAIN.BATCH_SIZE,
+        accum_steps=cfg.TRAIN.ACCUM_STEPS,
+        test_batch_size=cfg.TEST.BATCH_SIZE,
+        mixed=cfg.TRAIN.MIXED_PRECISION,
+    )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the findings cover them
         _check_output(cfg, found)

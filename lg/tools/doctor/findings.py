@@ -8,7 +8,7 @@ import textwrap
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from lg.errors import is_out_of_memory
+from lg.errors import first_line, is_out_of_memory
 
 PROBLEM, NOTE, FACT = "problem", "note", "fact"
 DATA, MODEL, DEVICE = "Data", "Model and guide", "Device and precision"
@@ -32,7 +32,13 @@ class Finding:
 
 
 class Findings(list[Finding]):
-    """The findings so far, without duplicates."""
+    """The findings so far, without duplicates.
+
+    Attributes:
+        memory_advice: Which settings need less memory; part of each out-of-memory problem.
+    """
+
+    memory_advice = ""
 
     def add(self, *findings: Finding) -> None:
         """Append the findings that are not there yet."""
@@ -54,17 +60,14 @@ class Findings(list[Finding]):
         try:
             yield
         except Exception as error:
-            text = _describe(error, action)
+            text = _describe(error, action, self.memory_advice)
             self.add(Finding(PROBLEM, topic, text if key in text else f"{key}: {text}"))
 
 
-def _describe(error: Exception, action: str) -> str:
-    line = str(error).strip().partition("\n")[0] or type(error).__name__
+def _describe(error: Exception, action: str, memory_advice: str) -> str:
+    line = first_line(error)
     if is_out_of_memory(error):
-        return (
-            f"{action} runs out of memory ({line}). Set TRAIN.MIXED_PRECISION True or raise "
-            "TRAIN.ACCUM_STEPS, which keep the recipe, or lower TRAIN.BATCH_SIZE."
-        )
+        return f"{action} runs out of memory ({line}). {memory_advice}"
     if isinstance(error, (ValueError, OSError)):  # written for the user
         return str(error).strip()
     return f"{action} fails ({type(error).__name__}: {line}); --mode train would fail too."

@@ -1,7 +1,8 @@
-"""Attention maps: what each token of a block looks at, read while a model runs.
+"""Attention maps: the weights that each token of a block gives to the others.
 
-Nothing of this costs a model that nobody looks at: the weights, which fused attention never forms,
-are computed a second time from the queries and keys that pass by.
+Fused attention never forms the weights, so they are computed from the queries and keys in a second
+run of the block. Models that are not inspected have no extra cost. (timm's `AttentionExtract` reads
+unfused attention only.)
 """
 
 from __future__ import annotations
@@ -16,12 +17,12 @@ from timm.models.convit import GPSA
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from lg.models.backbone import Backbone, evaluating, unwrap
+from lg.models.backbone import evaluating, unwrap
 from lg.models.convit import GatedAttention
 
 
 class _Recorder(TorchFunctionMode):
-    """Keeps the attention weights [B, M, Q, K] that are computed, or implied, while it is on."""
+    """Records the attention weights [B, M, Q, K] that are computed, or implied, inside it."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -35,12 +36,12 @@ class _Recorder(TorchFunctionMode):
         if func is F.scaled_dot_product_attention:
             self.found.append(attention_weights(*args, **kwargs))
         elif func in _SOFTMAX and _is_attention(result):
-            self.found.append(result.detach())  # attention that is not fused
+            self.found.append(result.detach())  # unfused attention
         return result
 
 
 def _is_attention(result: Any) -> bool:
-    """Whether a softmax gave shares of keys: four dimensions, of which rows sum to one."""
+    """Return whether the result of a softmax can be attention: four dimensions, rows sum to 1."""
     if not isinstance(result, torch.Tensor) or result.ndim != 4:
         return False
     return bool((result.float().sum(dim=-1) - 1).abs().max() < 1e-2)
@@ -59,7 +60,7 @@ def attention_weights(
     scale: float | None = None,
     **_: Any,
 ) -> torch.Tensor:
-    """Return the weights behind `F.scaled_dot_product_attention`, whose arguments these are."""
+    """Return the weights of `F.scaled_dot_product_attention`, for the same arguments."""
     factor = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
     scores = factor * query @ key.transpose(-2, -1)
     if is_causal:
@@ -72,7 +73,7 @@ def attention_weights(
 
 @torch.compiler.disable
 def attention_maps(model: nn.Module, images: torch.Tensor, index: int) -> torch.Tensor:
-    """Return the attention weights of one block, in evaluation mode; the model stays as it was.
+    """Return the attention weights of one block, in evaluation mode; the model does not change.
 
     Args:
         model: A `Backbone`, bare or wrapped by DistributedDataParallel or torch.compile.
@@ -80,67 +81,39 @@ def attention_maps(model: nn.Module, images: torch.Tensor, index: int) -> torch.
         index: The block, counted as INTER_STUDENT_INDEX counts.
 
     Returns:
-        [B, M, Q, K]: for each of M heads, the share that each of Q queries gives to each of K keys;
-        a row sums to 1. Queries are the class token (if the block has one), then the map row by
-        row: its size is that of the block's feature map. Keys are the same tokens, or a coarser
-        map where the family reduces keys (PVT, PVTv2, CvT), again behind the class token. A timm
-        model may differ: windows count as images (Swin), channels attend to channels (XCiT).
+        [B, M, Q, K]: for each of M heads, the weights that each of Q queries gives to the K keys; a
+        row sums to 1. Queries are the class token (if the block has one), then the map row by row:
+        its size is that of the block's feature map. Keys are the same tokens, or a coarser map
+        after the class token where the family reduces keys (PVT, PVTv2, CvT). A timm model may
+        differ: windows count as images (Swin), channels attend to channels (XCiT).
 
     Raises:
-        ValueError: There is no such block, or it has no attention of this kind (CNNs, for example).
+        ValueError: There is no such block, or it has no softmax attention (CNNs, for example).
     """
     backbone = unwrap(model)
-    if not 0 <= index < len(backbone.blocks):
-        raise ValueError(
-            f"block index {index} is out of range: the model has {len(backbone.blocks)} blocks, so "
-            f"0 to {len(backbone.blocks) - 1} are allowed"
-        )
-    found = _record(backbone, images, index)
-    if not found:
-        raise ValueError(
-            f"block {index} ({backbone.block_names[index]}) of this {backbone.family} model has no "
-            "softmax attention to show: choose a block of a transformer"
-        )
-    return found[0]
-
-
-def _mixture(module: Any, tokens: torch.Tensor) -> torch.Tensor:
-    """The attention of a gated layer, ours or timm's own."""
-    if isinstance(module, GatedAttention):
-        return module.attention(tokens)
-    module.rel_indices = module.get_rel_indices(
-        tokens.shape[1]
-    )  # else worked out at the first pass
-    return module.get_attention(tokens)
-
-
-def _record(backbone: Backbone, images: torch.Tensor, index: int) -> list[torch.Tensor]:
-    """Run the model and return what the recorder, on during one block, has found."""
+    backbone.check_indices([index])
     block = backbone.blocks[index]
+    # Gated attention mixes two softmaxes, so the layer itself computes its weights.
+    gated = next((m for m in block.modules() if isinstance(m, (GatedAttention, GPSA))), None)
     recorder = _Recorder()
-    mixed: list[torch.Tensor] = []
 
-    def start(*_: Any) -> None:
-        recorder.__enter__()
+    def look(module: nn.Module, args: tuple, kwargs: dict) -> None:
+        with recorder:
+            module.forward(*args, **kwargs)
+        if isinstance(module, GatedAttention):
+            recorder.found = [module.attention(args[0])]
+        elif isinstance(module, GPSA):
+            recorder.found = [module.get_attention(args[0])]
 
-    def stop(*_: Any) -> None:
-        recorder.__exit__(None, None, None)
-
-    def mix(module: nn.Module, inputs: tuple) -> None:
-        mixed.append(_mixture(module, inputs[0]))
-
-    # `always_call`: a block that raises must not leave the recorder on.
-    handles = [
-        block.register_forward_pre_hook(start),
-        block.register_forward_hook(stop, always_call=True),
-    ]
-    # Gated attention is the mixture of two, which the layer itself knows how to form.
-    gated = [m for m in block.modules() if isinstance(m, (GatedAttention, GPSA))]
-    handles += [m.register_forward_pre_hook(mix) for m in gated]
+    handle = (gated or block).register_forward_pre_hook(look, with_kwargs=True)
     try:
         with evaluating(backbone), torch.compiler.set_stance("force_eager"):
             backbone(images)
     finally:
-        for handle in handles:
-            handle.remove()
-    return mixed or recorder.found
+        handle.remove()
+    if not recorder.found:
+        raise ValueError(
+            f"block {index} ({backbone.block_names[index]}) of this {backbone.family} model has no "
+            "softmax attention: choose a block of a transformer"
+        )
+    return recorder.found[0]

@@ -1,7 +1,7 @@
-"""No file that a user may get from elsewhere runs code: live payloads that must not fire.
+"""Files from elsewhere run no code: every payload here is live, and none may run.
 
-More of them stand beside the parts they attack: pickles of CIFAR-100 in tests/datasets, feature
-files in tests/guidance, checkpoints in test_checkpoint.py, YAML in test_config_faults.py.
+Other payloads are tested beside the code that they attack: pickles of CIFAR-100 in tests/datasets,
+feature files in tests/guidance, checkpoints in test_checkpoint.py, YAML in tests/config.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ SMALL = ["DEVICE", "cpu", "DATA_LOADER.NUM_WORKERS", 0, "TRAIN.FRACTION", 0.1]
 
 
 class Payload:
-    """Leaves a mark when it is unpickled."""
+    """Creates the mark when it is unpickled."""
 
     def __init__(self, mark: Path) -> None:
         self.mark = mark
@@ -51,14 +51,14 @@ class Payload:
 
 @pytest.fixture(name="mark")
 def mark_fixture(tmp_path: Path) -> Iterator[Path]:
-    """A file that every payload would leave, and that none has left in the end."""
+    """A file that every payload would create; checks at the end that none did."""
     path = tmp_path / "ran"
     yield path
-    assert not path.exists(), "a payload has run"
+    assert not path.exists(), "a payload ran"
 
 
-def fires(load: Callable[[], Any], mark: Path) -> bool:
-    """Whether a payload is live: what trusts the file runs it."""
+def runs(load: Callable[[], Any], mark: Path) -> bool:
+    """Return whether a payload is live: a load that trusts the file runs it."""
     load()
     ran = mark.exists()
     mark.unlink(missing_ok=True)
@@ -104,38 +104,38 @@ def pretrained(mark: Path, path: str) -> None:
     lg.build_model(lg.load_config(config, ["MODEL.PRETRAINED", path]))
 
 
-DOORS = [test_weights, train_weights, resume, teacher_weights, timm_teacher_weights, pretrained]
+LOADERS = [test_weights, train_weights, resume, teacher_weights, timm_teacher_weights, pretrained]
 test_weights.__test__ = False  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize("place", ["model_state", "cfg", "all"])
-@pytest.mark.parametrize("door", DOORS, ids=lambda door: door.__name__)
-def test_no_weights_run(mark: Path, door: Callable[[Path, str], None], place: str) -> None:
+@pytest.mark.parametrize("load", LOADERS, ids=lambda load: load.__name__)
+def test_weights_run_no_code(mark: Path, load: Callable[[Path, str], None], place: str) -> None:
     state: Any = {"model_state": {"w": torch.ones(2)}, "cfg": "", "epoch": 0, "test_err": 1.0}
     evil = Payload(mark)
     state = evil if place == "all" else state | {place: evil}
     for new in (True, False):
-        path = mark.parent / f"{door.__name__}{new}.pyth"
+        path = mark.parent / f"{load.__name__}{new}.pyth"
         torch.save(state, path, _use_new_zipfile_serialization=new)
         with pytest.raises(CheckpointError, match=r"never loaded|No checkpoint in .* can be used"):
-            door(mark, str(path))
+            load(mark, str(path))
         assert not mark.exists()
-        assert fires(lambda path=path: torch.load(path, weights_only=False), mark)
+        assert runs(lambda path=path: torch.load(path, weights_only=False), mark)
         shutil.rmtree(mark.parent / "out", ignore_errors=True)
 
 
-def test_the_name_of_a_file_opens_no_other_door(mark: Path) -> None:
+def test_the_name_of_a_file_does_not_change_how_it_is_loaded(mark: Path) -> None:
     for name in ("a.safetensors", "a.npz", "a.pkl", "a"):
         (mark.parent / name).write_bytes(pickle.dumps({"model_state": Payload(mark)}))
         with pytest.raises(CheckpointError):
             lg.load_weights(resnet(depth=8, img_size=16, num_classes=10), mark.parent / name)
-        assert fires(lambda name=name: pickle.loads((mark.parent / name).read_bytes()), mark)
+        assert runs(lambda name=name: pickle.loads((mark.parent / name).read_bytes()), mark)
 
 
-def test_a_config_in_a_checkpoint_is_no_program(
+def test_the_config_of_a_checkpoint_runs_no_code(
     mark: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """It is compared with the run's own when training goes on."""
+    """On resume it is compared with the config of the run."""
     out = [*SMALL, "OUT_DIR", mark.parent / "out", "TRAIN.BATCH_SIZE", 30, "OPTIM.MAX_EPOCH", 1]
     cfg = lg.load_config(DIGITS / "r-8_digits.yaml", out)
     trainer.train(cfg)
@@ -161,7 +161,7 @@ def test_a_feature_file_of_the_original_code_runs_nothing(mark: Path) -> None:
     with pytest.raises(BankError, match=r"Object arrays cannot be loaded"):
         FeatureBank(path, [0])
     assert not mark.exists()
-    assert fires(lambda: np.load(path, allow_pickle=True)["first"], mark)
+    assert runs(lambda: np.load(path, allow_pickle=True)["first"], mark)
 
 
 def test_an_unfinished_bank_runs_nothing(mark: Path) -> None:
@@ -177,7 +177,7 @@ def test_an_unfinished_bank_runs_nothing(mark: Path) -> None:
     (folder / "progress.json").write_text(json.dumps(progress))
     evil = np.array([Payload(mark)] * 4, dtype=object)
     np.save(folder / "layer_0.npy", evil, allow_pickle=True)
-    assert fires(lambda: np.load(folder / "layer_0.npy", allow_pickle=True), mark)
+    assert runs(lambda: np.load(folder / "layer_0.npy", allow_pickle=True), mark)
     begun: list[int] = []
     images = torch.rand(4, 3, 16, 16)
 
@@ -205,7 +205,7 @@ def test_an_unfinished_bank_runs_nothing(mark: Path) -> None:
 
 
 @pytest.mark.parametrize("part", ["test", "meta"])
-def test_no_part_of_cifar_runs(mark: Path, part: str) -> None:
+def test_cifar_files_run_no_code(mark: Path, part: str) -> None:
     folder = mark.parent / "cifar-100-python"
     folder.mkdir()
     pixels = np.zeros((2, 3072), np.uint8)
@@ -217,11 +217,11 @@ def test_no_part_of_cifar_runs(mark: Path, part: str) -> None:
     (folder / part).write_bytes(pickle.dumps(table | {"extra": Payload(mark)}))
     with pytest.raises(DataError, match=rf"{part}: it tries to call .*system, .*nothing was run"):
         build_dataset("cifar100", mark.parent, "test")
-    assert fires(lambda: pickle.loads((folder / part).read_bytes()), mark)
+    assert runs(lambda: pickle.loads((folder / part).read_bytes()), mark)
 
 
 def element(kind: int, content: bytes) -> bytes:
-    """A part of a MATLAB 5 file."""
+    """Return one element of a MATLAB 5 file."""
     return struct.pack("<II", kind, len(content)) + content + bytes(-len(content) % 8)
 
 
@@ -231,8 +231,8 @@ def matrix(matlab_class: int, name: bytes, content: bytes, *, length: int = 1) -
 
 
 @pytest.mark.parametrize("kind", ["function handle", "opaque object", "cells", "text", "pickle"])
-def test_no_mat_file_runs(mark: Path, kind: str) -> None:
-    """What MATLAB would run is not even a number here."""
+def test_mat_files_run_no_code(mark: Path, kind: str) -> None:
+    """Code that MATLAB would run is rejected because it is not a number."""
     folder = mark.parent / "flowers"
     (folder / "jpg").mkdir(parents=True)
     savemat(folder / "setid.mat", {"trnid": [[1]], "valid": [[1]], "tstid": [[1]]})
@@ -259,7 +259,7 @@ def test_no_mat_file_runs(mark: Path, kind: str) -> None:
 @pytest.mark.parametrize(
     "name", ["../../{0}", "{0}", "train/../../x.JPG", "train/$(touch {0}).JPG", "|touch {0}"]
 )
-def test_no_list_of_images_reaches_out_or_runs(mark: Path, name: str) -> None:
+def test_lists_of_images_run_no_code_and_stay_in_their_folder(mark: Path, name: str) -> None:
     folder = mark.parent / "chaoyang"
     (folder / "train").mkdir(parents=True)
     entry = {"name": name.format(mark), "label": 0, "__reduce__": ["os.system", f"touch {mark}"]}
@@ -269,7 +269,7 @@ def test_no_list_of_images_reaches_out_or_runs(mark: Path, name: str) -> None:
 
 
 def tampered_archive(path: Path, mark: Path) -> None:
-    """One that looks whole, and has members that leave the folder it is unpacked in."""
+    """Write a complete archive with members outside of the folder it is unpacked to."""
     with tarfile.open(path, "w:gz") as archive:
         for name in ("cifar-100-python/train", "jpg/image_00001.jpg", "../../ran", str(mark)):
             member = tarfile.TarInfo(name)
@@ -283,10 +283,10 @@ def tampered_archive(path: Path, mark: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["cifar100", "flowers"])
-def test_no_tampered_archive_is_unpacked(
+def test_tampered_archives_are_not_unpacked(
     mark: Path, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """torchvision compares the official MD5 first; the folder of the download goes with it."""
+    """torchvision compares the official MD5 first; the download is removed with its folder."""
     fetched: list[str] = []
 
     def serve(url: str, filename: str | Path, *args: Any, **options: Any) -> None:

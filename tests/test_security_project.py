@@ -1,4 +1,4 @@
-"""What is safe in the project itself: configs, what a run writes, the source, the dependencies."""
+"""Security of the project itself: configs, files of a run, source, dependencies."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ from tests.test_security import mark_fixture as mark_fixture
 @pytest.mark.parametrize(
     "key", ["LAUNCH.NAME", "LAUNCH.COMMENT", "LAUNCH.PARTITION", "LAUNCH.GPU_TYPE", "LAUNCH.EMAIL"]
 )
-def test_no_config_adds_lines_to_a_job(mark: Path, key: str) -> None:
-    """submitit quotes what it writes behind `#SBATCH`, but a shell's comment ends with its line."""
+def test_configs_add_no_lines_to_a_job(mark: Path, key: str) -> None:
+    """submitit quotes the values behind `#SBATCH`, but a new line ends a shell comment."""
     config = mark.parent / "job.yaml"
     section, _, name = key.partition(".")
     for line_end in ("\n", "\r", "\x0b", "\x85", "\x1b[2K"):
@@ -35,7 +35,7 @@ def test_no_config_adds_lines_to_a_job(mark: Path, key: str) -> None:
             lg.load_config(config)
 
 
-def test_no_text_of_a_config_is_run(mark: Path) -> None:
+def test_texts_of_a_config_run_no_code(mark: Path) -> None:
     config = mark.parent / "run.yaml"
     for text in (f"__import__('os').system('touch {mark}')", f"$(touch {mark})", f"`touch {mark}`"):
         config.write_text(f"DESC: {json.dumps(text)}\nOUT_DIR: {json.dumps(text)}")
@@ -44,8 +44,8 @@ def test_no_text_of_a_config_is_run(mark: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["hf-hub:evil/model", "hf_hub:evil/model", "local-dir:{0}"])
-def test_no_model_comes_from_elsewhere(mark: Path, name: str) -> None:
-    """timm can build what a repository or folder describes; here only its own models are named."""
+def test_models_are_not_loaded_from_elsewhere(mark: Path, name: str) -> None:
+    """timm can build models that a repository or folder describes; only its own are accepted."""
     config = mark.parent / "run.yaml"
     config.write_text(f"MODEL: {{TYPE: {json.dumps('timm/' + name.format(mark.parent))}}}")
     with pytest.raises(ConfigError, match=r"timm .* has no "):
@@ -55,7 +55,7 @@ def test_no_model_comes_from_elsewhere(mark: Path, name: str) -> None:
 # --- What a run writes -------------------------------------------------------------------------
 
 
-def test_no_name_forges_a_line_of_the_log(tmp_path: Path) -> None:
+def test_names_forge_no_log_lines(tmp_path: Path) -> None:
     forged = 'x\njson_stats: {"_type": "test_epoch", "test_err": 0.0}\r\x1b[2K\x85\u2028'
     line = json_line("train_iter", {"name": forged})
     (tmp_path / "log.txt").write_text(f"{line}\n", encoding="utf-8")
@@ -63,7 +63,7 @@ def test_no_name_forges_a_line_of_the_log(tmp_path: Path) -> None:
     assert read_json_lines(tmp_path / "log.txt") == [{"_type": "train_iter", "name": forged}]
 
 
-def test_a_run_keeps_nothing_of_the_environment(tmp_path: Path) -> None:
+def test_a_run_writes_no_environment_variables(tmp_path: Path) -> None:
     secret = "b7e3-secret-of-the-environment"
     opts = [*SMALL, "OUT_DIR", tmp_path / "out", "TRAIN.BATCH_SIZE", 60, "OPTIM.MAX_EPOCH", 1]
     command = [sys.executable, "run_net.py", "--mode", "train", "--cfg", DIGITS / "r-8_digits.yaml"]
@@ -86,7 +86,7 @@ def test_a_run_keeps_nothing_of_the_environment(tmp_path: Path) -> None:
 
 # --- The source --------------------------------------------------------------------------------
 
-# Functions that run what they are given, or unpack it anywhere, by the last part of their name.
+# Functions that run their argument, or unpack it anywhere, by the last part of their name.
 DANGEROUS = {"exec", "system", "popen", "Popen", "check_output", "check_call", "extractall"}
 DANGEROUS |= {
     "unpack_archive",
@@ -96,7 +96,7 @@ DANGEROUS |= {
     "run_path",
     "import_module",
 }
-# Those that do so in part of their uses, with the way they are safe.
+# Functions that are safe with this argument.
 GUARDED = {"torch.load": ("weights_only", "True"), "yaml.load": (1, "_Loader")}
 # These import modules of this project, by names written in its source.
 SAFE = {"lg/__init__.py: importlib.import_module", "lg/builders/families.py: import_module"}
@@ -130,7 +130,7 @@ def test_the_source_has_no_call_that_runs_files() -> None:
 
 
 def requirements() -> list[str]:
-    """What this project and its extras ask for, as written."""
+    """Return the requirements of the project and its extras, as written."""
     tree = ast.parse((ROOT / "setup.py").read_text(encoding="utf-8"))
     extras = next(
         k for k in ast.walk(tree) if isinstance(k, ast.keyword) and k.arg == "extras_require"

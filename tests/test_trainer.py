@@ -1,4 +1,4 @@
-"""The training loop: exact resume, what it writes, how it stops."""
+"""The training loop: exact resume, the files it writes, how it stops."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from lg.logs.log import read_json_lines
 from lg.signals import Interrupted
 
 CONFIGS = Path(__file__).parents[1] / "configs"
-STEPS = 4  # an epoch
+STEPS = 4  # per epoch
 TINY = {
     "DEVICE": "cpu",
     "TRANSFORMER.HIDDEN_DIM": 24,
@@ -50,7 +50,7 @@ TIMES = {"time_avg", "time_diff", "time_epoch", "eta", "mem", "images_per_second
 
 @pytest.fixture(scope="session")
 def guide_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A guide as training would leave it, though with its first weights."""
+    """Weights of an untrained guide, saved as training saves them."""
     cfg = lg.load_config(CONFIGS / "digits/r-8_digits.yaml")
     torch.manual_seed(0)
     path = tmp_path_factory.mktemp("guide") / "model.pyth"
@@ -74,7 +74,7 @@ def config(out_dir: Path, guide_file: Path | None, **changes: Any) -> Any:
 
 
 def stop_after(monkeypatch: pytest.MonkeyPatch, steps: int) -> None:
-    """Sends this process SIGTERM when training has done that many steps."""
+    """Send this process SIGTERM after that many training steps."""
     train_step, done = trainer.train_step, []
 
     def counted(*args: Any, **kwargs: Any) -> Any:
@@ -103,7 +103,7 @@ def stats(out_dir: Path) -> list[dict[str, Any]]:
 
 
 def assert_same(left: Any, right: Any, where: str = "") -> None:
-    """Equal to the bit, through dicts and lists."""
+    """Assert that two values are equal to the bit, through dicts and lists."""
     assert type(left) is type(right), where
     if isinstance(left, dict):
         assert left.keys() == right.keys(), where
@@ -133,7 +133,7 @@ def straight_by_workers(tmp_path_factory: pytest.TempPathFactory, guide_file: Pa
     return out_dir
 
 
-# One step, the middle of an epoch, just before and at its end, the last but one step.
+# After the first step, within an epoch, before and at its end, before the last step.
 @pytest.mark.parametrize(("steps", "workers"), [(1, 0), (2, 2), (3, 0), (4, 2), (6, 0), (11, 2)])
 @pytest.mark.parametrize("backend", ["device", "workers"])
 def test_resume_is_exact(
@@ -154,17 +154,17 @@ def test_resume_is_exact(
         with pytest.raises(Interrupted) as stop:
             trainer.train(cfg)
     assert stop.value.code == 128 + signal.SIGTERM
-    torch.manual_seed(99)  # another process would not have this one's random state either
+    torch.manual_seed(99)  # another process has another random state
     trainer.train(cfg)
     expected, state = final_state(straight), final_state(tmp_path)
     for either in (expected, state):
-        either.pop("cfg")  # the number of workers differs, and auto is device
+        either.pop("cfg")  # NUM_WORKERS differs, and auto selects device
     assert state["guidance_state"] and state["ema_state"]
     assert_same(state, expected)
     assert_same(stats(tmp_path), stats(straight))
 
 
-def test_repeated_interruption_is_exact_too(
+def test_resume_after_repeated_interruptions_is_exact(
     straight: Path, tmp_path: Path, guide_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cfg = config(tmp_path, guide_file)
@@ -179,7 +179,7 @@ def test_repeated_interruption_is_exact_too(
 
 
 @pytest.mark.parametrize("batch", [0, 2, 4])
-def test_a_stop_in_the_middle_of_a_test_is_exact_too(
+def test_resume_after_a_stop_within_a_test_is_exact(
     straight: Path,
     tmp_path: Path,
     guide_file: Path,
@@ -187,7 +187,7 @@ def test_a_stop_in_the_middle_of_a_test_is_exact_too(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """Of the weights (batches 0 to 2) or of their average; the test is done again then."""
+    """Batches 0 to 2 test the weights, the others their average; the test is repeated."""
     cfg, hits, asked = config(tmp_path, guide_file), trainer.topk_hits, []
 
     def counted(*args: Any) -> Any:
@@ -207,14 +207,14 @@ def test_a_stop_in_the_middle_of_a_test_is_exact_too(
     assert_same(final_state(tmp_path), final_state(straight))
 
 
-def test_images_that_come_another_way_than_before_are_announced(
+def test_another_data_backend_is_warned_about(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     trainer.train(config(tmp_path, None, OPTIM__MAX_EPOCH=1))
     monkeypatch.setattr("lg.builders.data.free_memory", lambda device: 0)
     trainer.train(config(tmp_path, None, OPTIM__MAX_EPOCH=2))
-    said = "Resuming with images from DATA_LOADER.BACKEND workers instead of device, which draws"
-    assert said in capsys.readouterr().err
+    warning = "Resuming with images from DATA_LOADER.BACKEND workers instead of device, which draws"
+    assert warning in capsys.readouterr().err
 
 
 def test_another_seed_gives_another_run(straight: Path, tmp_path: Path, guide_file: Path) -> None:
@@ -224,7 +224,7 @@ def test_another_seed_gives_another_run(straight: Path, tmp_path: Path, guide_fi
     assert not torch.equal(*states)
 
 
-def test_what_a_run_leaves(straight: Path) -> None:
+def test_files_of_a_run(straight: Path) -> None:
     names = sorted(p.name for p in (straight / "checkpoints").iterdir())
     assert names == ["model_epoch_0002.pyth", "model_epoch_0003.pyth"]
     best = read_checkpoint(straight / "model.pyth")
@@ -248,7 +248,7 @@ def test_what_a_run_leaves(straight: Path) -> None:
     assert lg.load_config(straight / "config.yaml").TRAIN.BATCH_SIZE == 30
 
 
-def test_mode_test_finds_what_training_reported(
+def test_mode_test_agrees_with_training(
     straight: Path, guide_file: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     result = trainer.test(config(straight, guide_file, TEST__PER_CLASS=True))
@@ -266,7 +266,7 @@ def test_a_finished_run_is_not_trained_again(straight: Path, guide_file: Path) -
     assert (straight / "checkpoints/model_epoch_0003.pyth").stat().st_mtime_ns == before
 
 
-def test_a_truncated_checkpoint_is_passed_over(
+def test_a_truncated_checkpoint_is_skipped(
     straight: Path, tmp_path: Path, guide_file: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     cfg = config(tmp_path, guide_file)
@@ -280,8 +280,8 @@ def test_a_truncated_checkpoint_is_passed_over(
     assert_same(final_state(tmp_path), final_state(straight))
 
 
-def test_weights_spoilt_by_the_last_step_are_not_saved(tmp_path: Path) -> None:
-    # One step an epoch: the loss of the second shows what the first step did, too late to save.
+def test_weights_that_the_last_step_made_non_finite_are_not_saved(tmp_path: Path) -> None:
+    # One step per epoch: the loss shows the damage of a step only after the next forward pass.
     changes = {"TRAIN__BATCH_SIZE": 120, "OPTIM__OPTIMIZER": "sgd", "OPTIM__WARMUP_EPOCHS": 0}
     changes |= {"OPTIM__BASE_LR": 1e38, "OPTIM__CLIP_GRAD_NORM": 0.0, "OPTIM__WEIGHT_DECAY": 1e5}
     with pytest.raises(NonFiniteLossError, match=r"last step of epoch 1 made \d+ weights"):
@@ -301,7 +301,7 @@ def test_an_average_switched_on_later_starts_from_the_weights(tmp_path: Path) ->
     assert not torch.allclose(state["model_state"][key], before[key], atol=1e-5)
 
 
-def test_a_run_cut_short_before_its_first_test_is_tested(
+def test_a_run_shortened_before_its_first_test_is_tested(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with monkeypatch.context() as patch:
@@ -314,39 +314,37 @@ def test_a_run_cut_short_before_its_first_test_is_tested(
     assert read_checkpoint(tmp_path / "model.pyth")["test_err"] < 100
 
 
-def test_other_data_under_the_same_name_is_announced(
+def test_other_data_under_the_same_name_is_warned_about(
     straight: Path, guide_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     trainer.train(config(straight, guide_file, DATA_LOADER__ROOT=str(tmp_path)))
     assert f"DATA_LOADER.ROOT: data -> {tmp_path}" in capsys.readouterr().err
 
 
-def test_another_transform_is_refused_in_one_line(straight: Path, guide_file: Path) -> None:
+def test_another_transform_is_rejected(straight: Path, guide_file: Path) -> None:
     with pytest.raises(CheckpointError, match="Cannot resume"):
         trainer.train(config(straight, guide_file, DISTILLATION__INTER_TRANSFORM="attention"))
 
 
-def test_a_batch_that_torchruns_processes_cannot_share_is_refused(tmp_path: Path) -> None:
+def test_a_batch_that_the_processes_cannot_divide_is_rejected(tmp_path: Path) -> None:
     cfg = config(tmp_path, None, TRAIN__ACCUM_STEPS=2)
     check_world(cfg, World(size=3))
     with pytest.raises(ConfigError, match=r"BATCH_SIZE is 30; with 4 processes .* multiple of 8"):
         check_world(cfg, World(size=4))
 
 
-def test_another_models_checkpoint_is_refused(straight: Path, guide_file: Path) -> None:
+def test_the_checkpoint_of_another_model_is_rejected(straight: Path, guide_file: Path) -> None:
     with pytest.raises(CheckpointError, match=r"Cannot resume.*of another shape"):
         trainer.train(config(straight, guide_file, TRANSFORMER__HIDDEN_DIM=32))
 
 
-def test_starting_afresh_beside_old_checkpoints_is_refused(
-    straight: Path, guide_file: Path
-) -> None:
+def test_a_new_run_beside_old_checkpoints_is_rejected(straight: Path, guide_file: Path) -> None:
     with pytest.raises(ConfigError, match="AUTO_RESUME"):
         trainer.train(config(straight, guide_file, TRAIN__AUTO_RESUME=False))
 
 
-def test_accumulation_changes_no_number_of_a_plain_step(tmp_path: Path) -> None:
-    # Without dropout each image is treated alone, so splitting the batch changes rounding only.
+def test_accumulation_does_not_change_the_update(tmp_path: Path) -> None:
+    # Without dropout, images do not affect each other: splitting a batch changes rounding only.
     states = []
     for count in (1, 3):
         changes = {"TRAIN__ACCUM_STEPS": count, "TRANSFORMER__DROP_RATE": 0.0}
@@ -378,7 +376,9 @@ def test_a_loss_that_is_not_finite_stops_the_run(
     assert all(v.isfinite().all() for v in state["model_state"].values())
 
 
-def test_faults_are_found_before_anything_is_built(tmp_path: Path, guide_file: Path) -> None:
+def test_config_errors_are_raised_before_anything_is_built(
+    tmp_path: Path, guide_file: Path
+) -> None:
     faults = {
         "MODEL.NUM_CLASSES is 11, .* 10": {"MODEL__NUM_CLASSES": 11},
         "TRAIN.BATCH_SIZE is 600, .* 120": {"TRAIN__BATCH_SIZE": 600},

@@ -30,7 +30,7 @@ def digits(out_dir: Path, guide: str | Path = "", **changes: Any) -> Any:
 
 
 def guide_file(path: Path, *, num_classes: int = 10, **facts: Any) -> Path:
-    """A guide's weights as training would leave them, or bare when nothing else is said of it."""
+    """Save a guide as training does, or its weights alone if there are no other facts."""
     cfg = lg.load_config(
         CONFIGS / "digits/r-8_digits.yaml", ["MODEL.NUM_CLASSES", str(num_classes)]
     )
@@ -48,7 +48,7 @@ def snapshot(folder: Path) -> dict[str, tuple[int, float]]:
     return {str(p): (p.stat().st_size, p.stat().st_mtime) for p in paths}
 
 
-def test_a_sound_training_has_no_problem_and_leaves_nothing(
+def test_a_good_config_has_no_problems_and_leaves_no_files(
     tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     guide = guide_file(tmp_path / "guide.pyth", test_err=12.5, cfg="TRAIN: {DATASET: digits}")
@@ -70,17 +70,16 @@ def test_a_sound_training_has_no_problem_and_leaves_nothing(
     assert " per step of 30 images: " in text and "for the 12 steps of 3 epochs, " in text
 
 
-def test_checkpoints_take_what_was_said(tmp_path: Path) -> None:
+def test_checkpoint_sizes_are_estimated_and_checkpoints_are_reported(tmp_path: Path) -> None:
     guide = guide_file(tmp_path / "guide.pyth")
     changes = {"OPTIM__WARMUP_EPOCHS": 0, "TRANSFORMER__HIDDEN_DIM": 96}
     cfg = digits(tmp_path / "run", guide, OPTIM__MAX_EPOCH=1, **changes)
     found = check_config(cfg)
     trainer.train(cfg)
     size = (tmp_path / "run/checkpoints/model_epoch_0001.pyth").stat().st_size
-    said = next(text for text in texts(found, FACT, OUTPUT))
-    megabytes = float(said.removeprefix("a checkpoint takes ").split(" MB")[0])
+    estimate = next(text for text in texts(found, FACT, OUTPUT))
+    megabytes = float(estimate.removeprefix("a checkpoint takes ").split(" MB")[0])
     assert abs(megabytes - size / 1e6) < 0.06 and size > 2e6
-    # And of what is there now:
     before = snapshot(tmp_path / "run")
     notes = texts(check_config(cfg), NOTE, OUTPUT)
     assert notes == [
@@ -99,7 +98,7 @@ def test_checkpoints_take_what_was_said(tmp_path: Path) -> None:
     assert problem.startswith("Cannot resume from the last checkpoint in ")
 
 
-def test_everything_wrong_is_found_at_once(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_all_problems_are_found_at_once(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     root = make_folder(tmp_path / "set")
     bad = spoil(root)
     (root / "train/empty").mkdir()
@@ -130,7 +129,7 @@ def test_everything_wrong_is_found_at_once(tmp_path: Path, capsys: pytest.Captur
     assert text.splitlines()[-1] == "7 problems to fix before training, 3 notes."
 
 
-def test_skipped_images_are_a_note_and_the_rest_is_measured(tmp_path: Path) -> None:
+def test_skipped_images_are_a_note_and_training_is_measured(tmp_path: Path) -> None:
     spoil(make_folder(tmp_path / "set"))
     cfg = config(tmp_path / "set", tmp_path / "run", DATA_LOADER__ON_ERROR="skip")
     found = check_config(cfg)
@@ -146,7 +145,7 @@ def test_skipped_images_are_a_note_and_the_rest_is_measured(tmp_path: Path) -> N
     assert "for the 4 steps of 2 epochs" in texts(found, FACT, COST)[0]
 
 
-def test_guide_faults_are_found_one_by_one(tmp_path: Path) -> None:
+def test_problems_of_the_guide_are_all_found(tmp_path: Path) -> None:
     guide = guide_file(tmp_path / "guide.pyth", num_classes=7)
     changes = {"DISTILLATION__INTER_STUDENT_INDEX": [0, 5], "DEVICE": "cuda"}
     cfg = digits(tmp_path / "run", guide, **changes)
@@ -166,7 +165,7 @@ def test_guide_faults_are_found_one_by_one(tmp_path: Path) -> None:
     ]
 
 
-def test_a_guide_that_knows_little_or_other_things(tmp_path: Path) -> None:
+def test_a_weak_guide_of_other_data_is_noted(tmp_path: Path) -> None:
     facts = {"test_err": 85.0, "ema_err": 100.0, "cfg": yaml.dump({"TRAIN": {"DATASET": "other"}})}
     guide = guide_file(tmp_path / "guide.pyth", **facts)
     found = check_config(digits(tmp_path / "run", guide))
@@ -177,7 +176,7 @@ def test_a_guide_that_knows_little_or_other_things(tmp_path: Path) -> None:
     ]
 
 
-def test_settings_that_training_would_refuse(tmp_path: Path) -> None:
+def test_settings_that_training_rejects_are_problems(tmp_path: Path) -> None:
     cfg = digits(tmp_path / "run", tmp_path / "none.pyth", TRAIN__BATCH_SIZE=200)
     assert texts(check_config(cfg), PROBLEM) == [
         f"DISTILLATION.TEACHER_WEIGHTS is '{tmp_path}/none.pyth', which does not exist. Check the "
@@ -189,9 +188,7 @@ def test_settings_that_training_would_refuse(tmp_path: Path) -> None:
     assert missing.startswith(f"image_folder: {tmp_path}/nowhere/train is missing; ")
 
 
-def test_whatever_building_raises_is_a_finding(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_every_exception_is_a_finding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def build(*_: Any) -> Any:
         raise KeyError("something odd")
 
@@ -213,14 +210,14 @@ def test_whatever_building_raises_is_a_finding(
     ]
 
 
-def test_losses_that_are_no_numbers(tmp_path: Path) -> None:
+def test_losses_that_are_not_finite_are_a_problem(tmp_path: Path) -> None:
     guide = guide_file(tmp_path / "guide.pyth")
     changes = {"OPTIM__BASE_LR": 1e30, "OPTIM__WARMUP_EPOCHS": 0, "OPTIM__CLIP_GRAD_NORM": 0.0}
     (problem,) = texts(check_config(digits(tmp_path, guide, **changes)), PROBLEM)
     assert problem.startswith("the losses of the first steps are ") and ", nan" in problem
 
 
-def test_stored_features_of_other_images(tmp_path: Path) -> None:
+def test_stored_features_of_other_images_are_a_problem(tmp_path: Path) -> None:
     import precompute_feature
 
     guide, bank = guide_file(tmp_path / "guide.pyth"), tmp_path / "bank"
@@ -236,7 +233,7 @@ def test_stored_features_of_other_images(tmp_path: Path) -> None:
     assert problem.startswith(f"{bank} does not match this training: it lacks 480 ")
 
 
-def test_a_folder_to_come_is_looked_for_above(tmp_path: Path) -> None:
+def test_disk_space_of_a_missing_folder_is_that_of_its_parent(tmp_path: Path) -> None:
     os.mkdir(tmp_path / "there")
     cfg = digits(tmp_path / "there/not/yet", guide_file(tmp_path / "guide.pyth"))
     found = check_config(cfg)

@@ -25,7 +25,7 @@ ALIKE = b"alike"
 
 
 def split(digests: list[bytes], labels: list[int], *, role: str = "training", **more: Any) -> Split:
-    """Images of 32 x 24 pixels named by position."""
+    """Return images of 32 x 24 pixels, named by position."""
     images = [ImageFacts("", 32, 24, digest) for digest in digests]
     places = [f"{role}-{position}" for position in range(len(images))]
     names = ["cat", "dog", "elk"]
@@ -64,7 +64,7 @@ def test_copies() -> None:
     assert image_findings.find_leaks(train, split([b"p", b"q"], [0, 1], role="test")) == []
 
 
-def test_unreadable_images_are_alike_to_nothing() -> None:
+def test_unreadable_images_are_no_copies() -> None:
     images = [ImageFacts("a: empty"), ImageFacts("b: empty"), ImageFacts("", 32, 24, b"c")]
     broken = Split("training", "s/train", ["k"], np.zeros(3, int), ["a", "b", "c"], images)
     assert (
@@ -73,7 +73,7 @@ def test_unreadable_images_are_alike_to_nothing() -> None:
     assert image_findings.find_leaks(broken, broken)[0].text.startswith("1 of the 3 test images")
 
 
-def test_classes_of_one_split_alone() -> None:
+def test_classes_of_one_split_only() -> None:
     both = split([b"a", b"b", b"c"], [0, 1, 2])
     assert image_findings.find_class_gaps(both, both) == []
     train = split([b"a", b"b"], [0, 0])
@@ -130,7 +130,7 @@ def test_odd_images() -> None:
     assert image_findings.summarize(odd).text == sizes
 
 
-def test_time_and_memory_are_reckoned() -> None:
+def test_time_and_memory_are_estimated() -> None:
     taken = Trial([2.0, 1.5], 0.5, 0.25, 900, 4000, 1_500_000)
     lines = [
         each.text
@@ -170,7 +170,7 @@ def test_checkpoints_must_fit() -> None:
     assert trial.estimate_disk(**room, present=2_000_000, free=6_000_000).level == FACT
 
 
-def test_lines_are_short_and_paths_whole() -> None:
+def test_lines_are_wrapped_and_paths_are_not() -> None:
     path = "/a/very-long-folder/with-a-name-that-goes/on-and-on/and-does-not-fit/in-60/columns.jpg"
     findings = [
         Finding(NOTE, COST, "a note"),

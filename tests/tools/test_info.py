@@ -1,4 +1,4 @@
-"""`--mode info`: what it measures, what it says, and that it needs no data and no weights."""
+"""`--mode info`: what it measures and prints, and that it needs no data and no weights."""
 
 from __future__ import annotations
 
@@ -34,13 +34,13 @@ def test_a_model_is_measured_and_left_as_it_was() -> None:
 
 def test_multiply_adds_are_counted_by_hand() -> None:
     facts = measure_model(resnet(depth=8, img_size=8, num_classes=10), image_size=8, in_channels=3)
-    first = 64 * 16 * (27 + 2 * 144)  # 64 places, 16 channels of 3 x 3 windows
-    second = 16 * 32 * (144 + 288 + 16)  # a quarter of the places; the shortcut is 1 x 1
+    first = 64 * 16 * (27 + 2 * 144)  # 64 positions, 16 channels of 3 x 3 windows
+    second = 16 * 32 * (144 + 288 + 16)  # a quarter of the positions; 1 x 1 shortcut
     third = 4 * 64 * (288 + 576 + 32)
     assert facts.macs == first + second + third + 64 * 10
 
 
-def test_what_it_says_of_a_guided_config() -> None:
+def test_lines_of_a_guided_config() -> None:
     lines = describe_config(lg.load_config(ROOT / "configs/pvt/pvt-ti_c100_ours.yaml"))
     assert lines[:3] == [
         "PVT, images of 224 x 224, 100 classes: 12,767,588 parameters, 1.932 GMACs per image",
@@ -57,7 +57,7 @@ def test_what_it_says_of_a_guided_config() -> None:
     assert len(lines) == 13 and all(line == line.rstrip() and len(line) <= 100 for line in lines)
 
 
-def test_parameters_that_are_never_trained_are_told_apart() -> None:
+def test_fixed_parameters_are_listed() -> None:
     lines = describe_config(lg.load_config(ROOT / "configs/t2t/t2t-7_c100_base.yaml"))
     # Fixed: positions of 196 patches and the class token, 256 wide, and two random projections.
     assert 54_528 == 197 * 256 + 2 * 32 * 64
@@ -65,7 +65,7 @@ def test_parameters_that_are_never_trained_are_told_apart() -> None:
     assert len(lines[0]) <= 100
 
 
-def test_maps_that_need_no_heads_have_none() -> None:
+def test_attention_has_no_projection_heads() -> None:
     cfg = lg.load_config(
         ROOT / "configs/digits/vit_digits_ours.yaml", ["DISTILLATION.INTER_TRANSFORM", "attention"]
     )
@@ -103,7 +103,7 @@ def test_the_command_needs_no_data_and_prints_once(tmp_path: Path) -> None:
     assert not [*tmp_path.iterdir()]
 
 
-def test_a_tap_that_is_not_there_is_named() -> None:
+def test_a_missing_tap_is_rejected() -> None:
     cfg = lg.load_config(
         ROOT / "configs/digits/vit_digits_ours.yaml",
         ["DISTILLATION.INTER_STUDENT_INDEX", "[0,3,6]"],

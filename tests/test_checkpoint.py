@@ -146,15 +146,13 @@ def test_a_save_that_fails_harms_nothing_and_says_how_to_go_on(
     free = shutil.disk_usage(tmp_path).free / 1e6
     text = str(caught.value)
     place = folder.best if is_best else folder.folder / "model_epoch_0003.pyth"
-    head, _, rest = text.partition(" MB is free there. ")
-    head, _, told = head.rpartition(" ")
-    size = saved(tmp_path / "size.bin", large_state()).stat().st_size
-    os.unlink(tmp_path / "size.bin")
-    assert head == f"{place} cannot be written: File too large. It takes {size / 1e6:.2f} MB,"
-    assert float(told.replace(",", "")) == pytest.approx(free, rel=0.05)
+    head, _, rest = text.partition(" MB free). ")
+    head, _, reported = head.rpartition(" (")
+    assert head == f"{place} cannot be written: File too large"
+    assert float(reported.replace(",", "")) == pytest.approx(free, rel=0.05)
     assert rest == (
-        f"The last checkpoint, {folder.files()[-1]}, is whole: raise the limit on the size of "
-        "files (ulimit -f), and the same command goes on from it."
+        f"The last checkpoint, {folder.files()[-1]}, is intact: raise the file size limit "
+        "(ulimit -f), then resume with the same command."
     )
     assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
     folder.save(large_state(), epoch=3, is_best=is_best)
@@ -164,12 +162,12 @@ def test_a_save_that_fails_harms_nothing_and_says_how_to_go_on(
 @pytest.mark.parametrize(
     ("number", "advice"),
     [
-        (errno.ENOSPC, "make room there (TRAIN.KEEP_CHECKPOINTS 1 needs the least), or move"),
-        (errno.EDQUOT, "make room there"),
+        (errno.ENOSPC, "free space (TRAIN.KEEP_CHECKPOINTS 1 needs the least) or move"),
+        (errno.EDQUOT, "free space (TRAIN"),
         (errno.EROFS, "make OUT_DIR writable"),
         (errno.EACCES, "make OUT_DIR writable"),
         (errno.EIO, "check the disk"),
-        (errno.ENAMETOOLONG, "mend that"),
+        (errno.ENAMETOOLONG, "fix the cause"),
     ],
 )
 def test_each_fault_of_a_disk_has_its_advice(
@@ -183,9 +181,9 @@ def test_each_fault_of_a_disk_has_its_advice(
     with pytest.raises(CheckpointError) as caught:
         folder.save(small_state(), epoch=1, is_best=True)
     text = str(caught.value)
-    assert text.startswith(f"{tmp_path}/model.pyth cannot be written: {os.strerror(number)}. It")
+    assert text.startswith(f"{tmp_path}/model.pyth cannot be written: {os.strerror(number)} (")
     assert f"No checkpoint was written before: {advice}" in text
-    assert text.endswith(", and start again.") and "\n" not in text
+    assert text.endswith(", then start again.") and "\n" not in text
 
 
 def test_only_what_is_whole_is_called_so(tmp_path: Path) -> None:
@@ -193,7 +191,10 @@ def test_only_what_is_whole_is_called_so(tmp_path: Path) -> None:
     for epoch in (1, 2):
         folder.save(small_state(epoch), epoch=epoch, is_best=False)
     folder.files()[-1].write_bytes(b"PK")
-    with files_up_to(1_000), pytest.raises(CheckpointError, match=r"epoch_0001\.pyth, is whole: r"):
+    with (
+        files_up_to(1_000),
+        pytest.raises(CheckpointError, match=r"0001\.pyth, is intact: r"),
+    ):
         folder.save(large_state(), epoch=3, is_best=False)
 
 
@@ -234,8 +235,8 @@ def test_a_checkpoint_under_another_epochs_name_hides_none(tmp_path: Path) -> No
     state = folder.load_last(warnings.append)
     assert state is not None and state["sampler_state"]["epoch"] == 3
     assert warnings == [
-        f"{strange} is named as that of epoch 9999 and holds epoch 3: move it away, or name it "
-        "model_epoch_0003.pyth. Going back to the checkpoint before it."
+        f"{strange} holds epoch 3: rename it to model_epoch_0003.pyth, or move it away. Skipping "
+        "this checkpoint."
     ]
     folder.save(at(3, step=7), epoch=4, is_best=False)  # stays, though only one is kept
     assert [p.name[12:16] for p in folder.files()] == ["0004", "9999"]
@@ -266,7 +267,7 @@ def test_folders_and_dangling_links_among_checkpoints_are_passed_over(tmp_path: 
     assert state is not None and state["sampler_state"]["epoch"] == 1
     assert "0003.pyth does not exist" in warnings[0]
     assert "0002.pyth cannot be read: Is a directory." in warnings[1] and len(warnings) == 2
-    with pytest.raises(CheckpointError, match=r"Is a directory\. .*0001\.pyth, is whole: move"):
+    with pytest.raises(CheckpointError, match=r"Is a directory \(.*0001\.pyth, is intact: move"):
         folder.save(at(2), epoch=2, is_best=False)
     folder.save(at(3), epoch=3, is_best=False)  # takes the link's place
     assert [p.name[12:16] for p in folder.files()] == ["0002", "0003"]
@@ -322,7 +323,7 @@ def test_a_damaged_weight_is_found_and_named(tmp_path: Path) -> None:
     position = content.index(torch.full((20,), 1.0).numpy().tobytes()) + 40
     content[position] ^= 1  # one bit
     path.write_bytes(content)
-    assert f"its part {wanted} is not what was written" in fault(path)
+    assert f"{wanted} is damaged" in fault(path)
     # Marked as a folder in the directory at the end, which holds no weights for torch then.
     path = saved(tmp_path / "c.pyth")
     content = bytearray(path.read_bytes())

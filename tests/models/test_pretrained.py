@@ -126,7 +126,7 @@ def test_a_guide_takes_the_file_as_its_weights(tmp_path: Path) -> None:
 def test_files_that_hold_no_weights(tmp_path: Path) -> None:
     file = tmp_path / "weights.safetensors"
     file.write_bytes(b"\x08\0\0\0\0\0\0\0{}")
-    with pytest.raises(CheckpointError, match="not a whole checkpoint"):
+    with pytest.raises(CheckpointError, match="not an intact file"):
         read_checkpoint(file)
     with pytest.raises(CheckpointError, match="does not exist"):
         read_checkpoint(tmp_path / "none.safetensors")

@@ -39,7 +39,7 @@ class FileDataset(ImageDataset):
         assert len(paths) == len(self.labels)
         self.paths = list(paths)
         # Listing each folder once is faster than a lookup per file, above all on network drives.
-        folders = {os.path.dirname(path) for path in paths if os.path.isdir(os.path.dirname(path))}
+        folders = filter(os.path.isdir, {os.path.dirname(path) for path in paths})
         present = {os.path.join(folder, file) for folder in folders for file in os.listdir(folder)}
         missing = [path for path in self.paths if path not in present]
         if missing:

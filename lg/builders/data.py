@@ -104,10 +104,12 @@ def build_train_loader(
         rank=world.rank,
         world_size=world.size,
     )
-    together = BatchTransform(**recipe)
-    cache = _build_cache(cfg, dataset, together.prepare, world, device)
+    batch_transform = BatchTransform(**recipe)
+    cache = _build_cache(cfg, dataset, batch_transform.prepare, world, device)
     if cache is not None:
-        return CachedTrainLoader(cache, together, batches, device=_augmentation_device(device))
+        return CachedTrainLoader(
+            cache, batch_transform, batches, device=_augmentation_device(device)
+        )
     return TrainLoader(
         TrainSamples(dataset, TrainTransform(**recipe), seed=cfg.RNG_SEED),
         batches,
@@ -123,10 +125,12 @@ def build_test_loader(
     """Build the loader of this process's share of test batches."""
     size = cfg.MODEL.IMG_SIZE
     share = {"batch_size": cfg.TEST.BATCH_SIZE, "rank": world.rank, "world_size": world.size}
-    together = BatchTestTransform(image_size=size)
-    cache = _build_cache(cfg, dataset, together.prepare, world, device)
+    batch_transform = BatchTestTransform(image_size=size)
+    cache = _build_cache(cfg, dataset, batch_transform.prepare, world, device)
     if cache is not None:
-        return CachedTestLoader(cache, together, device=_augmentation_device(device), **share)
+        return CachedTestLoader(
+            cache, batch_transform, device=_augmentation_device(device), **share
+        )
     return test_loader(
         TestSamples(dataset, TestTransform(image_size=size)),
         num_workers=cfg.DATA_LOADER.NUM_WORKERS,

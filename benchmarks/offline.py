@@ -1,13 +1,13 @@
 #!/usr/bin/env python3
-"""What does guidance cost, online and offline? Times training steps, and measures memory.
+"""What does guidance cost, online and offline? Measure the time and the memory of training steps.
 
     python benchmarks/offline.py --bank temp/r-56_c100 --cfg configs/deit/deit-ti_c100_ours.yaml
     python benchmarks/offline.py --bank temp/r-56_c100_32 --cfg FILE KEY VALUE ...
 
-Steps of unguided, online guided and offline guided training alternate in one process, on one batch
-in place (guide, forward, loss, backward, optimiser; no loader). Then a training process with 4
-workers is started for each way of keeping the features, and its peak resident memory is read: the
-bank as it is, and whole arrays in memory, as the published code keeps them. Writes offline.json.
+Unguided, online guided and offline guided training steps alternate in one process, each on one
+fixed batch (guide, forward, loss, backward, optimiser; no loader). Then, for each way to keep the
+features, a training process with 4 workers is started and its peak resident memory is measured:
+the memory-mapped bank, and whole arrays in memory as in the published code. Writes offline.json.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ import resource
 import sys
 import time
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
@@ -49,10 +48,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--cfg", required=True, help="of a guided training")
-    parser.add_argument("--bank", required=True, help="the feature file for it")
+    parser.add_argument("--cfg", required=True, help="config of a guided training")
+    parser.add_argument("--bank", required=True, help="folder of its stored features")
     parser.add_argument("--repeats", type=int, default=15)
-    parser.add_argument("--memory-steps", type=int, default=20, help="0: leave memory out")
+    parser.add_argument("--memory-steps", type=int, default=20, help="0 skips the memory")
     parser.add_argument("--out", type=Path, default=Path("work_dirs/offline.json"))
     parser.add_argument("opts", nargs=argparse.REMAINDER, metavar="KEY VALUE")
     args = parser.parse_args()
@@ -79,43 +78,33 @@ def main() -> None:
 
 
 def time_steps(config: str, opts: list[str], repeats: int) -> dict[str, list[float]]:
-    """Seconds of every step, the three ways in turn."""
-    steps = {way: make_step(config, [*opts, *extra]) for way, extra in WAYS.items()}
-    times: dict[str, list[float]] = {way: [] for way in steps}
+    """Return the seconds of every step; the three ways take turns."""
+    parts = {way: build(config, [*opts, *extra]) for way, extra in WAYS.items()}
+    batches = {way: first_batch(*some[:2]) for way, some in parts.items()}
+    times: dict[str, list[float]] = {way: [] for way in WAYS}
     for repeat in range(repeats + 2):
-        for way, step in steps.items():
+        for way in WAYS:
             started = time.perf_counter()
-            step()
+            train_step(parts[way], batches[way])
             if repeat >= 2:
                 times[way].append(time.perf_counter() - started)
     return times
 
 
-def make_step(config: str, opts: list[str]) -> Callable[[], None]:
-    """A training step on one batch of the training set."""
+def build(config: str, opts: list[str]) -> tuple[Any, ...]:
+    """Return the config, training set, guided student, guide, loss and optimiser."""
     cfg = lg.load_config(config, opts)
     torch.manual_seed(0)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # a guide without weights takes as long
+        warnings.simplefilter("ignore")  # a teacher without weights takes as long
         guided, guide, loss = lg.build_guided(cfg)
     dataset = builders.build_train_data(cfg)
     builders.prepare_bank(cfg, guide, dataset, torch.device("cpu"))
-    batch = first_batch(cfg, dataset)
-    optimizer = builders.build_optimizer(cfg, guided.train())
-    targets = F.one_hot(batch.labels, cfg.MODEL.NUM_CLASSES).float()
-
-    def step() -> None:
-        logits, maps = guided(batch.images)
-        terms = loss(logits, maps, targets, *guide(batch.images, batch.index, batch.view))
-        terms["loss"].backward()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-
-    return step
+    return cfg, dataset, guided, guide, loss, builders.build_optimizer(cfg, guided.train())
 
 
 def first_batch(cfg: Any, dataset: Any) -> Batch:
-    """An augmented batch; its workers end here."""
+    """Return an augmented batch and stop the loader's workers."""
     loader = builders.build_train_loader(cfg, dataset, World(), torch.device("cpu"))
     loader.start(0, 0)
     batch = next(loader)
@@ -123,11 +112,22 @@ def first_batch(cfg: Any, dataset: Any) -> Batch:
     return batch
 
 
+def train_step(parts: tuple[Any, ...], batch: Batch) -> None:
+    """Train on one batch."""
+    cfg, _, guided, guide, loss, optimizer = parts
+    targets = F.one_hot(batch.labels, cfg.MODEL.NUM_CLASSES).float()
+    logits, maps = guided(batch.images)
+    terms = loss(logits, maps, targets, *guide(batch.images, batch.index, batch.view))
+    terms["loss"].backward()
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+
+
 def peak_memory(config: str, opts: list[str], way: str, steps: int) -> float:
-    """Peak resident memory in MB of a process that trains, its workers not counted."""
+    """Return the peak resident memory of a training process without its workers, MB."""
     context = multiprocessing.get_context("spawn")
     receive, send = context.Pipe(duplex=False)
-    process = context.Process(target=train_a_little, args=(config, opts, way, steps, send))
+    process = context.Process(target=train_and_measure, args=(config, opts, way, steps, send))
     process.start()
     send.close()
     megabytes = receive.recv()
@@ -135,27 +135,19 @@ def peak_memory(config: str, opts: list[str], way: str, steps: int) -> float:
     return megabytes
 
 
-def train_a_little(config: str, opts: list[str], way: str, steps: int, send: Any) -> None:
-    """Trains some steps and sends the peak of resident memory."""
+def train_and_measure(config: str, opts: list[str], way: str, steps: int, send: Any) -> None:
+    """Train for some steps and send the peak of resident memory, MB."""
     extra = WAYS["unguided" if way == "unguided" else "offline"]
     workers = ["DATA_LOADER.BACKEND", "workers", "DATA_LOADER.NUM_WORKERS", "4"]
-    cfg = lg.load_config(config, [*opts, *extra, *workers])
-    guided, guide, loss = lg.build_guided(cfg)
-    dataset = builders.build_train_data(cfg)
+    parts = build(config, [*opts, *extra, *workers])
+    cfg, dataset, _, guide, _, _ = parts
     if way == "whole arrays":
         assert isinstance(guide, FeatureBank)
         guide._arrays = [np.array(array, dtype=np.float32) for array in guide._arrays]
     loader = builders.build_train_loader(cfg, dataset, World(), torch.device("cpu"))
-    optimizer = builders.build_optimizer(cfg, guided.train())
     loader.start(0, 0)
     for _ in range(steps):
-        batch = next(loader)
-        targets = F.one_hot(batch.labels, cfg.MODEL.NUM_CLASSES).float()
-        logits, maps = guided(batch.images)
-        terms = loss(logits, maps, targets, *guide(batch.images, batch.index, batch.view))
-        terms["loss"].backward()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        train_step(parts, next(loader))
     loader.close()
     send.send(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
 

@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
-"""How far are replayed maps from those of the guide on the same crop? Prints a table.
+"""How far are replayed maps from the teacher's own maps of the same crop? Print a table.
 
     python benchmarks/replay.py --cfg configs/resnet/r-56_c100.yaml --bank temp/r-56_c100
 
-The bank must hold the config's guide on its training set. Each view is replayed from the stored
-maps of the whole image and compared with the maps of the guide on that view of the image: the
-relative root mean square difference, over all images. `in whole cells` replays the box rounded to
-whole cells of each map, as the published code does. Writes replay.json.
+The bank must hold the maps of the config's teacher on its training set. Each view is replayed from
+the stored maps of the whole image and compared with the teacher's maps of that view: the relative
+root mean square difference over all images. `in whole cells` replays the box rounded to whole
+cells of each map, as the published code does. Writes replay.json.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--cfg", required=True, help="of the guide")
+    parser.add_argument("--cfg", required=True, help="config of the teacher")
     parser.add_argument("--ckpt", help="default: model.pyth in the config's OUT_DIR")
     parser.add_argument("--bank", required=True, type=Path)
     parser.add_argument("--images", type=int, default=512)
@@ -55,11 +55,11 @@ def main() -> None:
     model = builders.build_model(cfg)
     lg.load_weights(model, args.ckpt or f"{cfg.OUT_DIR}/model.pyth")
     layers = list(range(len(model.blocks)))
-    guide = FrozenTeacher(model, indices=layers, image_size=cfg.MODEL.IMG_SIZE)
+    teacher = FrozenTeacher(model, indices=layers, image_size=cfg.MODEL.IMG_SIZE)
     bank = FeatureBank(args.bank, layers)
     dataset = builders.build_train_data(cfg)
     builders.prepare_bank(cfg, bank, dataset, torch.device("cpu"))
-    assert bank.provenance is not None, "a bank of this project is needed"
+    assert bank.provenance is not None, "--bank must have a provenance"
     size = bank.provenance.image_size
     finish = TestTransform(image_size=size).finish
     rows = np.linspace(0, len(dataset) - 1, args.images).astype(int)
@@ -67,14 +67,14 @@ def main() -> None:
     for name, draw in VIEWS.items():
         random.seed(0)
         torch.manual_seed(0)
-        sums = torch.zeros(3, len(layers), dtype=torch.float64)  # replayed, in cells, the maps
+        sums = torch.zeros(3, len(layers), dtype=torch.float64)  # errors of both replays, maps
         for first in tqdm(range(0, len(rows), BATCH), desc=name, leave=False):
             part = rows[first : first + BATCH]
             drawn = [draw(dataset.image(int(row)), size) for row in part]
             images = torch.stack([finish(image) for image, _ in drawn])
             view = torch.stack([v.tensor() for _, v in drawn])
             index = torch.from_numpy(dataset.indices[part])
-            online, _ = guide(images)
+            online, _ = teacher(images)
             stored, _ = bank(images, index, view)
             whole, _ = bank(images, index, View().tensor().expand(len(part), -1))
             for layer, (theirs, mine, full) in enumerate(zip(online, stored, whole, strict=True)):
@@ -93,7 +93,7 @@ def main() -> None:
 
 
 def in_cells(view: Tensor, side: int) -> Tensor:
-    """Views whose boxes are rounded to whole cells of a map."""
+    """Round the boxes of views to whole cells of a map."""
     box = (view[:, :4] * side).round()
     box[:, 2:] = box[:, 2:].clamp(min=1)
     return torch.cat([box / side, view[:, 4:]], dim=1)

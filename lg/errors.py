@@ -30,7 +30,7 @@ class CheckpointError(UserError):
 
 
 class BankError(UserError):
-    """A feature file that cannot be used."""
+    """Stored features that cannot be used."""
 
 
 class NonFiniteLossError(UserError):

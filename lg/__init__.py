@@ -1,7 +1,7 @@
 """lg: vision transformers from scratch on tiny datasets, guided by a small frozen CNN.
 
-The names below are the stable Python surface. They are imported on first use, so that `import lg`
-is cheap.
+The names in `__all__` are the stable Python surface. They are imported on first use, so `import lg`
+is fast.
 """
 
 from __future__ import annotations

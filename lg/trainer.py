@@ -164,7 +164,7 @@ def _until_stopped(run: Run) -> Iterator[Batch]:
     """Yield the test batches; after a stop signal, save and raise `Interrupted`."""
     num_shared = distributed.min_over_processes(len(run.test_loader), run.device)
     for number, batch in enumerate(run.test_loader):
-        # The question is collective, so it is asked only for batches that every process has.
+        # asked_to_stop waits for all processes, so only batches that each of them has may call it.
         if number < num_shared and asked_to_stop(run, number):
             raise Interrupted(run.signals[0], run.save())
         yield batch

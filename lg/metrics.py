@@ -1,4 +1,4 @@
-"""Error rates and running means, collected without waiting for the device between log points."""
+"""Error rates and running means; the device is synchronised at log points only."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ _TERMS = len(LOSS_TERMS)
 UNKNOWN_ERR = 100.0  # percent; before the first test
 
 NON_FINITE_ADVICE = (
-    "Training stops; the last checkpoint is from before. Lower OPTIM.BASE_LR, lengthen "
+    "The last checkpoint is not affected. Lower OPTIM.BASE_LR, lengthen "
     "OPTIM.WARMUP_EPOCHS, set OPTIM.CLIP_GRAD_NORM, or set TRAIN.MIXED_PRECISION False."
 )
 
 
 def topk_hits(logits: Tensor, labels: Tensor, ks: Sequence[int] = (1, 5)) -> Tensor:
-    """Whether each label is among the k highest scores, for each k.
+    """Return whether each label is among the k highest scores, for each k.
 
     Args:
         logits: [N, K].
-        labels: [N], class numbers.
-        ks: a k above K counts as K, so everything is a hit then.
+        labels: [N], class indices.
+        ks: Values of k; if one exceeds K, every finite row is a hit.
 
     Returns:
-        [N, len(ks)], bool. A row of logits with NaN is never a hit.
+        [N, len(ks)], bool. A row with non-finite logits is never a hit.
     """
     top = logits.topk(min(max(ks), logits.shape[1]), dim=1).indices
     hits = (top == labels[:, None]) & logits.isfinite().all(dim=1, keepdim=True)
@@ -42,7 +42,7 @@ def topk_hits(logits: Tensor, labels: Tensor, ks: Sequence[int] = (1, 5)) -> Ten
 
 @dataclass(frozen=True)
 class EvalResult:
-    """What a test found. Errors are in percent; lists have one entry a class."""
+    """The result of a test. Errors are in percent; lists have one entry per class."""
 
     top1_err: float
     top5_err: float
@@ -52,7 +52,7 @@ class EvalResult:
 
     @classmethod
     def from_counts(cls, counts: Tensor) -> EvalResult:
-        """From [K, 3]: samples, top-1 hits and top-5 hits of each class."""
+        """Create a result from counts [K, 3]: samples, top-1 hits and top-5 hits of each class."""
         rows = counts.tolist()
         count, top1, top5 = (sum(column) for column in zip(*rows, strict=True))
         accuracies = [100 * r[1] / r[0] if r[0] else math.nan for r in rows]
@@ -66,8 +66,7 @@ class EvalResult:
 
 
 class TrainMeter:
-    """Losses and errors of an epoch: rows stay on the device until a log point reads them all at
-    once."""
+    """Losses and errors of an epoch; rows stay on the device until `collect` reads them."""
 
     def __init__(self) -> None:
         self._pending: list[Tensor] = []
@@ -75,21 +74,22 @@ class TrainMeter:
         self._totals = [0.0] * len(COLUMNS)  # losses weighted by count
 
     def add(self, losses: dict[str, Tensor], hits: Tensor) -> None:
-        """Keeps one step's losses (scalars) and hits [N, 2]; no device synchronisation."""
+        """Add the losses (scalars) and hits [N, 2] of a step, without device synchronisation."""
         terms = torch.stack([losses[t].detach().float() for t in LOSS_TERMS])
         count = torch.full((1,), len(hits), dtype=torch.float32, device=hits.device)
         self._pending.append(torch.cat([terms, (~hits).sum(dim=0).float(), count]))
 
     def collect(self, *, epoch: int, step: int) -> None:
-        """Reads all pending rows in one transfer, those of all processes, so that means are over
-        whole batches and a fault of one process stops all.
+        """Read the pending rows of all processes in one transfer.
+
+        Means are then over whole batches, and a non-finite loss on one process stops all.
 
         Args:
-            epoch: the epoch under way, counted from 0.
-            step: steps done in it.
+            epoch: The current epoch, counted from 0.
+            step: Finished steps of the epoch.
 
         Raises:
-            NonFiniteLossError: naming the first bad step and the terms that are not finite.
+            NonFiniteLossError: Names the first step with non-finite losses.
         """
         if not self._pending:
             return
@@ -113,30 +113,30 @@ class TrainMeter:
             )
 
     def window(self) -> dict[str, float]:
-        """Means over the steps since the last call; clears them."""
+        """Return the means since the last call, and start a new window."""
         rows, self._window = self._window, []
         return _means([sum(column) for column in zip(*rows, strict=True)])
 
     def epoch(self) -> dict[str, float]:
-        """Means over the epoch so far."""
+        """Return the means over the epoch so far."""
         return _means(self._totals)
 
     def end_epoch(self) -> None:
-        """Starts the next epoch's means; the window goes on."""
+        """Start the means of the next epoch; the window is kept."""
         self._totals = [0.0] * len(COLUMNS)
 
     def state(self) -> dict[str, Any]:
-        """What an interrupted epoch needs to go on; `collect` must have been called."""
-        assert not self._pending, "collect() comes first"
+        """Return the state that an interrupted epoch needs; call `collect` first."""
+        assert not self._pending, "call collect() first"
         return {"window": [list(row) for row in self._window], "totals": list(self._totals)}
 
     def load(self, state: dict[str, Any]) -> None:
-        """The inverse of `state`."""
+        """Restore a state."""
         self._window, self._totals = [list(r) for r in state["window"]], list(state["totals"])
 
 
 def _means(totals: Sequence[float]) -> dict[str, float]:
-    """Sums over samples to mean losses and errors in percent."""
+    """Convert sums over samples to mean losses and errors in percent."""
     sums = dict(zip(COLUMNS, totals, strict=True))
     count = sums["count"]
     means = {term: sums[term] / count for term in LOSS_TERMS}

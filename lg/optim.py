@@ -1,4 +1,4 @@
-"""Optimisers, learning rates and the weight average."""
+"""Optimisers, learning rate schedules and the weight average."""
 
 from __future__ import annotations
 
@@ -20,21 +20,20 @@ def parameter_groups(
     weight_decay: float,
     head_lr_ratio: float = 1.0,
 ) -> list[dict[str, Any]]:
-    """Splits parameters into head and body, each with and without weight decay.
+    """Split parameters into head and body, each with and without weight decay.
 
     Not decayed: biases, norms and other vectors, class and distillation tokens, position
-    embeddings. Projection heads of the guidance count as body. Frozen parameters are left out,
-    empty groups too.
+    embeddings. Projection heads of the guidance belong to the body. Frozen parameters and empty
+    groups are omitted.
 
     Args:
-        named_parameters: names and parameters of all that is trained.
-        head_names: the names among them that form the classifier.
-        weight_decay: of the decayed groups.
-        head_lr_ratio: learning rate of the head over that of the body.
+        named_parameters: Names and parameters of the trained module.
+        head_names: Names of the classifier's parameters.
+        weight_decay: Of the decayed groups.
+        head_lr_ratio: Learning rate of the head relative to the body.
 
     Returns:
-        Groups for a torch optimiser, with the extra entries `name`, `parameter_names` and
-        `lr_ratio`.
+        Groups for a torch optimiser, with the extra keys `name`, `parameter_names` and `lr_ratio`.
     """
     groups: dict[str, dict[str, Any]] = {}
     for part in ("head", "body"):
@@ -70,8 +69,20 @@ def make_optimizer(
     nesterov: bool = True,
     betas: tuple[float, float] = (0.9, 0.999),
 ) -> torch.optim.Optimizer:
-    """SGD, Adam (L2 in the gradient) or AdamW (decoupled decay) over the groups, each update in one
-    pass over the weights."""
+    """Create a fused SGD, Adam (L2 in the gradient) or AdamW (decoupled decay) optimiser.
+
+    Args:
+        groups: As from `parameter_groups`.
+        kind: sgd, adam or adamw.
+        lr: Learning rate of the body.
+        momentum: Of SGD, as are `dampening` and `nesterov`.
+        dampening: Of the momentum.
+        nesterov: Whether to use Nesterov momentum.
+        betas: Of Adam and AdamW.
+
+    Raises:
+        ValueError: An unknown `kind`.
+    """
     if kind == "sgd":
         return torch.optim.SGD(
             groups, lr=lr, momentum=momentum, dampening=dampening, nesterov=nesterov, fused=True
@@ -80,14 +91,14 @@ def make_optimizer(
         return torch.optim.Adam(groups, lr=lr, betas=betas, fused=True)
     if kind == "adamw":
         return torch.optim.AdamW(groups, lr=lr, betas=betas, fused=True)
-    raise ValueError(f"The optimiser is {kind!r}; allowed: sgd, adam, adamw.")
+    raise ValueError(f"kind is {kind!r}; allowed: sgd, adam, adamw.")
 
 
 class LearningRate:
-    """The learning rate of each epoch: a pure function of the epoch, so there is no state to save.
+    """The learning rate of each epoch: a function of the epoch alone, so it has no state to save.
 
-    During warm-up it rises linearly from `warmup_factor * base_lr` to `base_lr`; the policy counts
-    epochs from 0 regardless of the warm-up.
+    During warm-up it rises linearly from `warmup_factor * base_lr` to `base_lr`. The policy counts
+    epochs from 0, including the warm-up.
     """
 
     def __init__(
@@ -103,15 +114,13 @@ class LearningRate:
         warmup_epochs: int = 0,
     ) -> None:
         if policy not in ("cos", "lin", "exp", "steps"):
-            raise ValueError(
-                f"The learning-rate policy is {policy!r}; allowed: cos, lin, exp, steps."
-            )
+            raise ValueError(f"policy is {policy!r}; allowed: cos, lin, exp, steps.")
         self.policy, self.base_lr, self.max_epoch, self.min_lr = policy, base_lr, max_epoch, min_lr
         self.steps, self.lr_mult = tuple(steps), lr_mult
         self.warmup_factor, self.warmup_epochs = warmup_factor, warmup_epochs
 
     def at(self, epoch: int) -> float:
-        """Learning rate of an epoch, counted from 0."""
+        """Return the learning rate of an epoch, counted from 0."""
         if epoch < self.warmup_epochs:
             progress = epoch / self.warmup_epochs
             return self.base_lr * (self.warmup_factor * (1 - progress) + progress)
@@ -125,8 +134,7 @@ class LearningRate:
         return self.base_lr * self.lr_mult ** sum(0 < s <= epoch for s in self.steps)
 
     def apply(self, optimizer: torch.optim.Optimizer, epoch: int) -> float:
-        """Sets the learning rate of an epoch in every group (times its `lr_ratio`) and returns
-        it."""
+        """Set the learning rate of an epoch, times its `lr_ratio`, in every group; return it."""
         lr = self.at(epoch)
         for group in optimizer.param_groups:
             group["lr"] = lr * group["lr_ratio"]

@@ -1,4 +1,4 @@
-"""Stopping in good order: Ctrl-C and SIGTERM let the step end, save, and say how to go on."""
+"""Graceful stop: after Ctrl-C or SIGTERM, finish the step, save, and print how to resume."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from lg import distributed
 from lg.distributed.cluster import cluster_signals
 from lg.run import Run
 
-_SAME = 1.0  # seconds within which signals are one request
+_SAME_REQUEST = 1.0  # seconds; signals within this time count as one
 
 
 class Interrupted(Exception):
-    """Training was stopped by a signal, after saving; `code` is the exit status of such an end."""
+    """Training was saved and stopped because of a signal; `code` is the exit status."""
 
     def __init__(self, signum: int, path: str) -> None:
         super().__init__(f"Stopped by {signal.Signals(signum).name}. Saved {path}.")
@@ -27,17 +27,16 @@ class Interrupted(Exception):
 
 @contextlib.contextmanager
 def stop_signals(run: Run) -> Iterator[None]:
-    """SIGINT, SIGTERM and a cluster's warning ask for a stop after the current step; one more ends
-    at once.
+    """Record SIGINT, SIGTERM and a cluster's warning in `run.signals`; a second one stops at once.
 
-    What comes within a second is the same request: a terminal signals all processes, and those
-    that started others pass it on.
+    Signals within a second count as one request: a terminal signals all processes, and a launcher
+    passes the signal on as well.
     """
     first = 0.0
 
-    def ask(signum: int, frame: object) -> None:
+    def request_stop(signum: int, frame: object) -> None:
         nonlocal first
-        if run.signals and time.monotonic() - first > _SAME:
+        if run.signals and time.monotonic() - first > _SAME_REQUEST:
             signal.signal(signum, signal.SIG_DFL)
             signal.raise_signal(signum)
         if run.signals:
@@ -46,23 +45,33 @@ def stop_signals(run: Run) -> Iterator[None]:
         run.signals.append(signum)
         if run.world.is_main:
             name = signal.Signals(signum).name
-            print(f"\n{name}: saving after this step; once more to stop at once.", file=sys.stderr)
+            print(f"\n{name}: saving after this step; repeat to stop at once.", file=sys.stderr)
 
-    kept = {s: signal.signal(s, ask) for s in (signal.SIGINT, signal.SIGTERM, *cluster_signals())}
+    previous = {
+        s: signal.signal(s, request_stop)
+        for s in (signal.SIGINT, signal.SIGTERM, *cluster_signals())
+    }
     try:
         yield
     except Interrupted as stop:
         run.log.close_bar()
-        run.log.info(f"{stop} To go on: {_same_command()}")
+        run.log.info(f"{stop} To resume: {_resume_command()}")
         raise
     finally:
-        for signum, handler in kept.items():
+        for signum, handler in previous.items():
             signal.signal(signum, handler)
 
 
 def asked_to_stop(run: Run, total_step: int | None) -> bool:
-    """Whether a signal came to any process. GPUs are asked at log points and between epochs only,
-    because the question has them wait."""
+    """Return whether any process received a stop signal.
+
+    With several processes on GPUs, this is checked at log points and between epochs only, because
+    it synchronises them.
+
+    Args:
+        run: The run.
+        total_step: The step that is done, counted from 0; None between epochs.
+    """
     if run.world.size == 1:
         return bool(run.signals)
     between = total_step is not None and (total_step + 1) % run.settings.log_period
@@ -74,9 +83,9 @@ def asked_to_stop(run: Run, total_step: int | None) -> bool:
     return stop
 
 
-def _same_command() -> str:
+def _resume_command() -> str:
     if "TORCHELASTIC_RUN_ID" in os.environ:
-        return "give the same torchrun command again"
+        return "repeat the same torchrun command"
     if "SUBMITIT_EXECUTOR" in os.environ:
-        return "submit it again; a job that is preempted is put back into the queue by itself"
+        return "submit it again; preempted jobs are requeued automatically"
     return shlex.join([os.path.basename(sys.executable), *sys.argv])

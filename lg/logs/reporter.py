@@ -1,5 +1,5 @@
-"""What is said when: the stats, curves and lines of training and testing, under the names of the
-published logs."""
+"""The stats, curves and console lines of training and testing, under the names of the published
+logs."""
 
 from __future__ import annotations
 
@@ -16,14 +16,17 @@ from lg.metrics import EvalResult
 
 @dataclass
 class Reporter:
-    """Turns numbers into log lines; keeps the clock of the epoch under way.
+    """Formats and times training for the log.
 
     Attributes:
-        log: where everything goes.
-        split: name of the test split, such as cifar100/test.
-        steps_per_epoch: optimiser steps.
-        max_epoch: epochs in all.
-        batch_size: images a step, over all processes.
+        log: Receives the output.
+        device: Its peak memory is reported.
+        split: Name of the test split, such as cifar100/test.
+        steps_per_epoch: Optimiser steps per epoch.
+        max_epoch: Number of epochs.
+        batch_size: Images per step, over all processes.
+        inter: Whether features are imitated.
+        logit: Whether logits are imitated.
     """
 
     log: RunLog
@@ -41,7 +44,7 @@ class Reporter:
     _train_line: str = ""
 
     def start_epoch(self, epoch: int, step: int) -> None:
-        """Starts the clock at `step` of an epoch (both counted from 0)."""
+        """Start the clock at a step of an epoch (both counted from 0)."""
         self._steps, self._started = 0, time.perf_counter()
         self._last = self._started
         self.log.start_bar(
@@ -49,7 +52,7 @@ class Reporter:
         )
 
     def count_step(self) -> None:
-        """Counts a step; at log points, after the device has been waited for."""
+        """Count and time a step; at log points, call this after synchronising the device."""
         now = time.perf_counter()
         self._difference, self._last = now - self._last, now
         self._steps += 1
@@ -96,7 +99,7 @@ class Reporter:
         )
 
     def train_epoch(self, means: dict[str, float], *, epoch: int, lr: float) -> None:
-        """The end of an epoch's training; `epoch` counts from 0."""
+        """Report the training of an epoch (counted from 0)."""
         self.log.close_bar()
         seconds = time.perf_counter() - self._started
         average = seconds / max(self._steps, 1)
@@ -144,8 +147,16 @@ class Reporter:
         batches: int,
         average: bool,
     ) -> None:
-        """The end of a test during training; `average` says whether the weight average was
-        tested."""
+        """Report a test after an epoch.
+
+        Args:
+            result: The result of the test.
+            best: The lowest errors so far.
+            epoch: Counted from 0.
+            seconds: Duration of the test.
+            batches: Batches of the test on this process.
+            average: Whether the weight average was tested.
+        """
         self.log.stats(
             "test_ema_epoch" if average else "test_epoch",
             {
@@ -171,23 +182,23 @@ class Reporter:
         )
         name = f"{'EMA ' if average else ''}{self.split}"
         accuracy, highest = 100 - result.top1_err, 100 - best["top1_err"]
-        if not self._train_line:  # training was before the run was taken up again
+        if not self._train_line:  # the run was resumed after the epoch's training
             self._train_line = f"epoch {epoch + 1}/{self.max_epoch}"
         self._train_line += f"  {name} top-1 {accuracy:.2f} % (best {highest:.2f})"
 
     def end_epoch(self) -> None:
-        """Says the epoch's line."""
+        """Print the line of the epoch."""
         self.log.info(self._train_line)
 
     def finished(
         self, test_err: float, ema_err: float, best: dict[str, tuple[float, int]], *, count: int
     ) -> None:
-        """The last line of a run: accuracies and where they were measured."""
+        """Print the last line of a run: accuracies and where they were measured."""
         parts = [f"last {100 - test_err:.2f} %", _best(best["test"])]
         if "ema" in best:
             parts += [f"EMA last {100 - ema_err:.2f} %", f"EMA {_best(best['ema'])}"]
-        told = "; ".join(f"{part} on {self.split}" for part in parts)
-        self.log.info(f"Finished {self.max_epoch} epochs. Top-1 of {count:,} images: {told}.")
+        summary = "; ".join(f"{part} on {self.split}" for part in parts)
+        self.log.info(f"Finished {self.max_epoch} epochs. Top-1 of {count:,} images: {summary}.")
 
 
 def _best(error_and_epoch: tuple[float, int]) -> str:
@@ -198,7 +209,7 @@ def _best(error_and_epoch: tuple[float, int]) -> str:
 def result_lines(
     result: EvalResult, *, split: str, class_names: list[str] | None = None
 ) -> list[str]:
-    """A test's result for people; with names, also each class's accuracy."""
+    """Format the result of a test; with class names, also the accuracy of each class."""
     lines = [
         f"{split}: top-1 {100 - result.top1_err:.2f} %, top-5 {100 - result.top5_err:.2f} % of "
         f"{result.count:,} images"

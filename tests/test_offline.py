@@ -30,7 +30,7 @@ DATA = {"TRAIN.FRACTION": 0.1, "DATA_LOADER.NUM_WORKERS": 0, "DEVICE": "cpu"}
 def teacher_fixture(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A teacher's file as training writes it, with initial weights."""
     torch.manual_seed(0)
-    path = tmp_path_factory.mktemp("guide") / "model.pyth"
+    path = tmp_path_factory.mktemp("teacher") / "model.pyth"
     torch.save(lg.published_state_dict(lg.build_model(lg.load_config(GUIDE))), path)
     return path
 
@@ -236,9 +236,7 @@ def test_layers_that_the_teacher_lacks_are_rejected(teacher: Path, tmp_path: Pat
         compute(*arguments, "--layers", "0,3")
 
 
-def test_a_killed_computation_ends_with_the_same_bytes(
-    bank: Path, teacher: Path, tmp_path: Path
-) -> None:
+def test_a_killed_computation_ends_with_the_same_bytes(teacher: Path, tmp_path: Path) -> None:
     path = tmp_path / "bank"
     command = [sys.executable, str(ROOT / "precompute_feature.py"), "--cfg", str(GUIDE)]
     command += ["--ckpt", str(teacher), "--out", str(path), "--image-size", "16"]

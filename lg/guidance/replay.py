@@ -48,10 +48,16 @@ def replay(maps: Tensor, view: Tensor) -> Tensor:
     Returns:
         [N, C, H, W], float32.
     """
-    top, left, height, width, flip = view.float().unbind(dim=1)
-    zero = torch.zeros_like(top)
-    # Coordinates run from -1 to 1 over the whole map; these place the output's -1 to 1 in it.
-    across = torch.stack([width * (1 - 2 * flip), zero, 2 * left + width - 1], dim=1)
-    down = torch.stack([zero, height, 2 * top + height - 1], dim=1)
-    grid = F.affine_grid(torch.stack([across, down], dim=1), list(maps.shape), align_corners=False)
-    return F.grid_sample(maps.float(), grid, padding_mode="border", align_corners=False)
+    rows, columns = (
+        (torch.arange(side, device=maps.device) + 0.5) / side for side in maps.shape[2:]
+    )
+    # Mixed precision would round coordinates by several percent of a pixel. The matrix product of
+    # `affine_grid` runs in it, and in TF32.
+    with torch.autocast(maps.device.type, enabled=False):
+        top, left, height, width, flip = view.float()[..., None].unbind(dim=1)  # [N, 1]
+        columns = torch.where(flip > 0.5, 1 - columns, columns)
+        # Coordinates run from -1 to 1 over the whole map.
+        down, across = 2 * (top + height * rows) - 1, 2 * (left + width * columns) - 1
+        shape = (len(maps), *maps.shape[2:])
+        grid = torch.stack([across[:, None, :].expand(shape), down[:, :, None].expand(shape)], 3)
+        return F.grid_sample(maps.float(), grid, padding_mode="border", align_corners=False)

@@ -151,6 +151,19 @@ def test_a_subpixel_box_shifts_a_ramp() -> None:
     torch.testing.assert_close(mine, centres)
 
 
+def test_mixed_precision_does_not_round_coordinates() -> None:
+    maps = torch.randn(3, 16, 28, 28)
+    views = torch.stack(
+        [View().tensor(), View(flip=True).tensor(), View(0.1, 0.2, 0.3, 0.4).tensor()]
+    )
+    single = replay(maps, views)
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed = replay(maps, views)
+    assert torch.equal(mixed, single) and mixed.dtype == torch.float32
+    torch.testing.assert_close(mixed[0], maps[0], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(mixed[1], maps[1].flip(2), rtol=1e-5, atol=1e-5)
+
+
 def test_each_image_gets_its_own_view_and_maps(path: Path) -> None:
     views = [View(), View(0.25, 0.0, 0.5, 0.5), View(flip=True)]
     bank, batch = FeatureBank(path, [2, 0]), digits_batch([7, 7, 9], views)

@@ -1,4 +1,4 @@
-"""What the tests of faults share."""
+"""Helpers of the fault tests."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 @contextlib.contextmanager
 def files_up_to(size: int) -> Iterator[None]:
-    """Writing more bytes than that into a file fails, as on a full disk: after a part of them."""
+    """Let writes beyond a file size fail part-way, as on a full disk."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
     try:

@@ -1,4 +1,4 @@
-"""Checkpoints: written whole or not at all, read strictly and without running anything."""
+"""Checkpoints: atomic writes, failed writes, and reading without running code."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ ROOT = Path(__file__).parents[1]
 
 
 def fault(path: str | Path) -> str:
-    """The message of the CheckpointError that reading raises."""
+    """Return the message of the CheckpointError raised by reading."""
     with pytest.raises(CheckpointError) as caught:
         read_checkpoint(path)
     text = str(caught.value)
@@ -38,7 +38,7 @@ def fault(path: str | Path) -> str:
 # --- Writing -----------------------------------------------------------------------------------
 
 
-def test_what_is_written_replaces_the_old_with_the_rights_of_any_file(tmp_path: Path) -> None:
+def test_write_replaces_the_file_and_uses_the_default_mode(tmp_path: Path) -> None:
     path = tmp_path / "new" / "folder" / "a.bin"
     for content in (b"old", b"new"):
         write_atomically(path, lambda stream, content=content: stream.write(content))
@@ -50,9 +50,7 @@ def test_what_is_written_replaces_the_old_with_the_rights_of_any_file(tmp_path: 
 
 
 @pytest.mark.parametrize("error", [OSError("disk full"), KeyboardInterrupt(), SystemExit(1)])
-def test_an_error_in_the_middle_leaves_the_old_file_alone(
-    tmp_path: Path, error: BaseException
-) -> None:
+def test_error_during_a_write_keeps_the_old_file(tmp_path: Path, error: BaseException) -> None:
     path = tmp_path / "a.bin"
     path.write_bytes(b"old")
 
@@ -69,7 +67,7 @@ def test_an_error_in_the_middle_leaves_the_old_file_alone(
 
 
 def killed_in(work: Callable[[], object]) -> None:
-    """Runs `work` in a child that is to be killed in it."""
+    """Run `work` in a child process that it kills."""
     child = os.fork()
     if child == 0:
         try:
@@ -84,7 +82,7 @@ class KilledOnPickling:
         os.kill(os.getpid(), signal.SIGKILL)
 
 
-def test_a_kill_in_the_middle_leaves_the_old_files_and_the_next_save_cleans_up(
+def test_kill_during_a_save_keeps_old_files_and_the_next_save_cleans_up(
     tmp_path: Path,
 ) -> None:
     folder = CheckpointFolder(tmp_path)
@@ -107,14 +105,14 @@ def test_a_kill_in_the_middle_leaves_the_old_files_and_the_next_save_cleans_up(
     assert len(folder.files()) == 2
 
 
-def test_cleaning_up_leaves_the_files_of_others(tmp_path: Path) -> None:
+def test_clean_up_keeps_files_of_other_programs(tmp_path: Path) -> None:
     other = tmp_path / ".partial-features.pt-x1"
     other.touch()
     CheckpointFolder(tmp_path).save(small_state(), epoch=1, is_best=True)
     assert other.exists()
 
 
-# --- Disks that refuse -------------------------------------------------------------------------
+# --- Failed writes -----------------------------------------------------------------------------
 
 
 def large_state(value: float = 1.0) -> dict[str, Any]:
@@ -122,9 +120,7 @@ def large_state(value: float = 1.0) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("limit", [0, 1_000, 100_000, 199_000])
-def test_what_the_disk_refuses_is_told_though_torch_says_something_else(
-    tmp_path: Path, limit: int
-) -> None:
+def test_disk_error_is_raised_instead_of_the_error_of_torch(tmp_path: Path, limit: int) -> None:
     path = saved(tmp_path / "a.pyth")
     state = large_state()
     with files_up_to(limit), pytest.raises(OSError, match=r"File too large.*a\.pyth'") as caught:
@@ -134,7 +130,7 @@ def test_what_the_disk_refuses_is_told_though_torch_says_something_else(
 
 
 @pytest.mark.parametrize("is_best", [False, True])
-def test_a_save_that_fails_harms_nothing_and_says_how_to_go_on(
+def test_failed_save_changes_nothing_and_reports_how_to_resume(
     tmp_path: Path, is_best: bool
 ) -> None:
     folder = CheckpointFolder(tmp_path)
@@ -170,7 +166,7 @@ def test_a_save_that_fails_harms_nothing_and_says_how_to_go_on(
         (errno.ENAMETOOLONG, "fix the cause"),
     ],
 )
-def test_each_fault_of_a_disk_has_its_advice(
+def test_each_disk_error_has_its_fix(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, advice: str
 ) -> None:
     def refuse(path: Path, write: object) -> None:
@@ -186,7 +182,7 @@ def test_each_fault_of_a_disk_has_its_advice(
     assert text.endswith(", then start again.") and "\n" not in text
 
 
-def test_only_what_is_whole_is_called_so(tmp_path: Path) -> None:
+def test_damaged_checkpoint_is_not_reported_as_intact(tmp_path: Path) -> None:
     folder = CheckpointFolder(tmp_path, keep=3)
     for epoch in (1, 2):
         folder.save(small_state(epoch), epoch=epoch, is_best=False)
@@ -198,9 +194,7 @@ def test_only_what_is_whole_is_called_so(tmp_path: Path) -> None:
         folder.save(large_state(), epoch=3, is_best=False)
 
 
-def test_a_folder_that_is_removed_is_made_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_removed_folder_is_created_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = CheckpointFolder(tmp_path / "run")
     folder.save(small_state(1), epoch=1, is_best=True)
     shutil.rmtree(tmp_path / "run")
@@ -218,15 +212,15 @@ def test_a_folder_that_is_removed_is_made_again(
     assert [p.name for p in folder.files()] == ["model_epoch_0003.pyth"]
 
 
-# --- What stands among the checkpoints ---------------------------------------------------------
+# --- Odd files among the checkpoints -----------------------------------------------------------
 
 
 def at(epoch: int, step: int = 0) -> dict[str, Any]:
-    """The state of a run with that many epochs and steps done."""
+    """Return the state of a run after some epochs and steps."""
     return {**small_state(epoch), "sampler_state": {"epoch": epoch, "step": step}}
 
 
-def test_a_checkpoint_under_another_epochs_name_hides_none(tmp_path: Path) -> None:
+def test_checkpoint_named_after_another_epoch_is_skipped(tmp_path: Path) -> None:
     folder = CheckpointFolder(tmp_path, keep=1)
     path = folder.save(at(3), epoch=3, is_best=False)
     strange = folder.folder / "model_epoch_9999.pyth"
@@ -238,13 +232,13 @@ def test_a_checkpoint_under_another_epochs_name_hides_none(tmp_path: Path) -> No
         f"{strange} holds epoch 3: rename it to model_epoch_0003.pyth, or move it away. Skipping "
         "this checkpoint."
     ]
-    folder.save(at(3, step=7), epoch=4, is_best=False)  # stays, though only one is kept
+    folder.save(at(3, step=7), epoch=4, is_best=False)  # kept, although keep is 1
     assert [p.name[12:16] for p in folder.files()] == ["0004", "9999"]
     state = folder.load_last(warnings.append)
     assert state is not None and state["sampler_state"] == {"epoch": 3, "step": 7}
 
 
-def test_damaged_later_ones_do_not_push_out_what_is_saved(tmp_path: Path) -> None:
+def test_damaged_later_checkpoints_do_not_count_as_kept(tmp_path: Path) -> None:
     folder = CheckpointFolder(tmp_path, keep=3)
     for epoch in (1, 2, 3):
         folder.save(at(epoch), epoch=epoch, is_best=False)
@@ -257,7 +251,7 @@ def test_damaged_later_ones_do_not_push_out_what_is_saved(tmp_path: Path) -> Non
     assert [p.name[12:16] for p in folder.files()] == ["0002", "0003"]
 
 
-def test_folders_and_dangling_links_among_checkpoints_are_passed_over(tmp_path: Path) -> None:
+def test_folders_and_dangling_links_are_skipped(tmp_path: Path) -> None:
     folder = CheckpointFolder(tmp_path, keep=1)
     folder.save(at(1), epoch=1, is_best=False)
     (folder.folder / "model_epoch_0002.pyth").mkdir()
@@ -269,7 +263,7 @@ def test_folders_and_dangling_links_among_checkpoints_are_passed_over(tmp_path: 
     assert "0002.pyth cannot be read: Is a directory." in warnings[1] and len(warnings) == 2
     with pytest.raises(CheckpointError, match=r"Is a directory \(.*0001\.pyth, is intact: move"):
         folder.save(at(2), epoch=2, is_best=False)
-    folder.save(at(3), epoch=3, is_best=False)  # takes the link's place
+    folder.save(at(3), epoch=3, is_best=False)  # replaces the link
     assert [p.name[12:16] for p in folder.files()] == ["0002", "0003"]
     assert not folder.files()[1].is_symlink() and folder.files()[0].is_dir()
 
@@ -277,19 +271,19 @@ def test_folders_and_dangling_links_among_checkpoints_are_passed_over(tmp_path: 
 # --- Reading -----------------------------------------------------------------------------------
 
 
-def test_a_checkpoint_reads_back(tmp_path: Path) -> None:
+def test_saved_checkpoint_is_read_back(tmp_path: Path) -> None:
     path = saved(tmp_path / "a.pyth")
     assert same_state(read_checkpoint(path), small_state())
     assert same_state(read_checkpoint(str(path)), small_state())
 
 
-def test_a_missing_file_and_a_folder_are_named(tmp_path: Path) -> None:
+def test_missing_file_and_folder_are_reported(tmp_path: Path) -> None:
     assert "does not exist" in fault(tmp_path / "none.pyth")
     assert "cannot be read" in fault(tmp_path)
     fault("http://127.0.0.1:1/model.pyth")
 
 
-def test_a_truncated_file_is_found_wherever_it_ends(tmp_path: Path) -> None:
+def test_file_truncated_anywhere_is_rejected(tmp_path: Path) -> None:
     content = saved(tmp_path / "a.pyth").read_bytes()
     path = tmp_path / "b.pyth"
     for length in [*range(0, len(content), 61), len(content) - 1]:
@@ -297,7 +291,7 @@ def test_a_truncated_file_is_found_wherever_it_ends(tmp_path: Path) -> None:
         fault(path)
 
 
-def test_one_damaged_byte_never_changes_what_is_read(tmp_path: Path) -> None:
+def test_damaged_byte_never_changes_what_is_read(tmp_path: Path) -> None:
     content = saved(tmp_path / "a.pyth").read_bytes()
     path = tmp_path / "b.pyth"
     found = 0
@@ -309,12 +303,12 @@ def test_one_damaged_byte_never_changes_what_is_read(tmp_path: Path) -> None:
             state = read_checkpoint(path)
         except CheckpointError:
             found += 1
-        else:  # a byte that holds nothing, such as those that align the tensors
+        else:  # a byte without content, such as tensor padding
             assert same_state(state, small_state())
     assert found > 200
 
 
-def test_a_damaged_weight_is_found_and_named(tmp_path: Path) -> None:
+def test_damaged_weight_is_reported(tmp_path: Path) -> None:
     path = saved(tmp_path / "a.pyth")
     with zipfile.ZipFile(path) as archive:
         names = archive.namelist()
@@ -335,7 +329,7 @@ def test_a_damaged_weight_is_found_and_named(tmp_path: Path) -> None:
 
 
 class Payload:
-    """Touches a file when it is unpickled."""
+    """Touch a file when unpickled."""
 
     def __init__(self, mark: Path) -> None:
         self.mark = mark
@@ -345,7 +339,7 @@ class Payload:
 
 
 @pytest.mark.parametrize("kind", ["zip", "legacy", "pickle"])
-def test_a_payload_is_refused_and_not_run(tmp_path: Path, kind: str) -> None:
+def test_payload_is_rejected_and_not_run(tmp_path: Path, kind: str) -> None:
     mark, path = tmp_path / "ran", tmp_path / "a.pyth"
     state = {**small_state(), "optimizer_state": Payload(mark)}
     if kind == "pickle":
@@ -361,14 +355,14 @@ def test_a_payload_is_refused_and_not_run(tmp_path: Path, kind: str) -> None:
 
 
 @pytest.mark.parametrize("content", [b"", b"not a checkpoint", b"PK\3\4", b"\x80\x02}q\x00."])
-def test_other_files_are_refused(tmp_path: Path, content: bytes) -> None:
+def test_other_files_are_rejected(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "a.pyth"
     path.write_bytes(content)
     fault(path)
 
 
 @pytest.mark.parametrize("state", [[1, 2], torch.ones(3), "text", {}, 5])
-def test_a_checkpoint_is_a_dict(tmp_path: Path, state: Any) -> None:
+def test_checkpoint_must_be_a_dict(tmp_path: Path, state: Any) -> None:
     text = fault(saved(tmp_path / "a.pyth", state))
     assert f"holds a {type(state).__name__}" in text
 
@@ -383,7 +377,7 @@ def test_numpy_numbers_of_a_published_file_are_read(tmp_path: Path, kind: type) 
 
 
 @pytest.mark.parametrize("module", [b"numpy.core.multiarray", b"numpy._core.multiarray"])
-def test_numpy_1_and_2_name_a_number_differently(tmp_path: Path, module: bytes) -> None:
+def test_numbers_of_numpy_1_and_2_are_read(tmp_path: Path, module: bytes) -> None:
     path = saved(tmp_path / "a.pyth", {**small_state(), "test_err": np.float64(20)})
     with zipfile.ZipFile(path) as archive:
         parts = {name: archive.read(name) for name in archive.namelist()}
@@ -396,6 +390,6 @@ def test_numpy_1_and_2_name_a_number_differently(tmp_path: Path, module: bytes) 
     assert read_checkpoint(path)["test_err"] == 20
 
 
-def test_numpy_arrays_of_objects_are_not_let_in(tmp_path: Path) -> None:
+def test_numpy_arrays_of_objects_are_rejected(tmp_path: Path) -> None:
     fault(saved(tmp_path / "a.pyth", {"a": np.array([Payload(tmp_path / "ran")], dtype=object)}))
     assert not (tmp_path / "ran").exists()

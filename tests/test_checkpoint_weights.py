@@ -1,4 +1,4 @@
-"""Checkpoints as weights and as the folder of a run: which are taken, which are kept."""
+"""Checkpoints: choosing and loading weights, and the folder of a run."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ MODEL, AVERAGE = {"w": torch.zeros(1)}, {"w": torch.ones(1)}
         ({"test_err": "low", "ema_err": torch.zeros(2)}, False),
     ],
 )
-def test_the_weights_that_tested_better_are_taken(errors: dict[str, Any], average: bool) -> None:
+def test_weights_with_the_lower_error_are_chosen(errors: dict[str, Any], average: bool) -> None:
     state = {"model_state": MODEL, "ema_state": AVERAGE, **errors}
     assert float(choose_weights(state, "a")["w"]) == float(average)
     for nothing in ({}, None):
@@ -61,7 +61,7 @@ def test_the_weights_that_tested_better_are_taken(errors: dict[str, Any], averag
     assert float(choose_weights({"model_state": MODEL, **errors}, "a")["w"]) == 0
 
 
-def test_a_bare_state_dict_is_its_own_weights() -> None:
+def test_bare_state_dict_is_accepted() -> None:
     assert choose_weights(MODEL, "a") == MODEL
     with pytest.raises(CheckpointError, match=r"a\.pyth has no model_state; its keys are state_d"):
         choose_weights({"state_dict": MODEL, "x": 1}, "a.pyth")
@@ -69,7 +69,7 @@ def test_a_bare_state_dict_is_its_own_weights() -> None:
 
 @pytest.mark.parametrize("key", ["model_state", "ema_state"])
 @pytest.mark.parametrize("value", [torch.ones(3), [1], "text"])
-def test_weights_that_are_none_are_named(key: str, value: Any) -> None:
+def test_parts_that_are_not_dicts_are_rejected(key: str, value: Any) -> None:
     state = {"model_state": MODEL, "ema_state": AVERAGE, "ema_err": 1.0, key: value}
     with pytest.raises(CheckpointError, match=rf"a holds a {type(value).__name__} as its {key}"):
         choose_weights(state, "a")
@@ -78,7 +78,7 @@ def test_weights_that_are_none_are_named(key: str, value: Any) -> None:
 # --- Files of safetensors ----------------------------------------------------------------------
 
 
-def test_safetensors_are_read_whole_or_not_at_all(tmp_path: Path) -> None:
+def test_safetensors_are_read_only_if_intact(tmp_path: Path) -> None:
     path = tmp_path / "a.safetensors"
     state = {"n": torch.tensor(7), "w": torch.arange(600.0).reshape(3, 200)}
     safetensors.torch.save_file(state, path)
@@ -101,13 +101,13 @@ SIZES = {"img_size": 32, "in_channels": 3, "num_classes": 10}
 
 
 def weights_of(name: str, **settings: object) -> dict[str, torch.Tensor]:
-    """Weights other than any fresh model has."""
+    """Return weights that differ from those of any new model."""
     torch.manual_seed(1)
     state = timm.create_model(name, **settings).state_dict()
     return {k: torch.randn_like(v) if v.is_floating_point() else v for k, v in state.items()}
 
 
-def test_weights_that_timm_never_loads_strictly_must_be_whole_too() -> None:
+def test_weights_that_timm_loads_loosely_must_be_complete() -> None:
     weights = weights_of("dla46_c")
     loaded = timm_model(
         "dla46_c", **SIZES, pretrained={**weights, "level3.project.0.weight": torch.ones(1)}
@@ -120,7 +120,7 @@ def test_weights_that_timm_never_loads_strictly_must_be_whole_too() -> None:
 
 
 @pytest.mark.parametrize("channels", [1, 4, 5])
-def test_weights_for_as_many_channels_are_taken_as_they_are(channels: int) -> None:
+def test_weights_with_the_same_channels_are_loaded_unchanged(channels: int) -> None:
     weights = weights_of("resnet18", in_chans=channels)
     sizes = {**SIZES, "in_channels": channels}
     model = timm_model("resnet18", **sizes, pretrained=weights)
@@ -133,7 +133,7 @@ def test_weights_for_as_many_channels_are_taken_as_they_are(channels: int) -> No
         timm_model("resnet18", **{**sizes, "in_channels": 7}, pretrained=other)
 
 
-def test_weights_without_the_norm_of_the_head_leave_it_fresh() -> None:
+def test_weights_without_the_head_norm_keep_its_initial_values() -> None:
     name = "convnextv2_atto.fcmae"
     whole = weights_of(name, num_classes=0)
     weights = {k: v for k, v in whole.items() if not k.startswith("head.")}
@@ -142,7 +142,7 @@ def test_weights_without_the_norm_of_the_head_leave_it_fresh() -> None:
     assert torch.all(model.net.head.norm.weight == 1) and model.net.head.fc.out_features == 10
 
 
-def test_a_model_does_not_keep_the_file_and_loading_stays_torchs_own() -> None:
+def test_model_does_not_keep_the_weights_and_torch_is_not_patched() -> None:
     load = torch.nn.Module.load_state_dict
     model = timm_model("resnet18", **SIZES, pretrained=weights_of("resnet18"))
     assert "state_dict" not in model.net.pretrained_cfg
@@ -160,7 +160,7 @@ def model() -> torch.nn.Module:
     return lg.build_model(lg.load_config(ROOT / "configs" / "digits" / "r-8_digits.yaml"))
 
 
-def test_load_weights_takes_the_better_ones_and_says_what_else_is_there(
+def test_load_weights_loads_the_better_weights_and_returns_the_facts(
     tmp_path: Path, model: torch.nn.Module
 ) -> None:
     first = {k: v.clone() for k, v in lg.published_state_dict(model).items()}
@@ -175,7 +175,7 @@ def test_load_weights_takes_the_better_ones_and_says_what_else_is_there(
     assert same_state(lg.published_state_dict(model), first)
 
 
-def test_weights_of_another_model_change_nothing(tmp_path: Path, model: torch.nn.Module) -> None:
+def test_rejected_weights_change_nothing(tmp_path: Path, model: torch.nn.Module) -> None:
     before = {k: v.clone() for k, v in lg.published_state_dict(model).items()}
     other = {k: v + 1 for k, v in before.items()}
     key = next(reversed(other))
@@ -198,7 +198,7 @@ def test_weights_of_another_model_change_nothing(tmp_path: Path, model: torch.nn
 
 
 @pytest.mark.parametrize("keep", [1, 2, 5])
-def test_the_last_k_stay_and_the_best_beside_them(tmp_path: Path, keep: int) -> None:
+def test_last_checkpoints_and_the_best_are_kept(tmp_path: Path, keep: int) -> None:
     folder = CheckpointFolder(tmp_path, keep=keep)
     assert folder.files() == [] and folder.load_last(pytest.fail) is None
     for epoch in range(1, 5):
@@ -212,7 +212,7 @@ def test_the_last_k_stay_and_the_best_beside_them(tmp_path: Path, keep: int) -> 
     assert last is not None and same_state(last, small_state(4))
 
 
-def test_epochs_are_ordered_as_numbers_and_other_files_ignored(tmp_path: Path) -> None:
+def test_files_are_sorted_by_epoch_and_other_files_ignored(tmp_path: Path) -> None:
     folder = CheckpointFolder(tmp_path, keep=3)
     for epoch in (9999, 10000, 998):
         folder.save(small_state(), epoch=epoch, is_best=False)
@@ -222,7 +222,7 @@ def test_epochs_are_ordered_as_numbers_and_other_files_ignored(tmp_path: Path) -
     assert not folder.best.exists()
 
 
-def test_a_damaged_checkpoint_is_passed_over_with_a_warning(tmp_path: Path) -> None:
+def test_damaged_checkpoint_is_skipped_with_a_warning(tmp_path: Path) -> None:
     folder = CheckpointFolder(tmp_path, keep=3)
     for epoch in (1, 2, 3):
         folder.save(small_state(epoch), epoch=epoch, is_best=False)
@@ -239,7 +239,7 @@ def test_a_damaged_checkpoint_is_passed_over_with_a_warning(tmp_path: Path) -> N
         folder.load_last(warnings.append)
 
 
-def test_the_best_is_written_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_best_is_written_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     written: list[str] = []
     monkeypatch.setattr(
         "lg.checkpoint.write_atomically", lambda path, write: written.append(Path(path).name)
@@ -248,7 +248,7 @@ def test_the_best_is_written_first(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert written == ["model.pyth", "model_epoch_0007.pyth"]
 
 
-def test_random_states_come_back(tmp_path: Path) -> None:
+def test_random_states_are_restored(tmp_path: Path) -> None:
     kept = random.getstate()
     torch.manual_seed(11)
     path = saved(tmp_path / "a.pyth", {"rng_state": [random_state()]})
@@ -256,4 +256,4 @@ def test_random_states_come_back(tmp_path: Path) -> None:
     torch.manual_seed(12)
     restore_random_state(read_checkpoint(path)["rng_state"][0])
     assert torch.equal(torch.rand(3), wanted)
-    assert random.getstate() == kept  # Python's own generator is no part of it
+    assert random.getstate() == kept  # Python's own generator is not touched

@@ -1,4 +1,4 @@
-"""Faults from outside: kills, a folder that another run has or that is read-only, full disks."""
+"""External faults: kills, locked and read-only folders, full disks."""
 
 from __future__ import annotations
 
@@ -143,7 +143,7 @@ def test_full_disk_is_not_taken_for_a_read_only_folder(
 
 @pytest.fixture(scope="module")
 def guide_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A guide as training would leave it, though with its first weights."""
+    """Weights of an untrained guide, saved as training saves them."""
     torch.manual_seed(0)
     path = tmp_path_factory.mktemp("guide") / "model.pyth"
     model = lg.build_model(lg.load_config(ROOT / "configs/digits/r-8_digits.yaml"))
@@ -155,7 +155,7 @@ def guide_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def train(
     tmp_path: Path, guide_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Callable[[], int | str | None]:
-    """The command line of a short guided run; its exit status."""
+    """A short guided run on the command line; returns its exit status."""
     from benchmarks.fault_runs import training
 
     changes = {"DATA_LOADER__NUM_WORKERS": 0, "OPTIM__MAX_EPOCH": 3}
@@ -172,7 +172,7 @@ def train(
     return run
 
 
-def test_a_disk_that_is_full_during_training_costs_nothing_but_time(
+def test_training_resumes_after_a_full_disk(
     tmp_path: Path,
     train: Callable[[], int | str | None],
     monkeypatch: pytest.MonkeyPatch,
@@ -203,7 +203,7 @@ def test_a_disk_that_is_full_during_training_costs_nothing_but_time(
     assert last.read_bytes() == kept[last] and not [*out_dir.rglob(".partial-*")]
 
 
-def test_a_run_outlives_its_folder(
+def test_training_continues_after_its_folder_is_removed(
     tmp_path: Path, train: Callable[[], int | str | None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from lg import trainer
@@ -226,7 +226,7 @@ def test_a_run_outlives_its_folder(
 
 
 @pytest.mark.slow
-def test_kills_at_random_moments_lose_nothing(tmp_path: Path) -> None:
+def test_random_kills_lose_nothing(tmp_path: Path) -> None:
     command = [sys.executable, "benchmarks/faults.py", "--kills", "6", "--only-kills"]
     run = subprocess.run(
         [*command, "--out", str(tmp_path / "faults.json")], cwd=ROOT, capture_output=True, text=True

@@ -1,4 +1,4 @@
-"""Metrics: hits, running means, and the step at which a loss broke."""
+"""Metrics: hits, running means, and the step of a non-finite loss."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from lg.metrics import EvalResult, TrainMeter, topk_hits
 
 
 def naive_hit(scores: list[float], label: int, k: int) -> bool:
-    """Fewer than k scores are higher."""
+    """Return whether fewer than k scores are higher."""
     return sum(s > scores[label] for s in scores) < k
 
 
 @pytest.mark.parametrize("num_classes", [2, 3, 4, 5, 10, 100])
-def test_hits_are_those_of_a_naive_count(num_classes: int) -> None:
+def test_hits_equal_a_naive_count(num_classes: int) -> None:
     generator = torch.Generator().manual_seed(num_classes)
     logits = torch.randn(64, num_classes, generator=generator)
     labels = torch.randint(num_classes, (64,), generator=generator)
@@ -40,7 +40,7 @@ def test_hits_are_those_of_a_naive_count(num_classes: int) -> None:
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
-def test_a_row_that_is_not_finite_is_never_a_hit(bad: float) -> None:
+def test_non_finite_row_is_never_a_hit(bad: float) -> None:
     logits = torch.eye(6)
     logits[2, 2] = bad
     logits[4, 0] = bad
@@ -85,7 +85,7 @@ def test_means_are_weighted_by_the_number_of_images() -> None:
     assert meter.window() == pytest.approx(wanted)
 
 
-def test_the_window_goes_on_over_epochs_and_the_epoch_over_windows() -> None:
+def test_windows_and_epochs_are_independent() -> None:
     meter = TrainMeter()
     for step, value in enumerate((1.0, 2.0, 3.0), start=1):
         meter.add(losses(value), hits(5, 5, 5))
@@ -112,7 +112,7 @@ def test_collect_without_new_steps_changes_nothing() -> None:
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
-def test_a_broken_loss_names_epoch_step_and_term(bad: float) -> None:
+def test_non_finite_loss_is_reported_with_epoch_step_and_term(bad: float) -> None:
     meter = TrainMeter()
     for step in range(1, 8):
         meter.add(losses(1.0), hits(2, 1, 2))
@@ -129,7 +129,7 @@ def test_a_broken_loss_names_epoch_step_and_term(bad: float) -> None:
     assert "cls = " not in text and "OPTIM.BASE_LR" in text
 
 
-def test_a_state_is_a_copy_that_goes_on_like_the_original() -> None:
+def test_restored_meter_continues_like_the_original() -> None:
     meter = TrainMeter()
     for step, value in enumerate((1.0, 2.0), start=1):
         meter.add(losses(value), hits(step, 1, 1))
@@ -147,7 +147,7 @@ def test_a_state_is_a_copy_that_goes_on_like_the_original() -> None:
     assert len(state["window"]) == 2  # neither of the two writes into what was saved
 
 
-def test_a_state_with_steps_still_on_the_device_is_a_mistake() -> None:
+def test_state_requires_collect() -> None:
     meter = TrainMeter()
     meter.add(losses(1.0), hits(2, 1, 2))
     with pytest.raises(AssertionError):

@@ -1,4 +1,4 @@
-"""Logs: lines that machines read, and who writes them."""
+"""Logs: JSON lines, console output, TensorBoard, and failed writes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from lg.logs.log import RunLog, format_time, json_line, read_json_lines
 from tests.fault_cases import files_up_to
 
 
-def test_a_line_is_sorted_json_with_its_kind() -> None:
+def test_json_line_is_sorted_and_has_its_kind() -> None:
     line = json_line("train_iter", {"b": 1, "a": "x", "c": [True, None]})
     assert line == 'json_stats: {"_type": "train_iter", "a": "x", "b": 1, "c": [true, null]}'
 
@@ -35,19 +35,19 @@ def test_a_line_is_sorted_json_with_its_kind() -> None:
         (True, "true"),
     ],
 )
-def test_floats_keep_the_digits_worth_keeping(value: float, text: str) -> None:
+def test_floats_are_rounded(value: float, text: str) -> None:
     line = json_line("t", {"x": value, "deep": {"y": [value, (value,)]}})
     wanted = f'{{"_type": "t", "deep": {{"y": [{text}, [{text}]]}}, "x": {text}}}'
     assert line == f"json_stats: {wanted}"
     assert json.loads(wanted)["x"] == pytest.approx(value, abs=5.1e-5, rel=1e-3)
 
 
-def test_what_json_has_no_number_for_is_null() -> None:
+def test_non_finite_floats_are_null() -> None:
     line = json_line("t", {"a": math.nan, "b": [math.inf, -math.inf]})
     assert line == 'json_stats: {"_type": "t", "a": null, "b": [null, null]}'
 
 
-def test_a_log_is_appended_to_and_its_stats_read_back_in_order(tmp_path: Path) -> None:
+def test_log_is_appended_and_its_stats_are_read_in_order(tmp_path: Path) -> None:
     for run in range(2):
         log = RunLog(tmp_path / "out", console=False)
         log.info(f"run {run}: é {{")
@@ -66,14 +66,14 @@ def test_a_log_is_appended_to_and_its_stats_read_back_in_order(tmp_path: Path) -
     ]
 
 
-def test_each_line_is_in_the_file_at_once(tmp_path: Path) -> None:
+def test_each_line_is_written_immediately(tmp_path: Path) -> None:
     log = RunLog(tmp_path, console=False)
     log.stats("t", {"a": 1})
     assert read_json_lines(tmp_path / "log.txt") == [{"_type": "t", "a": 1}]
     log.close()
 
 
-def test_only_the_enabled_process_speaks_and_writes(
+def test_disabled_log_prints_and_writes_nothing(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     log = RunLog(tmp_path / "out", enabled=False)
@@ -87,7 +87,7 @@ def test_only_the_enabled_process_speaks_and_writes(
     assert capsys.readouterr() == ("", "")
 
 
-def test_who_hears_what(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_where_each_message_goes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     log = RunLog(tmp_path)
     log.info("said"), log.warn("warned"), log.write("written"), log.stats("t", {})
     log.advance(), log.advance("a summary")
@@ -102,7 +102,7 @@ def test_who_hears_what(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert (tmp_path / "quiet.txt").read_text() == "said\nWarning: warned\n"
 
 
-def test_text_that_is_no_unicode_does_not_stop_a_run(tmp_path: Path) -> None:
+def test_invalid_unicode_is_escaped(tmp_path: Path) -> None:
     log = RunLog(tmp_path, console=False)
     log.info("a folder named \udcff")
     log.close()
@@ -110,7 +110,7 @@ def test_text_that_is_no_unicode_does_not_stop_a_run(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("how", ["removed", "rotated", "its folder removed"])
-def test_a_log_that_is_gone_is_opened_again(tmp_path: Path, how: str) -> None:
+def test_removed_or_rotated_log_is_created_again(tmp_path: Path, how: str) -> None:
     path = tmp_path / "run" / "log.txt"
     log = RunLog(path.parent, console=False)
     log.info("before")
@@ -118,12 +118,12 @@ def test_a_log_that_is_gone_is_opened_again(tmp_path: Path, how: str) -> None:
         shutil.rmtree(path.parent)
     elif how == "rotated":
         path.rename(path.with_name("log.txt.1"))
-        path.write_text("of another hand\n")
+        path.write_text("of another program\n")
     else:
         path.unlink()
     log.info("after"), log.info("more")
     log.close()
-    kept = "of another hand\n" if how == "rotated" else ""
+    kept = "of another program\n" if how == "rotated" else ""
     assert path.read_text() == f"{kept}after\nmore\n"
     if how == "rotated":
         assert path.with_name("log.txt.1").read_text() == "before\n"
@@ -153,7 +153,7 @@ def test_full_disk_is_reported_once_and_cuts_no_line(
     assert 1 < len(steps) < 12 and steps == [*range(len(steps) - 1), 400]
 
 
-def test_a_log_that_cannot_be_opened_stops_nothing(
+def test_log_that_cannot_be_opened_is_reported(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "file").touch()
@@ -166,9 +166,7 @@ def test_a_log_that_cannot_be_opened_stops_nothing(
     assert err.count("cannot be written (Not a directory)") == 2
 
 
-def test_a_terminal_that_is_gone_stops_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_closed_terminal_is_ignored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class Gone:
         def write(self, text: str) -> int:
             raise OSError(5, "Input/output error")
@@ -189,7 +187,7 @@ def test_a_terminal_that_is_gone_stops_nothing(
     assert (tmp_path / "log.txt").read_text() == "said\nWarning: warned\n"
 
 
-def test_a_cut_line_stands_alone(tmp_path: Path) -> None:
+def test_line_after_a_cut_line_starts_a_new_one(tmp_path: Path) -> None:
     (tmp_path / "log.txt").write_text('json_stats: {"_type": "t", "a": 1}\njson_stats: {"_ty')
     for _ in range(2):
         log = RunLog(tmp_path, console=False)
@@ -199,9 +197,7 @@ def test_a_cut_line_stands_alone(tmp_path: Path) -> None:
     assert len((tmp_path / "log.txt").read_text().splitlines()) == 4
 
 
-def test_nothing_of_the_environment_is_written(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_environment_is_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LG_TEST_TOKEN", "a-secret-of-the-user")
     log = RunLog(tmp_path, console=False)
     log.open_tensorboard(0)
@@ -214,7 +210,7 @@ def test_nothing_of_the_environment_is_written(
 
 
 def scalars(out_dir: Path, tag: str) -> list[tuple[int, float]]:
-    """The points of a curve, as TensorBoard reads them."""
+    """Return the points of a curve, as TensorBoard reads them."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     board = EventAccumulator(str(out_dir / "tensorboard"))
@@ -222,7 +218,7 @@ def scalars(out_dir: Path, tag: str) -> list[tuple[int, float]]:
     return [(event.step, event.value) for event in board.Scalars(tag)]
 
 
-def test_tensorboard_hides_what_a_resumed_run_does_again(tmp_path: Path) -> None:
+def test_tensorboard_hides_points_that_a_resumed_run_repeats(tmp_path: Path) -> None:
     for first, last, value in ((0, 4, 1.0), (3, 6, 2.0)):
         log = RunLog(tmp_path, console=False)
         log.open_tensorboard(first)
@@ -235,7 +231,7 @@ def test_tensorboard_hides_what_a_resumed_run_does_again(tmp_path: Path) -> None
         assert scalars(tmp_path, tag) == [(step, value * factor) for step, value in wanted]
 
 
-def test_curves_go_on_when_their_folder_is_removed(tmp_path: Path) -> None:
+def test_curves_continue_after_their_folder_is_removed(tmp_path: Path) -> None:
     log = RunLog(tmp_path, console=False)
     log.open_tensorboard(1)
     log.scalars(1, {"loss": 1.0})
@@ -258,5 +254,5 @@ def test_curves_go_on_when_their_folder_is_removed(tmp_path: Path) -> None:
         (40 * 86400, "40d 00h 00m"),
     ],
 )
-def test_times_read_well(seconds: float, text: str) -> None:
+def test_times_are_formatted(seconds: float, text: str) -> None:
     assert format_time(seconds) == text

@@ -89,8 +89,14 @@ def start(mode: str, cfg: CfgNode) -> None:
         from lg.builders import build_resources
         from lg.distributed.cluster import submit
 
-        folder, resources = f"{cfg.OUT_DIR}/jobs", build_resources(cfg)
-        line = submit(run, (mode, cfg), mode=cfg.LAUNCH.MODE, folder=folder, resources=resources)
+        line = submit(
+            run,
+            (mode, cfg),
+            mode=cfg.LAUNCH.MODE,
+            folder=f"{cfg.OUT_DIR}/jobs",
+            resources=build_resources(cfg),
+            max_retries=cfg.LAUNCH.MAX_RETRY,
+        )
         print(line)
         return
     from lg.distributed.launch import launch

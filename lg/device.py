@@ -1,4 +1,4 @@
-"""Where a run computes and in which precision."""
+"""Devices, their precision and their memory."""
 
 from __future__ import annotations
 
@@ -14,57 +14,51 @@ from torch import Tensor
 
 
 def select_device(kind: str, *, local_rank: int = 0) -> torch.device:
-    """The device of this process.
+    """Return the device of this process.
 
     Args:
         kind: `auto` (CUDA, else MPS, else CPU), `cpu`, `cuda` or `mps`.
-        local_rank: number of the process on this machine; picks the GPU.
+        local_rank: Number of the process on this machine; selects the GPU.
 
     Raises:
-        ValueError: the device asked for is not there, or there are fewer GPUs than processes.
+        ValueError: The device is not available, or there are fewer GPUs than processes.
     """
+    has_mps = torch.backends.mps.is_available()
     if kind == "auto":
-        kind = (
-            "cuda"
-            if torch.cuda.is_available()
-            else "mps"
-            if torch.backends.mps.is_available()
-            else "cpu"
-        )
+        kind = "cuda" if torch.cuda.is_available() else "mps" if has_mps else "cpu"
     if kind == "cuda":
         count = torch.cuda.device_count()
         if local_rank >= count:
             raise ValueError(
-                f"Process {local_rank} of this machine needs a GPU of its own, but torch sees "
-                f"{count}: lower NUM_GPUS, "
-                "or set DEVICE cpu."
+                f"Process {local_rank} of this machine needs its own GPU, but torch sees {count}: "
+                "lower NUM_GPUS, or set DEVICE cpu."
             )
         torch.cuda.set_device(local_rank)
         return torch.device("cuda", local_rank)
-    if kind == "mps" and not torch.backends.mps.is_available():
+    if kind == "mps" and not has_mps:
         raise ValueError("DEVICE is mps, but torch finds no such device: set DEVICE auto.")
     return torch.device(kind)
 
 
 def reuse_memory() -> None:
-    """Has the C library keep freed memory for the next step.
+    """Make glibc keep freed memory for the next step; other C libraries are left alone.
 
     By default glibc returns large blocks to the system, which clears them page by page when the
-    next step asks for them again: up to two fifths of a step. Other libraries stay as they are.
+    next step allocates them again. That takes up to two fifths of a step.
     """
-    trim_threshold, mmap_threshold = -1, -3  # numbers of mallopt's parameters
-    try:
+    trim_threshold, mmap_threshold = -1, -3  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
+    with contextlib.suppress(OSError, AttributeError):
         libc = ctypes.CDLL("libc.so.6")
-        # Versions before 2.35 take 32 MB at most; one that refuses both is left as it is.
+        # Versions before 2.35 accept at most 32 MB.
         if libc.mallopt(mmap_threshold, 2**28) or libc.mallopt(mmap_threshold, 2**25):
             libc.mallopt(trim_threshold, 2**31 - 1)
-    except (OSError, AttributeError):
-        pass
 
 
 def allow_tf32(allowed: bool) -> None:
-    """Whether GPUs may round the factors of float32 products to TF32; torch by itself lets
-    convolutions and not matrix products."""
+    """Set whether GPUs may round the factors of float32 products to TF32.
+
+    By default torch allows it in convolutions and not in matrix products.
+    """
     torch.set_float32_matmul_precision("high" if allowed else "highest")
     torch.backends.cudnn.allow_tf32 = allowed
 
@@ -73,12 +67,22 @@ class Precision:
     """Full or mixed precision: the autocast context and, for fp16, the loss scaler.
 
     Attributes:
-        dtype: of autocast; None in full precision.
-        scaler: a no-op unless dtype is float16.
+        device: Where the forward pass runs.
+        dtype: Of autocast; None in full precision.
+        scaler: Has no effect unless dtype is float16.
     """
 
     def __init__(self, device: torch.device, *, mixed: bool = False, dtype: str = "auto") -> None:
-        """Picks bf16 where the hardware computes in it, else fp16, when `dtype` is auto."""
+        """Select the precision.
+
+        Args:
+            device: Where the forward pass runs.
+            mixed: Whether precision is mixed.
+            dtype: bf16, fp16 or auto: bf16 if the hardware computes in it, else fp16.
+
+        Raises:
+            ValueError: fp16 on a CPU.
+        """
         self.device = device
         self.dtype: torch.dtype | None = None
         if mixed:
@@ -89,13 +93,13 @@ class Precision:
                 dtype = "bf16" if native else "fp16"
             if dtype == "fp16" and device.type == "cpu":
                 raise ValueError(
-                    "TRAIN.AMP_DTYPE is fp16, which CPUs do not train in: set it to bf16 or auto."
+                    "TRAIN.AMP_DTYPE is fp16, which CPUs do not support: set it to bf16 or auto."
                 )
             self.dtype = torch.bfloat16 if dtype == "bf16" else torch.float16
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype == torch.float16)
 
     def autocast(self) -> AbstractContextManager:
-        """The context of forward passes."""
+        """Return the context for forward passes."""
         if self.dtype is None:
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, dtype=self.dtype)
@@ -114,16 +118,16 @@ def to_device(values: Tensor | np.ndarray, device: torch.device) -> Tensor:
 
 
 def synchronize(device: torch.device) -> None:
-    """Waits until the device has done what it was given; CPUs have."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    elif device.type == "mps":
-        torch.mps.synchronize()
+    """Wait until the device has finished its work; CPUs always have."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
 
 
 def peak_memory_mb(device: torch.device) -> int:
-    """Peak memory in MB (1024^2 bytes): allocated on the GPU, or resident of this process on a
-    CPU."""
+    """Return the peak memory in MB (1024^2 bytes).
+
+    On a GPU it is the memory that torch allocated; elsewhere the resident memory of the process.
+    """
     if device.type == "cuda":
         return int(torch.cuda.max_memory_allocated(device) / 1024**2)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes on macOS, KiB elsewhere

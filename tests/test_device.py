@@ -1,4 +1,4 @@
-"""Devices: which one is taken, in which precision, and what is said when it is not there."""
+"""Devices: which one is selected, its precision, and errors if it is not available."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ CPU = torch.device("cpu")
 
 
 def pretend(monkeypatch: pytest.MonkeyPatch, *, gpus: int = 0, mps: bool = False) -> list[int]:
-    """A machine with these devices; returns the list of GPUs that get chosen."""
+    """Simulate a machine with these devices; return the list of GPUs that get selected."""
     chosen: list[int] = []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
@@ -29,7 +29,7 @@ def pretend(monkeypatch: pytest.MonkeyPatch, *, gpus: int = 0, mps: bool = False
     ("gpus", "mps", "wanted"),
     [(0, False, "cpu"), (0, True, "mps"), (1, False, "cuda:0"), (2, True, "cuda:0")],
 )
-def test_auto_takes_the_best_there_is(
+def test_auto_selects_the_best_device(
     monkeypatch: pytest.MonkeyPatch, gpus: int, mps: bool, wanted: str
 ) -> None:
     pretend(monkeypatch, gpus=gpus, mps=mps)
@@ -37,7 +37,7 @@ def test_auto_takes_the_best_there_is(
     assert select_device("cpu") == CPU
 
 
-def test_each_process_has_a_gpu_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_process_has_its_own_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     chosen = pretend(monkeypatch, gpus=2)
     assert [select_device("cuda", local_rank=r) for r in (0, 1)] == [
         torch.device("cuda", 0),
@@ -49,7 +49,7 @@ def test_each_process_has_a_gpu_of_its_own(monkeypatch: pytest.MonkeyPatch) -> N
             select_device(kind, local_rank=2)
 
 
-def test_a_device_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unavailable_device_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     pretend(monkeypatch)
     with pytest.raises(ValueError, match=r"torch sees 0: .* DEVICE cpu"):
         select_device("cuda")
@@ -79,7 +79,7 @@ def test_precision_on_a_cpu() -> None:
         assert float(precision.scaler.scale(torch.tensor(3.0))) == 3.0
     with pytest.raises(ValueError, match=r"TRAIN.AMP_DTYPE is fp16.*bf16 or auto"):
         Precision(CPU, mixed=True, dtype="fp16")
-    # Without mixed precision the type does not matter.
+    # Without mixed precision AMP_DTYPE has no effect.
     assert str(Precision(CPU, mixed=False, dtype="fp16")) == "fp32"
 
 
@@ -88,7 +88,7 @@ def test_precision_on_a_cpu() -> None:
     [((7, 5), "auto", "fp16"), ((8, 0), "auto", "bf16"), ((9, 0), "auto", "bf16"),
      ((9, 0), "fp16", "fp16"), ((7, 5), "bf16", "bf16")],
 )  # fmt: skip
-def test_auto_takes_bf16_where_the_gpu_computes_in_it(
+def test_auto_is_bf16_if_the_gpu_computes_in_it(
     monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], dtype: str, wanted: str
 ) -> None:
     made: list[tuple[str, bool]] = []
@@ -100,7 +100,7 @@ def test_auto_takes_bf16_where_the_gpu_computes_in_it(
     monkeypatch.setattr(torch.amp, "GradScaler", scaler)
     precision = Precision(torch.device("cuda", 0), mixed=True, dtype=dtype)
     assert str(precision) == wanted
-    assert made == [("cuda", wanted == "fp16")]  # losses are scaled for fp16 alone
+    assert made == [("cuda", wanted == "fp16")]  # only fp16 scales the loss
 
 
 def test_peak_memory_is_in_mb_and_never_falls() -> None:
@@ -114,12 +114,12 @@ def test_peak_memory_is_in_mb_and_never_falls() -> None:
     assert peak_memory_mb(CPU) >= after
 
 
-def test_a_cpu_has_nothing_to_wait_for() -> None:
+def test_synchronize_accepts_a_cpu() -> None:
     synchronize(CPU)
 
 
 def test_freed_memory_is_reused() -> None:
-    """Pages that the system has to clear, of 12 blocks of 64 MB one after the other."""
+    """Count the pages that the system clears for 12 blocks of 64 MB, one after the other."""
     code = """
 import resource, torch
 from lg.device import reuse_memory
@@ -135,7 +135,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
         int(subprocess.check_output([sys.executable, "-c", code.format(reused=reused)]))
         for reused in (False, True)
     ]
-    # A block that torch asks for, aligned, fits only now and then where the last one was.
+    # An aligned block of torch does not always fit where the last one was.
     limit = 0.8 if platform.libc_ver()[0] == "glibc" else 1.1
     assert faults[0] > 11 * 2**14 or limit > 1, faults
     assert faults[1] < limit * faults[0], faults

@@ -1,4 +1,4 @@
-"""The student compiled by torch.compile, or as it is where that fails."""
+"""Compile the student with torch.compile, or leave it uncompiled if that fails."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ def compile_student(
     say: Callable[[str], None],
     warn: Callable[[str], None],
 ) -> nn.Module:
-    """Compiles forward and backward pass of training, and tries both on an example.
+    """Compile the forward and backward pass of training and try both on an example.
 
-    The trial leaves weights, statistics and random streams as they were.
+    The trial does not change weights, statistics or random streams.
 
     Args:
         guided: The student in training, on its device.
         mode: Of torch.compile; `reduce-overhead` and `max-autotune` use CUDA graphs on GPUs.
-        example: [N, 3, S, S], as training will give them.
+        example: [N, 3, S, S], of the shape and type of training images.
         precision: Of the forward pass.
-        say: Takes a line for the user.
-        warn: Takes a warning.
+        say: Prints a line.
+        warn: Prints a warning.
 
     Returns:
         The compiled module over the same weights; `guided` itself, with a warning, if it cannot be
@@ -49,7 +49,7 @@ def compile_student(
                 logits, maps = compiled(example)
             outputs = [*(logits if isinstance(logits, tuple) else [logits]), *maps]
             torch.stack([output.float().mean() for output in outputs]).sum().backward()
-    except Exception as error:  # compilers and their back ends raise what they like
+    except Exception as error:  # compiler back ends raise errors of any type
         reason = str(error).strip().partition("\n")[0][:200] or type(error).__name__
         warn(f"TRAIN.COMPILE {mode} failed ({reason}): the student runs uncompiled.")
         return guided

@@ -1,8 +1,9 @@
-"""The optimiser, its schedule, the device and the loop; and what they need."""
+"""Build the optimiser, its schedule, the device and the settings of the loop from the config."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from timm.layers import convert_sync_batchnorm
@@ -13,7 +14,6 @@ from yacs.config import CfgNode
 from lg.config import dump_config
 from lg.device import Precision, allow_tf32, reuse_memory, select_device
 from lg.distributed import World, in_turn
-from lg.distributed.cluster import Resources
 from lg.errors import ConfigError
 from lg.guidance import GuidedStudent
 from lg.guidance.bank_file import bank_path
@@ -24,7 +24,10 @@ from lg.run import Settings
 
 
 def build_optimizer(cfg: CfgNode, guided: GuidedStudent) -> torch.optim.Optimizer:
-    """The optimiser over student and projection heads; projection heads belong to the body."""
+    """Build the optimiser of student and projection heads.
+
+    Projection heads get the learning rate of the body, not that of the classifier.
+    """
     heads = {f"student.{name}" for name in guided.student.head_names()}
     groups = parameter_groups(
         guided.named_parameters(),
@@ -44,7 +47,7 @@ def build_optimizer(cfg: CfgNode, guided: GuidedStudent) -> torch.optim.Optimize
 
 
 def build_learning_rate(cfg: CfgNode) -> LearningRate:
-    """The learning rate of each epoch."""
+    """Build the schedule of the learning rate."""
     return LearningRate(
         policy=cfg.OPTIM.LR_POLICY,
         base_lr=cfg.OPTIM.BASE_LR,
@@ -58,7 +61,7 @@ def build_learning_rate(cfg: CfgNode) -> LearningRate:
 
 
 def build_average(cfg: CfgNode, student: Backbone) -> WeightAverage | None:
-    """The weight average of the student (not of the projection heads), if it is on."""
+    """Build the weight average of the student, without projection heads; None if it is off."""
     if cfg.OPTIM.EMA_UPDATE_PERIOD == 0:
         return None
     return WeightAverage(
@@ -71,13 +74,17 @@ def build_average(cfg: CfgNode, student: Backbone) -> WeightAverage | None:
 
 
 def build_device(cfg: CfgNode, world: World) -> torch.device:
-    """The device of this process; says how it may compute."""
+    """Select the device of this process; set TF32 and how freed memory is used.
+
+    Raises:
+        ConfigError: The device is not available.
+    """
     allow_tf32(cfg.TRAIN.TF32)
     if cfg.TRAIN.REUSE_MEMORY:
         reuse_memory()
     try:
         return select_device(cfg.DEVICE, local_rank=world.local_rank)
-    except ValueError as error:  # what it refuses, it refuses for a value of the config
+    except ValueError as error:
         raise ConfigError(str(error)) from None
 
 
@@ -114,7 +121,11 @@ def _uses_batch_stats(model: nn.Module) -> bool:
 
 
 def build_precision(cfg: CfgNode, device: torch.device) -> Precision:
-    """Full or mixed precision on a device."""
+    """Build full or mixed precision.
+
+    Raises:
+        ConfigError: The device does not support TRAIN.AMP_DTYPE.
+    """
     try:
         return Precision(device, mixed=cfg.TRAIN.MIXED_PRECISION, dtype=cfg.TRAIN.AMP_DTYPE)
     except ValueError as error:
@@ -122,7 +133,7 @@ def build_precision(cfg: CfgNode, device: torch.device) -> Precision:
 
 
 def build_settings(cfg: CfgNode) -> Settings:
-    """The numbers of the training loop."""
+    """Build the settings of the training loop."""
     return Settings(
         max_epoch=cfg.OPTIM.MAX_EPOCH,
         warmup_epochs=cfg.OPTIM.WARMUP_EPOCHS,
@@ -136,26 +147,32 @@ def build_settings(cfg: CfgNode) -> Settings:
     )
 
 
-def build_resources(cfg: CfgNode) -> Resources:
-    """What a job on a cluster asks for."""
-    return Resources(
-        name=cfg.LAUNCH.NAME,
-        num_processes=cfg.NUM_GPUS,
-        max_per_node=cfg.MAX_GPUS_PER_NODE,
-        on_gpus=cfg.DEVICE in ("auto", "cuda"),
-        cpus=cfg.LAUNCH.CPUS_PER_GPU,
-        memory_gb=cfg.LAUNCH.MEM_PER_GPU,
-        minutes=cfg.LAUNCH.TIME_LIMIT,
-        max_retries=cfg.LAUNCH.MAX_RETRY,
-        partition=cfg.LAUNCH.PARTITION,
-        gpu_type=cfg.LAUNCH.GPU_TYPE,
-        comment=cfg.LAUNCH.COMMENT,
-        email=cfg.LAUNCH.EMAIL,
-    )
+def build_resources(cfg: CfgNode) -> dict[str, Any]:
+    """Build the resources that a cluster job requests, under submitit's names."""
+    launch, on_gpus = cfg.LAUNCH, cfg.DEVICE in ("auto", "cuda")
+    per_node = min(cfg.NUM_GPUS, cfg.MAX_GPUS_PER_NODE)
+    resources: dict[str, Any] = {
+        "name": launch.NAME,
+        "nodes": cfg.NUM_GPUS // per_node,
+        "tasks_per_node": per_node,
+        "cpus_per_task": launch.CPUS_PER_GPU,
+        "mem_gb": launch.MEM_PER_GPU * per_node,
+        "timeout_min": launch.TIME_LIMIT,
+        "slurm_partition": launch.PARTITION,
+    }
+    if on_gpus:
+        resources["gpus_per_node"] = per_node
+    if on_gpus and launch.GPU_TYPE:
+        resources["slurm_constraint"] = launch.GPU_TYPE
+    if launch.COMMENT:
+        resources["slurm_comment"] = launch.COMMENT
+    if launch.EMAIL:
+        resources["slurm_additional_parameters"] = {"mail-user": launch.EMAIL, "mail-type": "END"}
+    return resources
 
 
 def fetch_weights(cfg: CfgNode, world: World) -> None:
-    """Fetches the weights that training names by URL, once, so that all processes find them."""
+    """Download weights given by URL once for all processes."""
     with in_turn(world):
         for _, path in _files_of_training(cfg):
             if path and is_url(path):
@@ -163,7 +180,11 @@ def fetch_weights(cfg: CfgNode, world: World) -> None:
 
 
 def check_world(cfg: CfgNode, world: World) -> None:
-    """Finds a batch that does not divide over the processes, whose number torchrun may have set."""
+    """Check that the batch divides over the processes; torchrun may have set their number.
+
+    Raises:
+        ConfigError: It does not.
+    """
     shares = world.size * cfg.TRAIN.ACCUM_STEPS
     if cfg.TRAIN.BATCH_SIZE % shares:
         raise ConfigError(
@@ -173,29 +194,27 @@ def check_world(cfg: CfgNode, world: World) -> None:
 
 
 def check_training(cfg: CfgNode, *, trained_guide: bool = True) -> None:
-    """Finds, before anything is built, what training needs and the config does not give.
+    """Check, before anything is built, that the config gives everything that training needs.
 
     Args:
-        cfg: the config.
-        trained_guide: whether a guide without weights is a fault.
+        cfg: The config.
+        trained_guide: Whether a guide must have weights.
 
     Raises:
-        ConfigError: naming the key and the fix.
+        ConfigError: Something is missing; names the key and the fix.
     """
     options = cfg.DISTILLATION
     if not cfg.TRAIN.DATASET:
-        raise ConfigError("TRAIN.DATASET is ''; name the training set, such as digits or cifar100.")
+        raise ConfigError("TRAIN.DATASET is '': set it to a data set, such as digits or cifar100.")
     if cfg.MODEL.IN_CHANNELS != 3:
         raise ConfigError(
-            f"MODEL.IN_CHANNELS is {cfg.MODEL.IN_CHANNELS}; the data sets give RGB images: set it "
-            f"to 3."
+            f"MODEL.IN_CHANNELS is {cfg.MODEL.IN_CHANNELS}, but images are RGB: set it to 3."
         )
     guided = options.ENABLE_INTER or options.ENABLE_LOGIT
     if guided and trained_guide and not options.OFFLINE and options.TEACHER_WEIGHTS is None:
         raise ConfigError(
-            "DISTILLATION.TEACHER_WEIGHTS is null; an untrained guide teaches noise. Train the "
-            "guide first and name its "
-            "model.pyth."
+            "DISTILLATION.TEACHER_WEIGHTS is null, but the guide must be trained: train it first "
+            "and set this to its model.pyth."
         )
     for key, path in _files_of_training(cfg):
         if path and not is_url(path) and not is_local_file(path):
@@ -211,7 +230,7 @@ def check_training(cfg: CfgNode, *, trained_guide: bool = True) -> None:
 
 
 def _files_of_training(cfg: CfgNode) -> list[tuple[str, str | None]]:
-    """(key, path or URL) of the files that training reads besides its images."""
+    """Return (key, path or URL) of the files that training reads besides images."""
     options = cfg.DISTILLATION
     files = [("TRAIN.WEIGHTS", cfg.TRAIN.WEIGHTS), ("MODEL.PRETRAINED", cfg.MODEL.PRETRAINED)]
     if (options.ENABLE_INTER or options.ENABLE_LOGIT) and not options.OFFLINE:

@@ -1,7 +1,6 @@
-"""Handing a run to a cluster: LAUNCH.MODE slurm, or submitit_local, which runs the same job here.
+"""Submit a run to a cluster: LAUNCH.MODE slurm, or submitit_local, which runs the same job here.
 
-A job that the cluster takes back, or whose time is up, saves, goes back into the queue and goes on
-from its checkpoint.
+A job that is preempted or reaches its time limit saves, is requeued and resumes.
 """
 
 from __future__ import annotations
@@ -10,101 +9,39 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from typing import Any
 
-from lg.errors import ConfigError
-
-
-@dataclass(frozen=True)
-class Resources:
-    """What a job asks for.
-
-    Attributes:
-        name: Of the job.
-        num_processes: In all, one a GPU.
-        max_per_node: Processes that one machine takes.
-        on_gpus: Whether each process needs a GPU.
-        cpus: Cores a process.
-        memory_gb: Memory a process, GB.
-        minutes: Time limit.
-        max_retries: How often it goes on when its time is up; preemptions do not count.
-        partition: Of the cluster.
-        gpu_type: Feature that machines must have; empty: any.
-        comment: For the cluster's people.
-        email: Told when the job ends; empty: nobody.
-    """
-
-    name: str
-    num_processes: int
-    max_per_node: int
-    on_gpus: bool
-    cpus: int
-    memory_gb: int
-    minutes: int
-    max_retries: int
-    partition: str
-    gpu_type: str
-    comment: str
-    email: str
-
-    @property
-    def per_node(self) -> int:
-        """Processes on each machine."""
-        return min(self.num_processes, self.max_per_node)
-
-    def parameters(self) -> dict[str, Any]:
-        """The same under submitit's names."""
-        asked: dict[str, Any] = {
-            "name": self.name,
-            "nodes": self.num_processes // self.per_node,
-            "tasks_per_node": self.per_node,
-            "gpus_per_node": self.per_node if self.on_gpus else 0,
-            "cpus_per_task": self.cpus,
-            "mem_gb": self.memory_gb * self.per_node,
-            "timeout_min": self.minutes,
-            "slurm_partition": self.partition,
-        }
-        if not self.on_gpus:
-            del asked["gpus_per_node"]
-        if self.comment:
-            asked["slurm_comment"] = self.comment
-        if self.gpu_type and self.on_gpus:
-            asked["slurm_constraint"] = self.gpu_type
-        if self.email:
-            asked["slurm_additional_parameters"] = {"mail-user": self.email, "mail-type": "END"}
-        return asked
+from lg.errors import ConfigError, first_line
 
 
 class Job:
-    """What each process of a job does. submitit stores it, and runs it again when the job goes on.
+    """The work of each process of a job; submitit stores it and runs it again after a requeue.
 
     Attributes:
-        entry: Called with `args` in each process, once they can find each other.
-        args: Plain values.
+        entry: Called with `args` in each process, once processes can find each other.
+        args: Values that can be pickled.
     """
 
     def __init__(self, entry: Callable[..., None], args: tuple[Any, ...]) -> None:
         self.entry, self.args = entry, args
 
     def __call__(self) -> None:
-        """Does the work; after a stop that the cluster asked for, has submitit requeue the job."""
+        """Call `entry`; if the cluster stopped it, make submitit requeue the job."""
         from submitit.helpers import TorchDistributedEnvironment
 
         TorchDistributedEnvironment().export(set_cuda_visible_devices=False, overwrite=True)
         try:
             self.entry(*self.args)
         except SystemExit as end:
-            asked = next((s for s in cluster_signals() if end.code == 128 + s), None)
-            if asked is None:
-                raise
-            signal.raise_signal(asked)  # submitit's handler, which saving had to come before
-            time.sleep(10)  # the first process requeues the job meanwhile, which ends the others
+            for signum in cluster_signals():
+                if end.code == 128 + signum:
+                    signal.raise_signal(signum)  # for submitit's handler, now that all is saved
+                    time.sleep(10)  # the first process requeues the job, which ends the others
             raise
 
     def checkpoint(self) -> Any:
-        """What submitit stores to go on with."""
+        """Return what submitit runs after a requeue."""
         from submitit.helpers import DelayedSubmission
 
         return DelayedSubmission(self)
@@ -116,22 +53,24 @@ def submit(
     *,
     mode: str,
     folder: str,
-    resources: Resources,
+    resources: Mapping[str, Any],
+    max_retries: int,
 ) -> str:
-    """Submits a job in which each process calls `entry(*args)`.
+    """Submit a job in which each process calls `entry(*args)`.
 
     Args:
-        entry: A function of this project.
-        args: Plain values.
+        entry: A function that can be pickled.
+        args: Values that can be pickled.
         mode: slurm or submitit_local.
-        folder: Gets the job's output, in files that begin with its number.
-        resources: What it asks for.
+        folder: Where the job's output goes, in files whose names begin with the job number.
+        resources: What the job requests, as `submitit.AutoExecutor.update_parameters` takes it.
+        max_retries: How often the job is requeued at its time limit; preemptions do not count.
 
     Returns:
-        A line that says which job it is and where its output goes.
+        A line with the job number and the file of its output.
 
     Raises:
-        ConfigError: submitit is not installed, or the cluster is not there or refuses.
+        ConfigError: submitit is not installed, or the cluster is unavailable or rejects the job.
     """
     try:
         import submitit
@@ -143,21 +82,20 @@ def submit(
     cluster = "slurm" if mode == "slurm" else "local"
     try:
         executor = submitit.AutoExecutor(
-            folder=folder, cluster=cluster, **{f"{cluster}_max_num_timeout": resources.max_retries}
+            folder=folder, cluster=cluster, **{f"{cluster}_max_num_timeout": max_retries}
         )
-        executor.update_parameters(**resources.parameters())
+        executor.update_parameters(**resources)
         job = executor.submit(Job(entry, args))
     except (RuntimeError, OSError, submitit.core.utils.FailedJobError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else "no reason given"
         raise ConfigError(
-            f"LAUNCH.MODE is {mode}, but the job could not be submitted ({reason}): check LAUNCH.* "
-            "and that this machine can reach the cluster, or set LAUNCH.MODE local."
+            f"LAUNCH.MODE is {mode}, but the job could not be submitted ({first_line(error)}): "
+            "check LAUNCH.* and that this machine can reach the cluster, or set LAUNCH.MODE local."
         ) from None
     return f"Submitted job {job.job_id}. Its output: {job.paths.stdout}"
 
 
 def cluster_signals() -> tuple[int, ...]:
-    """What a cluster sends before it takes the machine away, in a job that submitit runs."""
+    """Return the signals by which a cluster announces the end of a job that submitit runs."""
     if "SUBMITIT_EXECUTOR" not in os.environ or sys.platform == "win32":
         return ()
     return (getattr(signal, f"SIG{os.environ.get('SUBMITIT_PREEMPT_SIGNAL', 'USR2')}"),)

@@ -1,4 +1,4 @@
-"""Compiled training: one graph with its taps, the same numbers, and a way back."""
+"""Compiled training: one graph with its taps, the same numbers, and the fallback."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ COMPILE = torch.compile
 
 
 def one_graph(module: Any, **_: Any) -> Any:
-    """Traces as torch.compile does, in one piece or not at all; leaves the code to torch."""
+    """Trace like torch.compile, in one graph or not at all, without generating code."""
     return COMPILE(module, backend="aot_eager", fullgraph=True)
 
 
@@ -59,11 +59,11 @@ def test_a_compiled_student_gives_the_same_maps_and_gradients(
     for mine, theirs in zip(plain.parameters(), guided.parameters(), strict=True):
         torch.testing.assert_close(mine.grad, theirs.grad)
     assert list(guided.state_dict()) == list(plain.state_dict())
-    # In evaluation too, and what is saved has no trace of it.
+    # In evaluation too, and state dicts do not change.
     torch.testing.assert_close(module.eval()(images), plain.eval()(images))
 
 
-def test_the_trial_leaves_no_trace(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_trial_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "compile", one_graph)
     guided = student()
     before = {k: v.clone() for k, v in guided.state_dict().items()}
@@ -77,7 +77,7 @@ def test_the_trial_leaves_no_trace(monkeypatch: pytest.MonkeyPatch) -> None:
     assert all(p.grad is None for p in guided.parameters())
 
 
-def test_what_cannot_be_compiled_runs_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_student_that_cannot_be_compiled_runs_uncompiled(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(module: Any, **_: Any) -> Any:
         def fail(images: torch.Tensor) -> None:
             raise RuntimeError("no compiler here\nand more")
@@ -92,12 +92,12 @@ def test_what_cannot_be_compiled_runs_as_it_is(monkeypatch: pytest.MonkeyPatch) 
     ]
 
 
-def test_taps_hold_nothing_between_passes() -> None:
+def test_taps_keep_nothing_between_passes() -> None:
     guided = student().train()
     guided(torch.randn(2, 3, 16, 16))
-    assert guided._kept == {}
+    assert guided._outputs == {}
     guided.eval()(torch.randn(2, 3, 16, 16))
-    assert guided._kept == {}
+    assert guided._outputs == {}
 
 
 @pytest.mark.slow

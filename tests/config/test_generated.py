@@ -136,7 +136,8 @@ def build_and_step(cfg: CfgNode) -> None:
     optimizer, rates = builders.build_optimizer(cfg, guided), builders.build_learning_rate(cfg)
     average = builders.build_average(cfg, guided.student)
     assert builders.build_settings(cfg).num_classes == cfg.MODEL.NUM_CLASSES
-    assert builders.build_resources(cfg).num_processes == cfg.NUM_GPUS
+    resources = builders.build_resources(cfg)
+    assert resources["nodes"] * resources["tasks_per_node"] == cfg.NUM_GPUS
     for epoch in (cfg.OPTIM.MAX_EPOCH - 1, cfg.OPTIM.MAX_EPOCH // 2, 0):
         assert 0 <= rates.apply(optimizer, epoch) <= cfg.OPTIM.BASE_LR * (1 + 1e-9)
     count, side = 4, cfg.MODEL.IMG_SIZE

@@ -1,4 +1,4 @@
-"""Jobs on a cluster: what is asked for, that it runs, and that a preempted one goes on."""
+"""Cluster jobs: what they request, that they run, and that they resume after a preemption."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -24,14 +25,14 @@ CONFIG = str(ROOT / "configs/digits/vit_digits_base.yaml")
 
 
 def tool(folder: Path, name: str, script: str) -> None:
-    """A program of that name, as a cluster would have it."""
+    """Write a program that stands in for one of a cluster."""
     path = folder / name
     path.write_text(f"#!/bin/sh\n{script}\n")
     path.chmod(path.stat().st_mode | stat.S_IXUSR)
 
 
 def submit_to_slurm(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, *opts: str) -> str:
-    """Submits with programs of a cluster that note what they are given; the batch file."""
+    """Submit a job to programs that stand in for Slurm and return the batch file."""
     tools = tmp_path / "bin"
     tools.mkdir()
     tool(tools, "srun", "exit 0")
@@ -45,12 +46,18 @@ def submit_to_slurm(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, *opts: str)
         mode="slurm",
         folder=f"{tmp_path}/jobs",
         resources=build_resources(cfg),
+        max_retries=cfg.LAUNCH.MAX_RETRY,
     )
     assert said == f"Submitted job 4711. Its output: {tmp_path}/jobs/4711_0_log.out"
     return (tmp_path / "batch").read_text()
 
 
-def test_slurm_is_asked_for_what_the_config_says(
+def submit_print(cfg: Any, folder: Path) -> None:
+    resources = build_resources(cfg)
+    submit(print, (), mode="slurm", folder=str(folder), resources=resources, max_retries=3)
+
+
+def test_slurm_gets_the_resources_of_the_config(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     opts = "LAUNCH.NAME tiny LAUNCH.PARTITION learn LAUNCH.GPU_TYPE a100 LAUNCH.COMMENT thesis"
@@ -76,36 +83,50 @@ def test_slurm_is_asked_for_what_the_config_says(
     assert asked["comment"].strip("\"'") == "thesis"
 
 
-def test_a_job_on_cpus_asks_for_no_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_job_on_cpus_requests_no_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     batch = submit_to_slurm(monkeypatch, tmp_path, "DEVICE", "cpu")
     assert "gpus" not in batch and "constraint" not in batch and "mail" not in batch
 
 
-def test_a_machine_without_slurm_is_an_error_that_says_so(
+def test_a_machine_without_slurm_is_an_error(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     cfg = lg.load_config(CONFIG, ["LAUNCH.MODE", "slurm"])
     with pytest.raises(ConfigError, match=r"LAUNCH\.MODE is slurm, .* could not be submitted \("):
-        submit(print, (), mode="slurm", folder=str(tmp_path), resources=build_resources(cfg))
+        submit(
+            print,
+            (),
+            mode="slurm",
+            folder=str(tmp_path),
+            resources=build_resources(cfg),
+            max_retries=3,
+        )
 
 
-def test_without_submitit_the_error_says_how_to_get_it(
+def test_the_error_without_submitit_names_the_install_command(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setitem(sys.modules, "submitit", None)
     cfg = lg.load_config(CONFIG, ["LAUNCH.MODE", "slurm"])
     with pytest.raises(ConfigError, match=r"pip install -e '\.\[slurm\]'"):
-        submit(print, (), mode="slurm", folder=str(tmp_path), resources=build_resources(cfg))
+        submit(
+            print,
+            (),
+            mode="slurm",
+            folder=str(tmp_path),
+            resources=build_resources(cfg),
+            max_retries=3,
+        )
 
 
-def test_what_goes_on_is_the_same_job() -> None:
+def test_a_requeued_job_is_the_same_job() -> None:
     job = Job(print, (1, "a"))
     again = job.checkpoint()
     assert again.function is job and again.args == ()
 
 
-def test_a_preempted_job_saves_and_goes_on_to_the_same_weights(tmp_path: Path) -> None:
+def test_a_preempted_job_saves_and_resumes_to_the_same_weights(tmp_path: Path) -> None:
     sizes = "TRANSFORMER.HIDDEN_DIM 24 TRANSFORMER.DEPTH 2 TRANSFORMER.NUM_HEADS 2 LOG_PERIOD 4"
     recipe = "OPTIM.MAX_EPOCH 60 OPTIM.WARMUP_EPOCHS 0 TRAIN.BATCH_SIZE 30 TRAIN.FRACTION 0.2"
     opts = [*f"DEVICE cpu {sizes} {recipe}".split(), "OUT_DIR"]
@@ -148,7 +169,7 @@ def output(out_dir: Path) -> str:
 
 
 def signal_tasks(controller: int) -> None:
-    """What a cluster sends to each process of a job before it takes its machine."""
+    """Send each process of a job the signal by which a cluster announces its end."""
     children = Path(f"/proc/{controller}/task/{controller}/children").read_text().split()
     assert children
     for child in children:

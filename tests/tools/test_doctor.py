@@ -159,7 +159,7 @@ def test_problems_of_the_guide_are_all_found(tmp_path: Path) -> None:
     )
     assert weights.startswith(f"DISTILLATION.TEACHER_WEIGHTS: {guide}: the weights do not fit ")
     assert "head.fc.weight is [7, 64], the model has [10, 64]" in weights
-    assert device.startswith("Process 0 of this machine needs a GPU of its own")
+    assert device.startswith("Process 0 of this machine needs its own GPU")
     assert texts(found, NOTE, COST) == [
         "not measured because of problems with model, guide or device: fix them and run this again."
     ]

@@ -109,7 +109,7 @@ def precompute(bank: Path, guide: Path, workers: int) -> Job:
 
 
 def content(folder: Path) -> dict[str, bytes]:
-    """The bytes of every file in a folder."""
+    """Return the bytes of every file in a folder."""
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 

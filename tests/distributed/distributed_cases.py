@@ -1,7 +1,7 @@
-"""What several processes do together, for tests/distributed/test_world.py.
+"""Work of several processes for tests/distributed/test_world.py.
 
-`python distributed_cases.py CASE PROCESSES FOLDER`: each process leaves its number in
-FOLDER/RANK.pid and what it found in FOLDER/RANK.pt.
+`python distributed_cases.py CASE PROCESSES FOLDER`: each process writes its process id
+to FOLDER/RANK.pid and its results to FOLDER/RANK.pt.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ def gradients(world: distributed.World) -> dict[str, Any]:
 
 
 def overflow(world: distributed.World) -> dict[str, Any]:
-    """A step of which one process alone has a gradient that is not finite."""
+    """Take a step in which one process has a non-finite gradient."""
     precision = Precision(CPU)
     precision.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
     run = guided_run(world, accum_steps=1, precision=precision)
@@ -108,7 +108,7 @@ def overflow(world: distributed.World) -> dict[str, Any]:
 
 
 def shares(world: distributed.World) -> dict[str, Any]:
-    """Which samples are whose, and what each draws."""
+    """Return the samples of this process and the times of its turn."""
     batches = TrainBatches(
         num_samples=50,
         batch_size=12,
@@ -130,9 +130,9 @@ def turns(world: distributed.World) -> list[float]:
 
 
 def killed(world: distributed.World) -> dict[str, Any]:
-    """One process is gone and the others wait for it, deaf to SIGTERM."""
+    """Kill one process while the others ignore SIGTERM."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    distributed.barrier()  # all have said who they are
+    distributed.barrier()  # all have written their process id
     if world.rank == 1:
         os.kill(os.getpid(), signal.SIGKILL)
     time.sleep(600)
@@ -140,7 +140,7 @@ def killed(world: distributed.World) -> dict[str, Any]:
 
 
 def together(world: distributed.World) -> dict[str, Any]:
-    """The cases in which all goes well, in one start."""
+    """Run the cases that succeed, in one start."""
     return {each.__name__: each(world) for each in (gradients, overflow, shares)}
 
 

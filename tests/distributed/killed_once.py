@@ -1,4 +1,4 @@
-"""Trains under torchrun; at the first start the second process is killed in its third epoch.
+"""Train under torchrun; in the first start the second process is killed in its third epoch.
 
 `killed_once.py CONFIG OUT_DIR [KEY VALUE ...]`
 """

@@ -1,4 +1,4 @@
-"""Several processes on this machine: they compute what one computes, and end together."""
+"""Several processes on this machine: they compute the same as one process and end together."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ SIZES = {
     "LOG_PERIOD": 4,
 }
 SMALL = [str(part) for pair in SIZES.items() for part in pair]
-# One thread a process; nothing of an outer torchrun.
+# One thread per process, and no variables of an outer torchrun.
 ENVIRONMENT = {
     **{k: v for k, v in os.environ.items() if not k.startswith(("RANK", "WORLD_SIZE", "LOCAL_"))},
     "OMP_NUM_THREADS": "1",
@@ -62,7 +62,7 @@ def cases(name: str, size: int, folder: Path) -> subprocess.CompletedProcess[str
 
 @pytest.fixture(scope="module", params=[2, 3])
 def found(request: Any, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    """What each of two or three processes finds, in rank order."""
+    """Return the results of two or three processes, in rank order."""
     folder = tmp_path_factory.mktemp("together")
     done = cases("together", request.param, folder)
     assert done.returncode == 0, done.stderr
@@ -87,7 +87,7 @@ def test_gradients_are_those_of_one_process_on_the_whole_batch(
                 torch.testing.assert_close(got["gradients"][name], value, rtol=1e-9, atol=1e-12)
 
 
-def test_an_overflow_of_one_process_is_skipped_by_all(found: list[dict[str, Any]]) -> None:
+def test_all_processes_skip_a_step_that_overflows_in_one(found: list[dict[str, Any]]) -> None:
     assert [each["overflow"] for each in found] == [{"same": True, "scale": 512.0}] * len(found)
 
 
@@ -99,7 +99,7 @@ def test_samples_are_shared_without_overlap(found: list[dict[str, Any]]) -> None
         assert len(keys) == len(set(keys)) == 48
 
 
-def test_the_main_process_goes_first_where_files_may_be_fetched(
+def test_the_main_process_downloads_first(
     found: list[dict[str, Any]],
 ) -> None:
     (_, began, ended), *others = (each["shares"]["turns"] for each in found)
@@ -107,7 +107,7 @@ def test_the_main_process_goes_first_where_files_may_be_fetched(
     assert all(other[1] >= ended for other in others)
 
 
-def test_a_dead_process_ends_all_within_half_a_minute_with_one_line(tmp_path: Path) -> None:
+def test_a_killed_process_stops_all_within_half_a_minute_with_one_line(tmp_path: Path) -> None:
     done = cases("killed", 2, tmp_path)
     killed_at = (tmp_path / "1.pid").stat().st_mtime
     assert time.time() - killed_at < 30  # the other ignores SIGTERM
@@ -128,7 +128,7 @@ def train(out_dir: Path, *opts: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Three epochs by two processes."""
+    """Train three epochs in two processes."""
     out_dir = tmp_path_factory.mktemp("trained")
     done = train(out_dir)
     assert done.returncode == 0, done.stderr
@@ -137,7 +137,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out_dir
 
 
-def test_the_main_process_alone_writes(trained: Path) -> None:
+def test_only_the_main_process_writes(trained: Path) -> None:
     lines = read_json_lines(trained / "log.txt")
     assert [line["iter"] for line in lines if line["_type"] == "train_iter"] == ["4/8", "8/8"] * 3
     assert [line["epoch"] for line in lines if line["_type"] == "train_epoch"] == [
@@ -156,14 +156,14 @@ def test_any_number_of_processes_tests_every_image_once(trained: Path) -> None:
     alone = trainer.test(lg.load_config(CONFIG, opts))
     assert alone.count == 597
     said = run(*command, "NUM_GPUS", "3").stdout.splitlines()
-    told = [line for line in said if not line.startswith("[Gloo]")]  # older ones speak up
+    told = [line for line in said if not line.startswith("[Gloo]")]  # printed by older versions
     assert told == [
         f"digits/test: top-1 {100 - alone.top1_err:.2f} %, top-5 {100 - alone.top5_err:.2f} % of "
         "597 images"
     ]
 
 
-def test_another_number_of_processes_goes_on_and_says_what_that_means(
+def test_resuming_with_another_number_of_processes_warns(
     trained: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     opts = ["OUT_DIR", str(trained), "OPTIM.MAX_EPOCH", "4"]
@@ -181,8 +181,8 @@ def test_a_loss_that_is_not_finite_stops_all_with_one_line(tmp_path: Path) -> No
     assert re.match(r"Error: The loss is not finite in epoch 1, step \d: loss = nan", said[0])
 
 
-def test_torchrun_goes_on_after_a_worker_was_killed(trained: Path, tmp_path: Path) -> None:
-    """One of the first two processes is killed in the third epoch; torchrun starts two others."""
+def test_torchrun_resumes_after_a_process_was_killed(trained: Path, tmp_path: Path) -> None:
+    """One of two processes is killed in the third epoch; torchrun restarts both."""
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
     meet = ["--standalone", "--local-addr", "127.0.0.1", "--max-restarts", "1"]
     script = [str(HERE / "killed_once.py"), CONFIG, str(tmp_path), *SMALL]
@@ -197,7 +197,7 @@ def test_torchrun_goes_on_after_a_worker_was_killed(trained: Path, tmp_path: Pat
         assert torch.equal(value, killed["model_state"][name]), name
 
 
-def test_a_world_of_one_needs_nobody() -> None:
+def test_a_world_of_one_process() -> None:
     rows = torch.arange(6.0).reshape(2, 3)
     assert gather_rows(rows) == [rows]
     with in_turn(World()):

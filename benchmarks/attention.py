@@ -1,13 +1,13 @@
 #!/usr/bin/env python3
-"""What does fused attention save? Times training steps against a naive-attention copy.
+"""Time training steps with fused attention against a copy with unfused attention.
 
-    python benchmarks/attention.py                     # every family, some minutes on two cores
+    python benchmarks/attention.py                     # every family, minutes on two cores
     python benchmarks/attention.py --models pvt-ti --batch-size 16 --repeats 20
 
-The copy has the same weights and forms every attention matrix, softmax(q k) v; for ConViT it is
-timm's model, which also forms the positional attention of every image. Steps (forward,
-cross-entropy, backward, AdamW) of the two alternate in one process.
-Prints a table and writes attention.json.
+The copy has the same weights and computes softmax(q k) v with explicit matrices. For ConViT it is
+timm's model, which also computes the positional attention for every image. Steps (forward,
+cross-entropy, backward, AdamW) of the two alternate in one process. Prints a table and writes
+attention.json.
 """
 
 from __future__ import annotations
@@ -83,13 +83,13 @@ def main() -> None:
 
 
 def spread(seconds: list[float]) -> str:
-    """The quartiles, for a table."""
+    """Return the quartiles, for a table."""
     low, _, high = quantiles(seconds, n=4)
     return f" ({low:.3f}-{high:.3f})"
 
 
 def compare(name: str, *, device: torch.device, batch_size: int, repeats: int) -> dict[str, Any]:
-    """Times steps of a model and of its naive copy, one after the other."""
+    """Time steps of a model and of its unfused copy, in turn."""
     torch.manual_seed(0)
     cfg = lg.load_config(ROOT / "configs" / MODELS[name] / f"{name}_c100_base.yaml")
     ours = lg.build_model(cfg).to(device).train()
@@ -117,7 +117,7 @@ def compare(name: str, *, device: torch.device, batch_size: int, repeats: int) -
 
 
 def make_step(model: torch.nn.Module, batch_size: int) -> Callable[[], None]:
-    """A training step on one batch in place."""
+    """Return a training step on a fixed batch."""
     device = next(model.parameters()).device
     images = torch.randn(batch_size, 3, 224, 224, device=device)
     labels = torch.arange(batch_size, device=device)
@@ -134,12 +134,12 @@ def make_step(model: torch.nn.Module, batch_size: int) -> Callable[[], None]:
 
 @contextlib.contextmanager
 def naive_attention() -> Iterator[None]:
-    """Attention as matrices: what every model does inside this block."""
+    """Replace fused attention by explicit matrices inside the `with` block."""
 
     def attend(
         query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **settings: Any
     ) -> torch.Tensor:
-        assert not settings.pop("dropout_p", 0), "the copy would drop other weights"
+        assert not settings.pop("dropout_p", 0), "the two would drop different weights"
         return attention_weights(query, key, value, **settings) @ value
 
     with mock.patch.object(F, "scaled_dot_product_attention", attend):
@@ -147,7 +147,7 @@ def naive_attention() -> Iterator[None]:
 
 
 def timms_convit(ours: torch.nn.Module) -> torch.nn.Module:
-    """timm's ConViT-Tiny with our weights."""
+    """Return timm's ConViT-Tiny with the same weights."""
     model = timm.create_model("convit_tiny", num_classes=100, drop_path_rate=0.1)
     model.load_state_dict(lg.published_state_dict(ours))
     return model.to(next(ours.parameters()).device).train()

@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
-"""Does lg compute what the published code computes? Prints a table of the largest differences.
+"""Compare lg with the results of the published code and print the largest differences.
 
     python benchmarks/parity.py                  # every architecture, about a minute on two cores
     python benchmarks/parity.py pvt-ti t2t-7     # some of them
 
-Both sides hold the same weights, drawn from the names of the tensors, and see the same images. The
-published code's numbers are in tests/reference. Writes parity.json; a difference beyond its limit
-(LIMITS below) ends it with status 1.
+Both sides have the same weights, drawn from the names of the tensors, and the same images. The
+numbers of the published code are in tests/reference. Writes parity.json. The exit status is 1 if a
+difference exceeds its limit (LIMITS below).
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ from tests.reference_fill import fill, reference_input  # noqa: E402
 
 REFERENCE = ROOT / "tests" / "reference"
 LABELS = torch.tensor([3, 42])
-NUM_STEPS = 3  # of the recorded five: rounding grows with every step
-# The teacher's random weights need no warning, stochastic depth would need the same draws.
+NUM_STEPS = 3  # of five recorded steps; rounding errors grow with every step
+# The guide is filled below; stochastic depth would need the same random draws.
 EXACT = ["DISTILLATION.TEACHER_WEIGHTS", "null", "TRANSFORMER.DROP_PATH_RATE"]
-# name -> folder of its configs and the config that guides it (or itself: the CNNs)
+# name -> its guided config (for CNNs, its only config)
 MODELS = {
     "deit-ti": "deit/deit-ti_c100_ours",
     "t2t-7": "t2t/t2t-7_c100_ours",
@@ -51,17 +51,17 @@ MODELS = {
     "r-18": "resnet/r-18_c100",
     "r-56": "resnet/r-56_c100",
 }
-# The CNN guide's recorded gradient norms carry float32 rounding that its batch norms magnify.
+# The recorded gradient norms of CNNs contain float32 rounding errors, amplified by batch norms.
 LIMITS = {"logits": 1e-4, "features": 1e-4, "losses": 1e-4, "steps": 1e-3, "steps of CNNs": 2e-3}
 
 
 @dataclass
 class Parity:
-    """The largest differences of one architecture; None where nothing is recorded.
+    """The largest differences of one architecture; None if nothing is recorded.
 
     Attributes:
         model: A key of MODELS.
-        parameters: How many the model has.
+        parameters: Number of parameters.
         keys: State dict keys, their shapes and their order are equal.
         groups: The parameter groups of the optimiser are equal.
         logits: Absolute.
@@ -80,7 +80,7 @@ class Parity:
     steps: dict[str, float] = field(default_factory=dict)
 
     def holds(self) -> bool:
-        """Whether everything is within its limit."""
+        """Return whether every difference is within its limit."""
         steps = "steps of CNNs" if self.model.startswith("r-") else "steps"
         worst = {
             "logits": self.logits,
@@ -119,7 +119,7 @@ def main() -> None:
 
 
 def measure(name: str) -> Parity:
-    """Measures one architecture."""
+    """Measure one architecture."""
     _, guided, _, _ = build(name)
     logits, features = forward_errors(name)
     return Parity(
@@ -135,7 +135,7 @@ def measure(name: str) -> Parity:
 
 
 def line(row: Parity) -> str:
-    """One row of the table."""
+    """Return one row of the table."""
 
     def shown(value: float | None, width: int) -> str:
         return f"{'-' if value is None else f'{value:.1e}':>{width}}"
@@ -150,19 +150,19 @@ def line(row: Parity) -> str:
 
 
 def stem(name: str, kind: str = "ours") -> str:
-    """The name of a model's file of numbers, without its ending."""
+    """Return the name of a model's file of numbers, without its suffix."""
     if name.startswith("r-"):
         return f"{name}_c100"
     return f"{name.removesuffix('_logit')}_c100_{kind}" + "_logit" * name.endswith("_logit")
 
 
 def numbers(name: str, kind: str = "ours", ending: str = ".npz") -> Any:
-    """A file of recorded numbers."""
+    """Load a file of recorded numbers."""
     return np.load(REFERENCE / f"{stem(name, kind)}{ending}")
 
 
 def build(name: str, kind: str = "ours", *options: str) -> tuple:
-    """Config, student, guide and loss of a model, filled with the reference's weights."""
+    """Return config, student, guide and loss of a model, with the weights of the reference."""
     config = ROOT / "configs" / f"{MODELS[name].removesuffix('ours')}{kind}.yaml"
     if name.startswith("r-"):
         config = ROOT / "configs" / f"{MODELS[name]}.yaml"
@@ -188,7 +188,7 @@ def build(name: str, kind: str = "ours", *options: str) -> tuple:
 
 
 def keys_equal(name: str) -> bool:
-    """Whether the published state dict has the recorded keys and shapes, in order."""
+    """Return whether the published state dict has the recorded keys and shapes, in order."""
     _, guided, _, _ = build(name)
     file = stem(name, "ours" if name.endswith("_logit") else "base")
     recorded = json.loads((REFERENCE / f"{file}.keys.json").read_text())
@@ -197,12 +197,12 @@ def keys_equal(name: str) -> bool:
 
 
 def has_groups(name: str) -> bool:
-    """Whether the parameter groups of a model are recorded."""
+    """Return whether the parameter groups of a model are recorded."""
     return stem(name, "base") in json.loads((REFERENCE / "param_groups.json").read_text())
 
 
 def groups_equal(name: str) -> bool:
-    """Whether the optimiser's groups hold the recorded parameters."""
+    """Return whether the optimiser's groups contain the recorded parameters."""
     cfg, guided, _, _ = build(name, "base")
     groups = {
         group["name"]: sorted(
@@ -216,7 +216,7 @@ def groups_equal(name: str) -> bool:
 
 @torch.no_grad()
 def forward_errors(name: str) -> tuple[float, float]:
-    """The largest difference of a logit, and of any block's map (its part, mean and spread).
+    """Return the largest difference of logits, and of maps (values, mean, standard deviation).
 
     Raises:
         ValueError: The maps differ in number or shape.
@@ -243,16 +243,16 @@ def _loss_key(transform: str) -> str:
 
 
 def transforms(name: str) -> list[str]:
-    """The imitation losses that are recorded; the published code has no similarity for PiT."""
+    """Return the recorded imitation losses; the published code has no similarity for PiT."""
     return [t for t in ("linear", "attention", "similarity") if _loss_key(t) in numbers(name).files]
 
 
 @torch.no_grad()
 def loss_error(name: str, transform: str) -> float:
-    """The relative difference of the summed imitation loss."""
+    """Return the relative difference of the summed imitation loss."""
     cfg, guided, guide, loss = build(name, "ours", "DISTILLATION.INTER_TRANSFORM", transform)
     images = reference_input(cfg.MODEL.IMG_SIZE)
-    guided.train().student.eval()  # recorded so: maps are given, batch norms are frozen
+    guided.train().student.eval()  # as recorded: with maps, batch norms frozen
     logits, maps = guided(images)
     targets = F.one_hot(LABELS, cfg.MODEL.NUM_CLASSES).float()
     total = loss(logits, maps, targets, *guide(images, None, None))["inter"].item()
@@ -261,17 +261,17 @@ def loss_error(name: str, transform: str) -> float:
 
 
 def step_kinds(name: str) -> list[str]:
-    """The configs whose first steps are recorded."""
+    """Return the kinds of config whose first steps are recorded."""
     kinds = ("base", "ours")
     found = [k for k in kinds if (REFERENCE / f"{stem(name, k)}.trajectory.npz").exists()]
     return found[:1] if name.startswith("r-") else found
 
 
 def step_error(name: str, kind: str) -> float:
-    """The largest relative difference of losses and gradient norm in the first steps.
+    """Return the largest relative difference of losses and gradient norm in the first steps.
 
-    The CNNs are run in float64: with batches of two, 55 batch norms and rectifiers magnify rounding
-    to percents after one step, on any two machines. In float64 the recorded numbers come out.
+    CNNs run in float64: with batches of two, 55 batch norms and rectifiers amplify float32 rounding
+    errors to percents after one step. float64 reproduces the recorded numbers.
     """
     dtype = torch.float64 if name.startswith("r-") else torch.float32
     rows = first_steps(name, kind, dtype=dtype)
@@ -280,7 +280,7 @@ def step_error(name: str, kind: str) -> float:
 
 
 def first_steps(name: str, kind: str, *, dtype: torch.dtype) -> np.ndarray:
-    """[NUM_STEPS, 4]: classification loss, imitation loss, loss and gradient norm."""
+    """Return [NUM_STEPS, 4]: classification loss, imitation loss, total loss, gradient norm."""
     cfg, guided, guide, loss = build(name, kind)
     guided.to(dtype).train()
     optimizer = builders.build_optimizer(cfg, guided)

@@ -1,4 +1,4 @@
-"""Weights and inputs drawn from fixed seeds: those behind the numbers in tests/reference."""
+"""Weights and inputs drawn from fixed seeds, as used for the numbers in tests/reference."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ _TOKENS = ("cls_token", "pos_embed", "distill_token")
 def fill(
     shapes: Mapping[str, Iterable[int]], seed: int = 1, prefix: str = ""
 ) -> dict[str, torch.Tensor]:
-    """Draw every tensor of a state dict from its own published name.
+    """Draw every tensor of a state dict, seeded by its published name.
 
     Args:
         shapes: Published name -> shape.
-        seed: Another seed gives another set of weights.
-        prefix: Put in front of each name before drawing; `teacher.` for the guide.
+        seed: Seed of the whole set of weights.
+        prefix: Prefix of each name before drawing; `teacher.` for the guide.
     """
     return {
         name: torch.from_numpy(_draw(f"{prefix}{name}", tuple(shape), seed))

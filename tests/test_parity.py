@@ -1,6 +1,6 @@
-"""Every architecture against what the published code computes with the same weights.
+"""Every architecture against the results of the published code with the same weights.
 
-`benchmarks/parity.py` measures and holds the limits; these tests hold the limits against it.
+`benchmarks/parity.py` measures the differences and defines the limits.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import pytest
 from benchmarks import parity
 from benchmarks.parity import LIMITS, MODELS, REFERENCE
 
-# Every file of numbers must be held against something: models that are missing would go unnoticed.
+# Every file of numbers must be compared, or missing models would go unnoticed.
 STEPS = [(name, kind) for name in MODELS for kind in parity.step_kinds(name)]
 LOSSES = [
     (name, transform)
@@ -32,33 +32,33 @@ def test_every_recorded_number_is_used() -> None:
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_keys_shapes_and_order_are_the_published_ones(name: str) -> None:
+def test_keys_shapes_and_order_equal_the_published_code(name: str) -> None:
     assert parity.keys_equal(name)
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_logits_and_features_are_the_published_ones(name: str) -> None:
+def test_logits_and_features_equal_the_published_code(name: str) -> None:
     logits, features = parity.forward_errors(name)
     assert logits <= LIMITS["logits"] and features <= LIMITS["features"]
 
 
 @pytest.mark.parametrize(("name", "transform"), LOSSES)
-def test_imitation_losses_are_the_published_ones(name: str, transform: str) -> None:
+def test_imitation_losses_equal_the_published_code(name: str, transform: str) -> None:
     assert parity.loss_error(name, transform) <= LIMITS["losses"]
 
 
 @pytest.mark.parametrize(("name", "kind"), STEPS)
-def test_first_steps_are_the_published_ones(name: str, kind: str) -> None:
+def test_first_steps_equal_the_published_code(name: str, kind: str) -> None:
     limit = LIMITS["steps of CNNs" if name.startswith("r-") else "steps"]
     assert parity.step_error(name, kind) <= limit
 
 
 @pytest.mark.parametrize("name", [name for name in MODELS if parity.has_groups(name)])
-def test_parameter_groups_are_the_published_ones(name: str) -> None:
+def test_parameter_groups_equal_the_published_code(name: str) -> None:
     assert parity.groups_equal(name)
 
 
-def test_a_difference_beyond_its_limit_is_noticed(tmp_path: Path) -> None:
+def test_a_difference_beyond_its_limit_fails(tmp_path: Path) -> None:
     row = parity.Parity("pvt-ti", 1, True, True, 1e-5, 1e-5, {"linear": 1e-5}, {"ours": 1e-4})
     assert row.holds()
     for change in (

@@ -1,4 +1,4 @@
-"""Attention maps: the weights that the blocks really use, and a model left as it was."""
+"""Attention maps: equal to the weights the blocks apply, without changing the model."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ SHAPES = {
 
 
 @pytest.mark.parametrize("name", SMALL)
-def test_each_query_shares_itself_out_over_the_keys(name: str) -> None:
+def test_weights_of_each_query_sum_to_one(name: str) -> None:
     model, images = build(name), torch.randn(2, 3, 32, 32)
     maps = [lg.attention_maps(model, images, index) for index in range(3)]
     assert [tuple(m.shape[1:]) for m in maps] == SHAPES[name]
@@ -33,11 +33,11 @@ def test_each_query_shares_itself_out_over_the_keys(name: str) -> None:
 
 @pytest.mark.parametrize("name", SMALL)
 @pytest.mark.parametrize("index", [0, 2])
-def test_the_weights_are_those_that_act_on_the_values(name: str, index: int) -> None:
+def test_weights_reproduce_the_attended_values(name: str, index: int) -> None:
     torch.manual_seed(0)
     model, images = build(name).eval(), torch.randn(2, 3, 32, 32)
     layer = model.blocks[index].attn
-    for parameter in layer.parameters():  # far from the even attention of a fresh model
+    for parameter in layer.parameters():  # a fresh model has nearly uniform attention
         nn.init.normal_(parameter, std=0.3)
     kept: dict[str, torch.Tensor] = {}
     values, output = _value_layer(layer)
@@ -51,12 +51,12 @@ def test_the_weights_are_those_that_act_on_the_values(name: str, index: int) -> 
 
 
 def _value_layer(layer: nn.Module) -> tuple[nn.Module, nn.Module]:
-    """The layer whose (last) outputs are the values, and the one behind the attention."""
+    """Return the layer whose (last) outputs are the values, and the layer after the attention."""
     names = ("v", "proj_v", "kv", "qkv")
     return next(getattr(layer, n) for n in names if hasattr(layer, n)), layer.proj
 
 
-def test_looking_changes_nothing() -> None:
+def test_reading_attention_does_not_change_the_model() -> None:
     model = build("cvt", drop_path_rate=[0.0, 0.5])
     model.blocks[1].eval()
     modes = [module.training for module in model.modules()]
@@ -72,13 +72,13 @@ def test_looking_changes_nothing() -> None:
     assert not torch.overrides._get_current_function_mode_stack()
 
 
-def test_attention_that_timm_does_not_fuse() -> None:
+def test_unfused_timm_attention() -> None:
     model = timm_model("levit_128s", img_size=64, in_channels=3, num_classes=4)
     weights = lg.attention_maps(model, torch.randn(1, 3, 64, 64), 0)
     assert weights.shape == (1, 4, 16, 16)
 
 
-def test_timms_own_gated_attention_is_its_mixture() -> None:
+def test_gated_attention_of_timm_is_mixed() -> None:
     model = timm_model("convit_tiny", img_size=64, in_channels=3, num_classes=4).eval()
     kept: list[torch.Tensor] = []
     layer = model.blocks[0].attn
@@ -87,13 +87,13 @@ def test_timms_own_gated_attention_is_its_mixture() -> None:
     torch.testing.assert_close(weights, layer.get_attention(kept[0]))
 
 
-def test_other_softmaxes_are_no_attention() -> None:
+def test_other_softmaxes_are_ignored() -> None:
     model = timm_model("resnest14d", img_size=64, in_channels=3, num_classes=4)
     with pytest.raises(ValueError, match="no softmax attention"):
         lg.attention_maps(model, torch.randn(1, 3, 64, 64), 0)
 
 
-def test_an_attention_bias_counts() -> None:
+def test_attention_bias_is_included() -> None:
     class Biased(nn.Module):
         def forward(self, tokens: torch.Tensor) -> torch.Tensor:
             split = tokens.unsqueeze(1)
@@ -118,7 +118,7 @@ def test_an_attention_bias_counts() -> None:
 @pytest.mark.parametrize(
     ("index", "message"), [(3, "index 3 is out of range"), (0, r"layer1\) .* no softmax attention")]
 )
-def test_what_has_no_attention_is_named(index: int, message: str) -> None:
+def test_errors_name_the_block(index: int, message: str) -> None:
     model = resnet(depth=8, img_size=32, num_classes=4)
     with pytest.raises(ValueError, match=message):
         lg.attention_maps(model, torch.zeros(1, 3, 32, 32), index)

@@ -29,7 +29,7 @@ CVT_STAGES = {
     "padding_kv": [1, 1],
     "padding_q": [1, 1],
 }
-# builder, its small model at 32 pixels, (channels, side) of each block's map
+# builder, arguments of a small model at 32 pixels, (channels, side) of each block's map
 SMALL: dict[str, tuple[Any, dict[str, Any], list[tuple[int, int]]]] = {
     "t2t": (t2t, PLAIN, [(32, 2)] * 3),
     "pit": (
@@ -78,14 +78,14 @@ def build(name: str, **changes: Any) -> Backbone:
 
 
 def rates(name: str, drop: float, path: float, attention: float) -> dict[str, Any]:
-    """The three rates, in the form a family takes them."""
+    """Return the three rates in the form that a family takes."""
     values = {"drop_rate": drop, "drop_path_rate": path, "attention_drop_rate": attention}
     return {k: [v, v] for k, v in values.items()} if name == "cvt" else values
 
 
 @pytest.mark.parametrize("name", SMALL)
 @pytest.mark.parametrize("in_channels", [1, 3])
-def test_maps_have_the_sizes_that_the_layouts_say(name: str, in_channels: int) -> None:
+def test_maps_have_the_sizes_of_their_layouts(name: str, in_channels: int) -> None:
     model = build(name, in_channels=in_channels).eval()
     images = torch.randn(2, in_channels, 32, 32)
     with torch.no_grad():
@@ -98,7 +98,7 @@ def test_maps_have_the_sizes_that_the_layouts_say(name: str, in_channels: int) -
 
 @pytest.mark.parametrize(
     ("name", "size", "side"),
-    # What the architecture allows: T2T, PVTv2 and CvT pad, PiT leaves a rim out.
+    # T2T, PVTv2 and CvT pad such images; PiT ignores a border.
     [
         ("t2t", 41, 3),
         ("pit", 37, 4),
@@ -132,13 +132,13 @@ def test_rates_reach_every_block(name: str) -> None:
     drops = {
         m.p for n, m in net.named_modules() if isinstance(m, nn.Dropout) and "attn_drop" not in n
     }
-    # T2T's head keeps timm's off; timm's nets have dropout before the head, which stays off.
+    # Dropout before the head, in timm's networks, stays off.
     assert 0.1 in drops and drops <= {0.0, 0.1}
     attention = [m for n, m in net.named_modules() if n.endswith("attn")]
     seen = [getattr(m, "attention_drop_rate", None) or m.attn_drop.p for m in attention[-3:]]
     assert seen == [0.2] * 3
     paths = {n: m.drop_prob for n, m in net.named_modules() if type(m).__name__ == "DropPath"}
-    own_ramps = {"pit": 0.2, "cvt": 0.0}  # i / n, and a ramp in each stage of which one has a block
+    own_ramps = {"pit": 0.2, "cvt": 0.0}  # i / n; one ramp per stage, and the last has one block
     assert paths.get(max(paths)) == pytest.approx(own_ramps.get(name, 0.3))
 
 
@@ -158,7 +158,7 @@ def test_initial_weights_are_small_and_biases_zero(name: str) -> None:
             assert not module.bias.any()
 
 
-def test_a_pyramid_widens_its_mlps_by_stage() -> None:
+def test_pyramids_have_an_mlp_width_per_stage() -> None:
     for name in ("pvt", "pvtv2", "cvt"):
         stages = build(name).net.stages
         assert [s.blocks[0].mlp.fc1.out_features for s in stages] == [48, 64]
@@ -170,7 +170,7 @@ def test_a_published_file_loads_bit_for_bit(name: str, tmp_path: Path) -> None:
     states = [lg.published_state_dict(build(name)) for _ in range(2)]
     file = {
         "epoch": 3,
-        "test_err": np.float64(40.0),  # the average tested better
+        "test_err": np.float64(40.0),  # the average has the lower error
         "ema_err": np.float64(30.0),
         "model_state": states[0],
         "ema_state": states[1],
@@ -205,7 +205,7 @@ def test_fixed_positions_are_sines_and_cosines() -> None:
 def test_random_features_estimate_softmax_attention() -> None:
     torch.manual_seed(0)
     layer = PerformerAttention(8, 8)
-    layer.w = nn.Parameter(torch.randn(50_000, 8))  # many features, a good estimate
+    layer.w = nn.Parameter(torch.randn(50_000, 8))  # many features for a good estimate
     layer.projection.weight.data = torch.eye(8)
     nn.init.zeros_(layer.projection.bias)
     tokens = torch.randn(1, 6, 8) / 2
@@ -214,7 +214,7 @@ def test_random_features_estimate_softmax_attention() -> None:
     torch.testing.assert_close(layer(tokens), expected, rtol=0, atol=0.02)
 
 
-def test_random_features_are_orthogonal_and_of_one_length() -> None:
+def test_random_features_are_orthogonal_and_of_equal_length() -> None:
     gram = (lambda w: w @ w.T)(PerformerAttention(8, 64).w)
     torch.testing.assert_close(gram, 32.0 * torch.eye(32), rtol=0, atol=1e-4)
 
@@ -253,7 +253,7 @@ def timms_convit() -> nn.Module:
     )
 
 
-def test_gated_attention_is_timms_with_gradients() -> None:
+def test_gated_attention_equals_timm_with_gradients() -> None:
     torch.manual_seed(0)
     theirs, mine = timms_convit(), build("convit")
     mine.net.load_state_dict(theirs.state_dict())
@@ -267,7 +267,7 @@ def test_gated_attention_is_timms_with_gradients() -> None:
         torch.testing.assert_close(parameter.grad, grads[name].grad, rtol=1e-4, atol=1e-5)
 
 
-def test_mixing_results_is_mixing_attentions() -> None:
+def test_mixing_results_equals_mixing_attentions() -> None:
     torch.manual_seed(0)
     layer = build("convit").net.blocks[0].attn
     nn.init.normal_(layer.gating_param)
@@ -277,7 +277,7 @@ def test_mixing_results_is_mixing_attentions() -> None:
     torch.testing.assert_close(layer.mix_results(tokens, value), mixed, rtol=0, atol=1e-6)
 
 
-def test_gated_attention_drops_weights_of_the_mixture() -> None:
+def test_gated_attention_applies_dropout_to_the_mixture() -> None:
     torch.manual_seed(0)
     layer = build("convit", attention_drop_rate=0.5).net.blocks[0].attn
     tokens = torch.randn(1, 16, 32)
@@ -288,7 +288,7 @@ def test_gated_attention_drops_weights_of_the_mixture() -> None:
     torch.testing.assert_close(mean, expected, rtol=0, atol=0.05)
 
 
-def test_gated_heads_start_as_places_of_a_convolution() -> None:
+def test_gated_heads_start_as_positions_of_a_kernel() -> None:
     layer = build("convit", num_heads=9, hidden_dim=72).net.blocks[0].attn
     assert isinstance(layer, GatedAttention)
     centre = 5  # row 1, column 1 of the 4 x 4 map
@@ -301,7 +301,7 @@ def test_gated_heads_start_as_places_of_a_convolution() -> None:
 
 @pytest.mark.parametrize(
     ("method", "kernel", "padding", "keys"),
-    # of an 8 x 8 map, in steps of 2; pooling rounds up, the convolution down
+    # of an 8 x 8 map, with stride 2; pooling rounds up, the convolution rounds down
     [("dw_bn", 3, 1, 4 * 4), ("dw_bn", 3, 0, 3 * 3), ("avg", 3, 0, 4 * 4), ("linear", 3, 1, 8 * 8)],
 )
 def test_cvt_projections(method: str, kernel: int, padding: int, keys: int) -> None:
@@ -317,7 +317,7 @@ def test_cvt_projections(method: str, kernel: int, padding: int, keys: int) -> N
     assert seen == {"proj_q": 64, "proj_k": keys, "proj_v": keys}
 
 
-def test_cvt_without_a_class_token_averages() -> None:
+def test_cvt_without_a_class_token_averages_the_patches() -> None:
     torch.manual_seed(0)
     model = build("cvt", with_cls_token=[True, False]).eval()
     logits, maps = feature_maps(model, torch.randn(2, 3, 32, 32), [0, 2])
@@ -330,7 +330,7 @@ def test_cvt_scales_by_the_full_width() -> None:
     assert [s.blocks[0].attn.scale for s in build("cvt").net.stages] == [16**-0.5, 32**-0.5]
 
 
-# --- What does not fit -------------------------------------------------------------------------
+# --- Sizes that do not fit ---------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -377,12 +377,12 @@ def test_errors_name_the_argument_and_the_fix(name: str, changes: dict, message:
         build(name, **changes)
 
 
-def test_the_smallest_t2t_image_is_the_one_that_the_error_names() -> None:
+def test_the_image_size_in_the_error_is_the_smallest_that_works() -> None:
     assert build("t2t", img_size=3).eval()(torch.randn(1, 3, 3, 3)).shape == (1, 10)
 
 
 @pytest.mark.parametrize("name", SMALL)
-def test_half_precision_stays_near_full(name: str) -> None:
+def test_half_precision_is_close_to_full_precision(name: str) -> None:
     torch.manual_seed(0)
     model, images = build(name), torch.randn(4, 3, 32, 32)
     with torch.autocast("cpu", torch.bfloat16):

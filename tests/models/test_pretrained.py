@@ -1,4 +1,4 @@
-"""Weights that timm publishes, read from a local file: all of them or an error."""
+"""Weights that timm publishes, loaded strictly from a local file."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ NAMES = ["vit_tiny_patch16_224", "resnet18", "convnext_atto", "levit_128s", "pvt
 
 
 def published(name: str, num_classes: int = 1000) -> dict[str, torch.Tensor]:
-    """Weights as timm would publish them, other than any fresh model has."""
+    """Return weights as timm would publish them, unlike those of any fresh model."""
     torch.manual_seed(1)
     state = timm.create_model(name, num_classes=num_classes).state_dict()
     return {k: torch.randn_like(v) if v.is_floating_point() else v + 3 for k, v in state.items()}
@@ -43,17 +43,19 @@ def test_all_but_the_classifier_is_loaded(name: str) -> None:
     for key, value in state.items():
         assert torch.equal(value, weights[key]) != key.startswith(heads), key
     assert list(weights) == list(before)
-    assert all(torch.equal(weights[k], v) for k, v in before.items())  # the caller's, untouched
+    assert all(
+        torch.equal(weights[k], v) for k, v in before.items()
+    )  # unchanged
 
 
-def test_a_classifier_of_the_same_count_is_loaded_too() -> None:
+def test_a_classifier_of_the_same_size_is_loaded() -> None:
     for count in (1000, 21):
         weights = published("resnet18", count)
         model = build("resnet18", weights, num_classes=count)
         assert torch.equal(model.net.fc.weight, weights["fc.weight"])
 
 
-def test_weights_without_a_classifier_will_do() -> None:
+def test_weights_without_a_classifier_are_accepted() -> None:
     weights = {k: v for k, v in published("resnet18").items() if not k.startswith("fc.")}
     model = build("resnet18", weights)
     assert model.net.fc.out_features == 10
@@ -78,7 +80,7 @@ def test_positions_are_resized_and_the_input_convolution_adapted() -> None:
     ],
 )
 @pytest.mark.parametrize("num_classes", [10, 1000])
-def test_weights_of_another_model_are_refused(change, named: str, num_classes: int) -> None:
+def test_weights_of_another_model_are_rejected(change, named: str, num_classes: int) -> None:
     weights = published("resnet18")
     change(weights)
     with pytest.raises(ValueError, match=f"do not fit timm/resnet18: .*{named}"):
@@ -117,13 +119,13 @@ def test_a_guide_takes_the_file_as_its_weights(tmp_path: Path) -> None:
     }
     teacher = build_teacher(config(tmp_path, **settings))
     assert torch.equal(teacher.net.layer4[1].conv2.weight, weights["layer4.1.conv2.weight"])
-    # Its class scores cannot be imitated: it has other classes, and says so.
+    # Its class scores cannot be imitated, because its classes differ.
     settings["DISTILLATION.ENABLE_LOGIT"] = "True"
     with pytest.raises(CheckpointError, match=r"fc.weight is \[1000, 512\], the model has \[10,"):
         build_teacher(config(tmp_path, **settings))
 
 
-def test_files_that_hold_no_weights(tmp_path: Path) -> None:
+def test_files_without_weights_are_rejected(tmp_path: Path) -> None:
     file = tmp_path / "weights.safetensors"
     file.write_bytes(b"\x08\0\0\0\0\0\0\0{}")
     with pytest.raises(CheckpointError, match="not an intact file"):

@@ -1,4 +1,4 @@
-"""Weights under published names: there and back, and nothing by halves."""
+"""Weights under published names: round trips and strict loading."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_round_trip_is_bit_for_bit(name: str) -> None:
     assert all(torch.equal(returned[key], value) for key, value in weights.items())
 
 
-def test_timm_models_keep_their_own_names_in_their_own_order() -> None:
+def test_timm_models_keep_their_names_and_order() -> None:
     model = BUILDERS["timm"]()
     assert list(published_state_dict(model)) == list(model.net.state_dict())
 
@@ -71,19 +71,19 @@ def test_bottleneck_names() -> None:
 
 
 @pytest.mark.parametrize("name", BUILDERS)
-def test_parameter_names_translate_alone(name: str) -> None:
+def test_single_parameter_names_translate(name: str) -> None:
     model = BUILDERS[name]()
     state = published_state_dict(model)
     for own, parameter in model.named_parameters():
         assert state[published_name(model, own)].data_ptr() == parameter.data_ptr()
 
 
-def test_parameter_names_of_other_modules_are_refused() -> None:
+def test_parameter_names_of_other_modules_are_rejected() -> None:
     with pytest.raises(ValueError, match=r"'heads.0.weight' is not the name of a Backbone"):
         published_name(small_deit(), "heads.0.weight")
 
 
-def test_all_mismatches_are_told_at_once_and_nothing_is_loaded() -> None:
+def test_all_mismatches_are_reported_and_nothing_is_loaded() -> None:
     model = small_deit()
     before = {key: value.clone() for key, value in model.state_dict().items()}
     weights = fill({key: value.shape for key, value in published_state_dict(model).items()})
@@ -100,7 +100,7 @@ def test_all_mismatches_are_told_at_once_and_nothing_is_loaded() -> None:
     assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
 
 
-def test_values_that_are_no_tensors_are_refused() -> None:
+def test_values_other_than_tensors_are_rejected() -> None:
     model = small_deit()
     weights = {**published_state_dict(model), "norm.bias": "zero"}
     with pytest.raises(ValueError, match=r"norm.bias is a str, the model has \[16\]"):

@@ -1,4 +1,4 @@
-"""Residual networks against a formula written from the published keys alone."""
+"""Residual networks against a formula over the published keys."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def formula(
     groups: int,
     eps: float,
 ) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    """An evaluation-mode ResNet over published keys: logits and the map of each stage."""
+    """Return logits and the map of each stage of a ResNet in evaluation mode."""
 
     def norm(x: torch.Tensor, key: str) -> torch.Tensor:
         mean, var = state[f"{key}.running_mean"], state[f"{key}.running_var"]
@@ -94,7 +94,7 @@ def test_logits_and_stages_follow_the_formula(settings: dict) -> None:
         torch.testing.assert_close(mine / theirs.max(), theirs / theirs.max(), rtol=0, atol=1e-4)
 
 
-def test_grouped_widths_are_those_of_resnext() -> None:
+def test_grouped_widths_equal_resnext() -> None:
     # ResNeXt-50 32x4d: 25.03 M parameters with 1000 classes (arXiv 1611.05431, table 1).
     settings = {**SIZES, "num_classes": 1000}
     model = resnet(depth=50, **settings, num_groups=32, width_per_group=4)
@@ -110,7 +110,7 @@ def test_cifar_depths(depth: int, blocks: int) -> None:
     assert [len(stage) for stage in model.blocks] == [blocks] * 3
     assert model.feature_dims == [16, 32, 64]
     convolutions = [m for m in model.modules() if isinstance(m, nn.Conv2d)]
-    assert len(convolutions) == depth - 1 + 2  # the classifier is no convolution, two shortcuts
+    assert len(convolutions) == depth - 1 + 2  # without the classifier, with two shortcuts
 
 
 @pytest.mark.parametrize(

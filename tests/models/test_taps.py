@@ -1,4 +1,4 @@
-"""Taps: the right maps in the right order, under every wrapper, and nothing left behind."""
+"""Taps: the right maps in the right order, under every wrapper, and no hooks left."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def hooks(model: nn.Module) -> int:
 
 
 def gradients(model: nn.Module, indices: list[int]) -> list[torch.Tensor]:
-    """Gradients of a loss on logits and maps."""
+    """Return the gradients of a loss on logits and maps."""
     logits, maps = feature_maps(model, images(), indices)
     loss = logits.square().mean() + sum(feature.square().mean() for feature in maps)
     grads = torch.autograd.grad(loss, list(model.parameters()), allow_unused=True)
@@ -61,7 +61,7 @@ def test_maps_are_the_outputs_in_the_order_of_the_indices() -> None:
         torch.testing.assert_close(feature, expected[index])
 
 
-def test_hooks_are_on_the_blocks_asked_for_and_gone_afterwards() -> None:
+def test_only_chosen_blocks_have_hooks_and_only_inside() -> None:
     model = student()
     with FeatureTaps(model, [2, 0]) as taps:
         assert [len(block._forward_hooks) for block in model.blocks] == [1, 0, 1, 0]
@@ -75,7 +75,7 @@ def test_hooks_are_on_the_blocks_asked_for_and_gone_afterwards() -> None:
     assert hooks(model) == 0 and not taps._outputs
 
 
-def test_each_pass_replaces_the_maps_of_the_one_before() -> None:
+def test_each_pass_replaces_the_maps_of_the_previous_pass() -> None:
     model = student().eval()
     with FeatureTaps(model, [1]) as taps:
         model(images(0))
@@ -92,7 +92,7 @@ def test_indices_out_of_range_name_the_number_of_blocks(index: int) -> None:
         feature_maps(student(), images(), [0, index])
 
 
-def test_images_of_another_size_are_refused_by_token_maps_only() -> None:
+def test_only_token_maps_reject_images_of_another_size() -> None:
     with pytest.raises(ValueError, match="16 patch tokens where the model was built for 3 x 3"):
         student().to_map(0, torch.zeros(1, 17, 16))
     model = resnet(depth=8, img_size=32, num_classes=10).eval()
@@ -113,8 +113,8 @@ def test_activation_checkpointing_changes_no_gradient() -> None:
     expected = gradients(plain, [0, 2])
     for mine, theirs in zip(gradients(checkpointed, [0, 2]), expected, strict=True):
         torch.testing.assert_close(mine, theirs)
-    # The blocks run again in the backward pass, to their ends if early stop is off: a tap that is
-    # still open keeps its maps.
+    # The blocks run again in the backward pass, to the end without early stop. An open tap must
+    # keep its maps.
     with FeatureTaps(checkpointed, [0]) as taps, set_checkpoint_early_stop(False):
         logits = checkpointed(images())
         before = taps.maps()[0]
@@ -137,7 +137,7 @@ def test_distributed_data_parallel(tmp_path: os.PathLike[str]) -> None:
         dist.destroy_process_group()
 
 
-def test_compiled_models_see_taps_that_come_and_go() -> None:
+def test_compiled_models_run_hooks_registered_later() -> None:
     model = student().eval()
     expected = {seed: feature_maps(model, images(seed), [0, 2]) for seed in (0, 1)}
     compiled = torch.compile(model, backend="eager")
@@ -151,7 +151,7 @@ def test_compiled_models_see_taps_that_come_and_go() -> None:
         torch.testing.assert_close(feature_maps(model, images(1), [0, 2]), expected[1])
 
 
-def test_a_compiled_module_may_use_taps_inside() -> None:
+def test_compiled_modules_can_use_taps_inside() -> None:
     class Guided(nn.Module):
         def __init__(self, model: Backbone) -> None:
             super().__init__()
@@ -168,7 +168,7 @@ def test_a_compiled_module_may_use_taps_inside() -> None:
             torch.testing.assert_close(guided(images(seed)), expected)
 
 
-def test_blocks_are_no_second_registration_and_follow_copies() -> None:
+def test_blocks_are_registered_once_and_follow_copies() -> None:
     model = student()
     twin = copy.deepcopy(model)
     assert list(twin.state_dict()) == list(model.state_dict())

@@ -1,4 +1,4 @@
-"""DeiT's settings, and models by their timm name: blocks found, maps read, nothing disturbed."""
+"""DeiT's settings, and models by their timm name: blocks, maps and unchanged weights."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ SLOW_FAMILIES = [
     ("resnetv2_50", 224, 16, "nchw", 0, (256, 56, 56), (2048, 7, 7)),
     ("caformer_s18", 224, 18, "tokens", 0, (64, 56, 56), (512, 7, 7)),
 ]
-# Students of as many builds, at the smallest size at which their last stage still has a map.
+# Students of many kinds, at the smallest image size that leaves their last stage a map.
 GUIDED = [
     *((name, size) for name, size, *_ in FAMILIES if size < 224),
     ("swin_tiny_patch4_window7_224", 64),
@@ -100,18 +100,18 @@ def test_blocks_and_maps_are_found_in_more_families() -> None:
 
 
 def spread(model: Backbone) -> list[int]:
-    """The first, the middle and the last block."""
+    """Return the first, the middle and the last block."""
     return [0, len(model.blocks) // 2, len(model.blocks) - 1]
 
 
 def check_guided_steps(student: Backbone, size: int, guide: Backbone, guide_size: int) -> None:
-    """On one batch, steps on the imitation alone lower that, then steps on the loss lower it."""
+    """Check on one batch that steps on the imitation loss, then on the total loss, lower it."""
     teacher = FrozenTeacher(guide, indices=spread(guide), image_size=guide_size)
     guided = GuidedStudent(student, indices=spread(student), teacher_dims=teacher.feature_dims)
     images = torch.randn(4, 3, size, size, generator=torch.Generator().manual_seed(0))
     goals, _ = teacher(images)
     loss = GuidanceLoss(inter_weight=2.5)
-    # Without a warm-up, AdamW's first steps at ten times this rate throw Swin and CoAtNet off.
+    # Without warm-up, Swin and CoAtNet diverge at ten times this learning rate.
     optimizer = torch.optim.AdamW(guided.train().parameters(), lr=1e-4)
     for lowered in ("inter", "loss"):
         history = []
@@ -128,7 +128,7 @@ def check_guided_steps(student: Backbone, size: int, guide: Backbone, guide_size
 
 @pytest.mark.slow
 @pytest.mark.parametrize("student", GUIDED, ids=lambda student: student[0])
-def test_students_of_every_build_are_guided(student: tuple[str, int]) -> None:
+def test_students_of_every_kind_are_guided(student: tuple[str, int]) -> None:
     torch.manual_seed(0)
     guide = resnet(depth=8, img_size=32, num_classes=10)
     check_guided_steps(build(*student), student[1], guide, 32)
@@ -139,7 +139,7 @@ def test_students_of_every_build_are_guided(student: tuple[str, int]) -> None:
     "name",
     ["convnext_atto", "pvt_v2_b0", "resnet18", "swin_tiny_patch4_window7_224", "levit_128s"],
 )
-def test_models_of_every_kind_guide(name: str) -> None:
+def test_guides_of_every_kind(name: str) -> None:
     torch.manual_seed(0)
     check_guided_steps(build("vit_tiny_patch16_224", 32), 32, build(name, 64), 64)
 
@@ -153,7 +153,7 @@ def test_models_of_every_kind_guide(name: str) -> None:
         ("convnext_atto", 64, [1, 3, 9, 11]),
     ],
 )
-def test_maps_are_those_timm_itself_reports(name: str, size: int, taps: list[int]) -> None:
+def test_maps_equal_forward_intermediates_of_timm(name: str, size: int, taps: list[int]) -> None:
     model = build(name, size).eval()
     images = torch.randn(2, 3, size, size)
     with torch.no_grad():
@@ -166,7 +166,7 @@ def test_maps_are_those_timm_itself_reports(name: str, size: int, taps: list[int
 
 
 @pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "resnet18", "levit_128s"])
-def test_finding_the_blocks_disturbs_nothing(name: str) -> None:
+def test_finding_the_blocks_changes_no_weight_or_mode(name: str) -> None:
     taken = {} if name == "resnet18" else {"img_size": 64}  # a ResNet takes any size
     torch.manual_seed(5)
     expected = timm.create_model(name, num_classes=10, **taken)
@@ -182,7 +182,7 @@ def test_finding_the_blocks_disturbs_nothing(name: str) -> None:
     assert not any(module._forward_hooks for module in model.modules())
 
 
-def test_the_probe_draws_from_no_global_stream() -> None:
+def test_the_probe_keeps_the_global_random_state() -> None:
     class Noisy(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -197,7 +197,7 @@ def test_the_probe_draws_from_no_global_stream() -> None:
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_a_setting_refused_half_way_moves_no_weight(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_attempt_to_build_changes_no_weight(monkeypatch: pytest.MonkeyPatch) -> None:
     create = timm.create_model
 
     def late_refusal(name: str, **settings: object) -> nn.Module:
@@ -214,7 +214,7 @@ def test_a_setting_refused_half_way_moves_no_weight(monkeypatch: pytest.MonkeyPa
     assert torch.equal(model.net.conv_stem.weight, expected.conv_stem.weight)
 
 
-def test_maps_that_fit_two_layouts_are_read_like_their_neighbours() -> None:
+def test_ambiguous_maps_are_read_like_those_of_other_blocks() -> None:
     class ChannelsLast(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -243,7 +243,7 @@ def test_blocks_named_by_hand() -> None:
         ("nest_tiny", 32, {}, r"no blocks .* block_names .* levels.\* \(NestLevel\)"),
         ("resnet18", 32, {"block_names": ["body.*"]}, r"block_names has body.\*, .* no such"),
         ("resnet18", 32, {"block_names": ["fc"]}, "block_names has fc, .* no feature map"),
-        # The ReLU behind it writes over its output.
+        # The next ReLU overwrites its output.
         ("resnet18", 32, {"block_names": ["bn1"]}, "bn1, .* the next module overwrites"),
         ("cait_xxs24_224", 32, {"block_names": ["blocks_token_only.*"]}, "no feature map"),
         ("hiera_tiny_224", 224, {"block_names": ["blocks.*"]}, "no feature map"),
@@ -271,7 +271,9 @@ def test_rates_reach_timm_models() -> None:
     model = build("vit_tiny_patch16_224", 32, drop_rate=0.3, drop_path_rate=0.2)
     assert model.net.head_drop.p == 0.3
     assert model.net.blocks[-1].drop_path1.drop_prob == pytest.approx(0.2)
-    build("densenet121", 32, drop_path_rate=0.0)  # asks for nothing the model lacks
+    build(
+        "densenet121", 32, drop_path_rate=0.0
+    )  # zero needs no support
 
 
 def test_deit_initial_weights() -> None:

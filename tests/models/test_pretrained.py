@@ -43,9 +43,7 @@ def test_all_but_the_classifier_is_loaded(name: str) -> None:
     for key, value in state.items():
         assert torch.equal(value, weights[key]) != key.startswith(heads), key
     assert list(weights) == list(before)
-    assert all(
-        torch.equal(weights[k], v) for k, v in before.items()
-    )  # unchanged
+    assert all(torch.equal(weights[k], v) for k, v in before.items())  # unchanged
 
 
 def test_a_classifier_of_the_same_size_is_loaded() -> None:

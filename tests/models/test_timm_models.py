@@ -271,9 +271,7 @@ def test_rates_reach_timm_models() -> None:
     model = build("vit_tiny_patch16_224", 32, drop_rate=0.3, drop_path_rate=0.2)
     assert model.net.head_drop.p == 0.3
     assert model.net.blocks[-1].drop_path1.drop_prob == pytest.approx(0.2)
-    build(
-        "densenet121", 32, drop_path_rate=0.0
-    )  # zero needs no support
+    build("densenet121", 32, drop_path_rate=0.0)  # zero needs no support
 
 
 def test_deit_initial_weights() -> None:

@@ -15,6 +15,7 @@ from lg.config.rules import FAMILIES
 from lg.datasets.base import ImageDataset
 from lg.errors import ConfigError, UserError
 from lg.guidance import FeatureBank, FrozenTeacher, GuidanceLoss, GuidedStudent, NoGuide
+from lg.guidance.losses import PROJECTED
 from lg.models.backbone import Backbone
 from lg.models.published import weights_hash
 from lg.models.resnet import resnet
@@ -108,12 +109,13 @@ def build_guided(cfg: CfgNode) -> tuple[GuidedStudent, Guide, GuidanceLoss]:
             batch_norm=options.TEACHER_BN,
             with_logits=options.ENABLE_LOGIT,
         )
-    projected = guide.feature_dims if options.INTER_TRANSFORM == "linear" else []
+    projected = guide.feature_dims if options.INTER_TRANSFORM in PROJECTED else []
     loss = GuidanceLoss(
         transform=options.INTER_TRANSFORM,
         inter_weight=options.INTER_WEIGHT,
         logit_kind=options.LOGIT_LOSS,
         temperature=options.LOGIT_TEMP,
+        standardize=options.LOGIT_STANDARDIZE,
         logit_weight=options.LOGIT_WEIGHT if options.ENABLE_LOGIT else 0.0,
     )
     return GuidedStudent(student, indices=student_taps, teacher_dims=projected), guide, loss

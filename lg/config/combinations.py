@@ -125,6 +125,12 @@ def _guidance(cfg: CfgNode) -> Iterator[Fault]:
             "DISTILLATION.LOGIT_TEMP",
             "hard targets have no temperature: set it to 1, or DISTILLATION.LOGIT_LOSS to soft.",
         )
+    if options.LOGIT_STANDARDIZE and not (options.ENABLE_LOGIT and options.LOGIT_LOSS == "soft"):
+        yield (
+            "DISTILLATION.LOGIT_STANDARDIZE",
+            "it needs DISTILLATION.ENABLE_LOGIT True and DISTILLATION.LOGIT_LOSS soft: set those, "
+            "or this False.",
+        )
     if options.FEATURE_PLACE != "file" and not options.OFFLINE:
         yield (
             "DISTILLATION.FEATURE_PLACE",

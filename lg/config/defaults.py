@@ -69,18 +69,25 @@ DEFAULTS: dict[str, Any] = {
     },
     "DISTILLATION": {
         "ENABLE_INTER": False,  # imitate the guide's feature maps
-        "INTER_TRANSFORM": "linear",  # linear (1x1 convolution heads) | attention | similarity
+        # what is compared. linear: the maps, after 1x1 convolution heads; (+) gram: Gram matrices
+        # of their channels, after such heads; attention: maps of spatial attention; similarity:
+        # similarities between the images of a batch
+        "INTER_TRANSFORM": "linear",
         "INTER_LOSS": "l2",  # l2
         "INTER_TEACHER_INDEX": [],  # ResNet stages (or timm blocks), counted from 0
         # student blocks, counted across all stages from 0; paired with INTER_TEACHER_INDEX
         "INTER_STUDENT_INDEX": [],
         "INTER_WEIGHT": 2.5,  # factor of the summed imitation losses, >= 0
-        # imitate the guide's logits (DeiT gets its distillation token)
+        # imitate the guide's logits: DeiT with its distillation token, all others with their
+        # classifier
         "ENABLE_LOGIT": False,
         # soft: KL divergence at LOGIT_TEMP, times LOGIT_TEMP^2; hard: cross-entropy with the
         # guide's predicted class
         "LOGIT_LOSS": "soft",
         "LOGIT_TEMP": 1.0,  # > 0
+        # (+) soft: imitate z-scores, the logits of an image minus their mean over their standard
+        # deviation
+        "LOGIT_STANDARDIZE": False,
         # weight of the logit loss; the classification loss gets 1 - LOGIT_WEIGHT, [0, 1]
         "LOGIT_WEIGHT": 0.5,
         "TEACHER_MODEL": "ResNet",  # ResNet (set by CNN.* and RESNET.*) | timm/NAME

@@ -79,7 +79,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "CVT.QKV_PROJ_METHOD": ("dw_bn", "avg", "linear"),
     "CNN.ACTIVATION_FUN": ACTIVATIONS,
     "RESNET.TRANS_FUN": ("basic_transform", "bottleneck_transform"),
-    "DISTILLATION.INTER_TRANSFORM": ("linear", "attention", "similarity"),
+    "DISTILLATION.INTER_TRANSFORM": ("linear", "gram", "attention", "similarity"),
     "DISTILLATION.INTER_LOSS": ("l2",),
     "DISTILLATION.LOGIT_LOSS": ("soft", "hard"),
     "DISTILLATION.TEACHER_MODEL": ("ResNet", "timm/NAME"),

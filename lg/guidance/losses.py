@@ -12,19 +12,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-TRANSFORMS = ("linear", "attention", "similarity")
+TRANSFORMS = ("linear", "gram", "attention", "similarity")
+PROJECTED = ("linear", "gram")  # transforms of maps that 1x1 heads bring to the teacher's channels
 
 
 def imitation_loss(student_map: Tensor, teacher_map: Tensor, transform: str = "linear") -> Tensor:
     """Return the mean squared difference of two feature maps after a resize and a transform.
 
     Both maps are resized (bilinear, align_corners False) to the larger height and the larger width
-    of the two.
+    of the two, except for `gram`, which averages over positions.
 
     Args:
-        student_map: [N, C, H, W]; for `linear` already projected to the teacher's channels.
+        student_map: [N, C, H, W]; for `linear` and `gram` already projected to the teacher's
+            channels.
         teacher_map: [N, C', H', W'].
-        transform: `linear` compares the maps themselves (C = C'); `attention` the L2-normalised
+        transform: `linear` compares the maps themselves (C = C'); `gram` the C x C Gram matrices
+            of each image's channels, divided by H W (C = C'); `attention` the L2-normalised
             channel mean of squares; `similarity` the L2-normalised rows of the N x N Gram
             matrices.
 
@@ -33,10 +36,10 @@ def imitation_loss(student_map: Tensor, teacher_map: Tensor, transform: str = "l
 
     Raises:
         ValueError: The transform is unknown, the batch sizes differ, or the channels differ with
-            `linear`.
+            `linear` or `gram`.
 
-    Source: Locality Guidance, ECCV 2022, section 3.3; attention: arXiv 1612.03928; similarity:
-    arXiv 1907.09682.
+    Source: Locality Guidance, ECCV 2022, section 3.3; gram: arXiv 1508.06576; attention: arXiv
+    1612.03928; similarity: arXiv 1907.09682.
     """
     if transform not in TRANSFORMS:
         raise ValueError(f"transform is {transform!r}; allowed: {', '.join(TRANSFORMS)}.")
@@ -45,19 +48,26 @@ def imitation_loss(student_map: Tensor, teacher_map: Tensor, transform: str = "l
             f"student_map holds {len(student_map)} images, teacher_map {len(teacher_map)}; they "
             "must hold the same images."
         )
-    if transform == "linear" and student_map.shape[1] != teacher_map.shape[1]:
+    if transform in PROJECTED and student_map.shape[1] != teacher_map.shape[1]:
         raise ValueError(
             f"student_map has {student_map.shape[1]} channels, teacher_map "
             f"{teacher_map.shape[1]}; project the student's map to the teacher's channels."
         )
-    both = student_map, teacher_map
-    size = max(m.shape[2] for m in both), max(m.shape[3] for m in both)
-    student, teacher = (_transform(_resize(_widen(m), size), transform) for m in both)
+    both = _widen(student_map), _widen(teacher_map)
+    if transform != "gram":
+        size = max(m.shape[2] for m in both), max(m.shape[3] for m in both)
+        both = _resize(both[0], size), _resize(both[1], size)
+    student, teacher = (_transform(m, transform) for m in both)
     return F.mse_loss(student, teacher)
 
 
 def logit_loss(
-    student_logits: Tensor, teacher_logits: Tensor, *, kind: str = "soft", temperature: float = 1.0
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    *,
+    kind: str = "soft",
+    temperature: float = 1.0,
+    standardize: bool = False,
 ) -> Tensor:
     """Return the loss of imitating the teacher's logits.
 
@@ -68,18 +78,25 @@ def logit_loss(
             `temperature`, averaged over the batch and multiplied by temperature^2, which keeps the
             scale of its gradient; `hard`: cross-entropy with the teacher's argmax.
         temperature: > 0; `soft` only.
+        standardize: Replace the logits of each image by their z-scores, (logit - mean) / standard
+            deviation over classes, so that only their relations are imitated, not their scale;
+            `soft` only.
 
     Raises:
         ValueError: The kind is unknown.
 
-    Source: soft: arXiv 1503.02531; hard: arXiv 2012.12877.
+    Source: soft: arXiv 1503.02531; hard: arXiv 2012.12877; standardize: arXiv 2403.01427.
+    Departure: 1e-5 is added to the variance, because classifiers start at zero here, where equal
+    logits have no z-score.
     """
     if kind == "hard":
         return F.cross_entropy(_widen(student_logits), teacher_logits.argmax(dim=1))
     if kind != "soft":
         raise ValueError(f"kind is {kind!r}; allowed: soft, hard.")
-    student = F.log_softmax(_widen(student_logits) / temperature, dim=1)
-    teacher = F.log_softmax(_widen(teacher_logits) / temperature, dim=1)
+    scores = [_widen(student_logits), _widen(teacher_logits)]
+    if standardize:
+        scores = [F.layer_norm(s, s.shape[1:], eps=1e-5) for s in scores]
+    student, teacher = (F.log_softmax(s / temperature, dim=1) for s in scores)
     return F.kl_div(student, teacher, reduction="batchmean", log_target=True) * temperature**2
 
 
@@ -99,6 +116,7 @@ class GuidanceLoss:
         inter_weight: Weight of the imitation of feature maps, >= 0.
         logit_kind: See `logit_loss`.
         temperature: See `logit_loss`.
+        standardize: See `logit_loss`.
         logit_weight: Weight of the imitation of logits, 0 to 1; 0 turns it off.
     """
 
@@ -106,6 +124,7 @@ class GuidanceLoss:
     inter_weight: float = 0.0
     logit_kind: str = "soft"
     temperature: float = 1.0
+    standardize: bool = False
     logit_weight: float = 0.0
 
     def __call__(
@@ -121,7 +140,7 @@ class GuidanceLoss:
         Args:
             logits: [N, K]; or the pair (class, distillation) of a student with a distillation
                 token: the first learns the labels, the second imitates the teacher.
-            student_maps: T maps [N, C, H, W], already projected if the transform is linear.
+            student_maps: T maps [N, C, H, W], already projected for a transform in `PROJECTED`.
             targets: Distributions over classes [N, K].
             teacher_maps: T maps, in the same order.
             teacher_logits: [N, K]; required if logit_weight is above 0.
@@ -143,7 +162,11 @@ class GuidanceLoss:
                     f"logit_weight is {self.logit_weight}, but the guide returned no logits."
                 )
             logit = logit_loss(
-                imitating_logits, teacher_logits, kind=self.logit_kind, temperature=self.temperature
+                imitating_logits,
+                teacher_logits,
+                kind=self.logit_kind,
+                temperature=self.temperature,
+                standardize=self.standardize,
             )
             loss = (1 - self.logit_weight) * cls + self.logit_weight * logit
         if student_maps:
@@ -165,7 +188,13 @@ def _resize(feature_map: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def _transform(feature_map: Tensor, transform: str) -> Tensor:
-    """Return what is compared: [N, C, H, W] (linear), [N, H*W] (attention), [N, N] (similarity)."""
+    """Return what is compared.
+
+    Shapes: [N, C, H, W] (linear), [N, C, C] (gram), [N, H*W] (attention), [N, N] (similarity).
+    """
+    if transform == "gram":
+        channels = feature_map.flatten(2)
+        return channels @ channels.mT / channels.shape[2]
     if transform == "attention":
         return F.normalize(feature_map.square().mean(dim=1).flatten(1), dim=1)
     if transform == "similarity":

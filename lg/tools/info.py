@@ -13,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from yacs.config import CfgNode
 
 from lg.builders.models import build_model, build_teacher, tap_indices, teacher_name
+from lg.guidance.losses import PROJECTED
 from lg.models.backbone import Backbone, evaluating
 from lg.models.taps import map_shapes
 
@@ -81,7 +82,7 @@ def describe_config(cfg: CfgNode) -> list[str]:
         guide_name=teacher_name(cfg, options.TEACHER_MODEL),
         guide=measure_model(teacher, image_size=options.TEACHER_IMG_SIZE, in_channels=channels),
         taps=[*zip(*tap_indices(cfg, student, teacher), strict=True)],
-        with_heads=options.ENABLE_INTER and options.INTER_TRANSFORM == "linear",
+        with_heads=options.ENABLE_INTER and options.INTER_TRANSFORM in PROJECTED,
     )
 
 

@@ -191,6 +191,11 @@ BROKEN: list[tuple[str, dict[str, Any], str]] = [
         "no temperature",
     ),
     (
+        "DISTILLATION.LOGIT_STANDARDIZE",
+        {**LOGIT, "DISTILLATION.LOGIT_LOSS": "hard", "DISTILLATION.LOGIT_STANDARDIZE": True},
+        "LOGIT_LOSS soft: set those, or this False",
+    ),
+    (
         "DISTILLATION.FEATURE_PLACE",
         {**INTER, "DISTILLATION.FEATURE_PLACE": "device"},
         "set that True",

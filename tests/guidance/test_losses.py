@@ -37,6 +37,25 @@ def test_soft_logit_loss_is_the_divergence_times_the_squared_temperature() -> No
     assert value.item() == pytest.approx(9 * expected / 2, rel=1e-5)
 
 
+def test_standardized_logits_have_mean_0_and_variance_1() -> None:
+    def z_scores(row: list[float]) -> list[float]:
+        mean = sum(row) / len(row)
+        return [(v - mean) / (sum((w - mean) ** 2 for w in row) / len(row)) ** 0.5 for v in row]
+
+    rows = zip(LOGITS.tolist(), TEACHER.tolist(), strict=True)
+    expected = sum(
+        t * (math.log(t) - math.log(s))
+        for student, teacher in rows
+        for s, t in zip(softmax(z_scores(student), 2.0), softmax(z_scores(teacher), 2.0), strict=True)
+    )
+    value = logit_loss(LOGITS, TEACHER, temperature=2.0, standardize=True)
+    assert value.item() == pytest.approx(4 * expected / 2, rel=1e-4)
+    # Classifiers start with equal logits.
+    zeros = torch.zeros(2, 3, requires_grad=True)
+    logit_loss(zeros, TEACHER, standardize=True).backward()
+    assert zeros.grad is not None and zeros.grad.isfinite().all()
+
+
 def test_hard_logit_loss_is_cross_entropy_with_the_teachers_argmax() -> None:
     argmax = torch.tensor([[1.0, 0.0, 0.0], [1.0, 0.0, 0.0]])
     value = logit_loss(LOGITS, TEACHER, kind="hard")
@@ -57,6 +76,14 @@ def test_linear_compares_at_the_larger_height_and_width() -> None:
     assert imitation_loss(student, teacher).item() == pytest.approx(expected, rel=1e-6)
 
 
+def test_gram_compares_channel_products_whatever_the_sizes() -> None:
+    student = torch.tensor([[[[1.0, 2.0]], [[3.0, 0.0]]]])  # two channels, 1 x 2
+    teacher = torch.tensor([[[[1.0]], [[2.0]]]])  # two channels, 1 x 1
+    # Gram over H W: student (1+4, 3+0; 3, 9) / 2, teacher (1, 2; 2, 4).
+    expected = ((2.5 - 1) ** 2 + 2 * (1.5 - 2) ** 2 + (4.5 - 4) ** 2) / 4
+    assert imitation_loss(student, teacher, "gram").item() == pytest.approx(expected)
+
+
 def test_attention_ignores_the_scale_of_the_maps() -> None:
     student, teacher = torch.rand(2, 5, 3, 3), torch.rand(2, 7, 3, 3)
     value = imitation_loss(student, teacher, "attention")
@@ -73,8 +100,9 @@ def test_similarity_ignores_the_scale_of_the_maps() -> None:
     ("student", "teacher", "transform", "message"),
     [
         ((2, 3, 4, 4), (2, 5, 4, 4), "linear", "student_map has 3 channels, teacher_map 5"),
+        ((2, 3, 4, 4), (2, 5, 4, 4), "gram", "student_map has 3 channels, teacher_map 5"),
         ((2, 3, 4, 4), (3, 3, 4, 4), "linear", "student_map holds 2 images, teacher_map 3"),
-        ((2, 3, 4, 4), (2, 3, 4, 4), "l2", "transform is 'l2'; allowed: linear, att"),
+        ((2, 3, 4, 4), (2, 3, 4, 4), "l2", "transform is 'l2'; allowed: linear, gram"),
     ],
 )
 def test_incomparable_maps_are_rejected(
@@ -87,12 +115,14 @@ def test_incomparable_maps_are_rejected(
 def test_the_terms_add_up() -> None:
     student = [torch.rand(2, 3, 4, 4), torch.rand(2, 3, 2, 2)]
     teacher = [torch.rand(2, 3, 4, 4), torch.rand(2, 3, 4, 4)]
-    loss = GuidanceLoss(inter_weight=2.5, logit_weight=0.3, temperature=2.0)
+    loss = GuidanceLoss(
+        inter_weight=2.5, logit_weight=0.3, temperature=2.0, standardize=True, transform="gram"
+    )
     terms = loss((LOGITS, LOGITS + TEACHER), student, TARGETS, teacher, TEACHER)
     cls = cross_entropy(LOGITS, TARGETS)
-    inter = sum(imitation_loss(s, t).item() for s, t in zip(student, teacher, strict=True))
+    inter = sum(imitation_loss(s, t, "gram").item() for s, t in zip(student, teacher, strict=True))
     # The first head learns the labels, the second imitates.
-    logit = logit_loss(LOGITS + TEACHER, TEACHER, temperature=2.0).item()
+    logit = logit_loss(LOGITS + TEACHER, TEACHER, temperature=2.0, standardize=True).item()
     assert terms["cls"].item() == pytest.approx(cls, rel=1e-5)
     assert terms["inter"].item() == pytest.approx(inter, rel=1e-5)
     assert terms["logit"].item() == pytest.approx(logit, rel=1e-5)

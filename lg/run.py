@@ -17,7 +17,7 @@ from lg.datasets.loader import Batch, TrainLoader
 from lg.device import Precision
 from lg.distributed import World, barrier, gather_objects
 from lg.errors import NonFiniteLossError
-from lg.guidance import GuidanceLoss, GuidedStudent
+from lg.guidance import GuidanceLoss, GuidanceSchedule, GuidedStudent
 from lg.logs.log import RunLog
 from lg.logs.reporter import Reporter
 from lg.metrics import NON_FINITE_ADVICE, UNKNOWN_ERR, TrainMeter
@@ -70,6 +70,7 @@ class Run:
     module: nn.Module  # `guided`, or its compiled or DistributedDataParallel wrapper
     guide: Any  # guide(images, index, view) -> (maps, logits | None)
     loss: GuidanceLoss
+    schedule: GuidanceSchedule
     mixing: Mixing
     optimizer: torch.optim.Optimizer
     learning_rate: LearningRate
@@ -128,7 +129,8 @@ class Run:
         """Return everything that exact resume needs, as tensors and plain values.
 
         `epoch` is the last finished epoch, counted from 0. The learning rate depends on the epoch
-        alone, and the sampler on the seed and its position, so they have no other state.
+        alone, and the sampler on the seed and its position, so they have no other state; neither
+        have the schedules of guidance, except for the adaptive one.
         """
         progress = asdict(self.progress)
         position = {key: progress.pop(key) for key in ("epoch", "step")}
@@ -143,6 +145,7 @@ class Run:
             "guidance_state": self.guided.heads.state_dict(),
             "optimizer_state": self.optimizer.state_dict(),
             "scaler_state": self.precision.scaler.state_dict(),
+            "schedule_state": self.schedule.state(),
             "rng_state": random_states,
             "sampler_state": {**position, "backend": self.loader.backend},
             "meter_state": self.meter.state(),
@@ -171,6 +174,8 @@ class Run:
         self._restore_optimizer(state["optimizer_state"])
         if state["scaler_state"]:  # empty unless the run used fp16
             self.precision.scaler.load_state_dict(state["scaler_state"])
+        if "schedule_state" in state:  # absent in older checkpoints
+            self.schedule.load(state["schedule_state"])
         position = {key: state["sampler_state"][key] for key in ("epoch", "step")}
         errors = {key: state[key] for key in ("test_err", "ema_err")}
         self.progress = Progress(**{**state["progress"], **position, **errors})

@@ -73,17 +73,23 @@ def micro_batches(run: Run, batch: Batch, targets: Tensor) -> list[tuple[Batch, 
 
 
 def forward(run: Run, batch: Batch, targets: Tensor) -> tuple[dict[str, Tensor], Tensor]:
-    """Run student and guide on the same images; return the losses and the logits [N, K]."""
+    """Run student and guide on the same images; return the losses and the logits [N, K].
+
+    Where the schedule of guidance is at 0, the guide does not run.
+    """
+    factor = run.schedule.factor(run.progress.epoch)
     with run.precision.autocast():
-        logits, maps = run.module(batch.images)
-        teacher_maps, teacher_logits = run.guide(batch.images, batch.index, batch.view)
-    losses = run.loss(logits, maps, targets, teacher_maps, teacher_logits)
+        logits, maps = run.module(batch.images, imitate=factor > 0)
+        guidance = run.guide(batch.images, batch.index, batch.view) if factor > 0 else ()
+    losses = run.loss(logits, maps, targets, *guidance, factor=factor)
     return losses, logits[0] if isinstance(logits, tuple) else logits
 
 
 def update_weights(run: Run) -> None:
     """Take one optimiser step; clip the gradients first where OPTIM.CLIP_GRAD_NORM is set."""
     scaler, limit = run.precision.scaler, run.settings.clip_norm
+    if run.schedule.factor(run.progress.epoch) == 0:
+        run.guided.drop_idle_gradients()
     if limit > 0:
         scaler.unscale_(run.optimizer)
         nn.utils.clip_grad_norm_(run.guided.parameters(), limit)

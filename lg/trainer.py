@@ -115,9 +115,15 @@ def train_epoch(run: Run) -> None:
             raise Interrupted(run.signals[0], run.save())
     # Report the means of the epoch and move on to the next one.
     run.meter.collect(epoch=progress.epoch, step=progress.step)
-    report.train_epoch(run.meter.epoch(), epoch=progress.epoch, lr=lr)
+    means, factor = run.meter.epoch(), run.schedule.factor(progress.epoch)
+    report.train_epoch(means, epoch=progress.epoch, lr=lr, factor=factor)
     run.meter.end_epoch()
     progress.epoch, progress.step = progress.epoch + 1, 0
+    # The schedule of guidance may follow the imitation loss.
+    run.schedule.observe(means["inter"] + means["logit"])
+    is_over = factor > 0 and run.schedule.factor(progress.epoch) == 0
+    if is_over and progress.epoch < run.settings.max_epoch:
+        report.guidance_ended(progress.epoch)
 
 
 def test_epoch(run: Run) -> bool:

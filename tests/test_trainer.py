@@ -17,6 +17,7 @@ from lg.builders import check_world
 from lg.checkpoint import read_checkpoint
 from lg.distributed import World
 from lg.errors import CheckpointError, ConfigError, NonFiniteLossError
+from lg.guidance import FrozenTeacher
 from lg.logs.log import read_json_lines
 from lg.signals import Interrupted
 
@@ -402,3 +403,61 @@ def test_bf16_trains_in_bf16(tmp_path: Path, guide_file: Path) -> None:
         for d in (tmp_path, tmp_path / "exact")
     ]
     assert losses[0] == pytest.approx(losses[1], rel=2e-2) and losses[0] != losses[1]
+
+
+# --- Schedules of guidance ----------------------------------------------------------------------
+
+# The window is one epoch, so guidance can end after two. The loss falls by less than 100 per epoch.
+ADAPTIVE = {"DISTILLATION__SCHEDULE": "adaptive", "DISTILLATION__ADAPTIVE_THRESHOLD": -1.0}
+
+
+@pytest.fixture(scope="module")
+def ended(tmp_path_factory: pytest.TempPathFactory, guide_file: Path) -> Path:
+    out_dir = tmp_path_factory.mktemp("ended")
+    trainer.train(config(out_dir, guide_file, **ADAPTIVE))
+    return out_dir
+
+
+def test_after_the_end_nothing_is_imitated_and_the_heads_stay(ended: Path) -> None:
+    epochs = [line for line in stats(ended) if line["_type"] == "train_epoch"]
+    assert [line["guidance_factor"] for line in epochs] == [1, 1, 0]
+    steps = [line for line in stats(ended) if line["_type"] == "train_iter"]
+    assert [line["inter_distill_loss"] > 0 for line in steps] == [True, True, False, False]
+    before, after = final_state(ended, epoch=2), final_state(ended)
+    assert after["schedule_state"]["ended"] == 2 == len(after["schedule_state"]["losses"])
+    assert_same(after["guidance_state"], before["guidance_state"])  # no decay, no momentum
+    key = "layers.0.mlp.fc1.weight"
+    assert not torch.equal(after["model_state"][key], before["model_state"][key])
+    text = (ended / "log.txt").read_text()
+    assert text.count("Guidance ended after epoch 2 of 3 (DISTILLATION.SCHEDULE)") == 1
+
+
+def test_the_guide_does_not_run_after_the_end(
+    tmp_path: Path, guide_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs, forward = [], FrozenTeacher.forward
+
+    def counted(self: Any, *args: Any) -> Any:
+        runs.append(1)
+        return forward(self, *args)
+
+    monkeypatch.setattr(FrozenTeacher, "forward", counted)
+    changes = {"DISTILLATION__SCHEDULE": "until", "DISTILLATION__SCHEDULE_EPOCH": 1}
+    trainer.train(config(tmp_path, guide_file, **changes))
+    assert len(runs) == STEPS
+
+
+# Within the second epoch, at its end, and within the third, after guidance has ended.
+@pytest.mark.parametrize("steps", [6, 8, 10])
+def test_resume_with_an_adaptive_schedule_is_exact(
+    steps: int, ended: Path, tmp_path: Path, guide_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cfg = config(tmp_path, guide_file, **ADAPTIVE)
+    with monkeypatch.context() as patch:
+        stop_after(patch, steps)
+        with pytest.raises(Interrupted):
+            trainer.train(cfg)
+    torch.manual_seed(99)
+    trainer.train(cfg)
+    assert_same(final_state(tmp_path), final_state(ended))
+    assert_same(stats(tmp_path), stats(ended))

@@ -19,6 +19,7 @@ from lg.builders.training import (
     build_learning_rate,
     build_optimizer,
     build_precision,
+    build_schedule,
     build_settings,
     synchronize_batch_norms,
 )
@@ -71,6 +72,7 @@ def build_run(cfg: CfgNode, data: tuple, world: World, log: RunLog) -> Run:
         module=module,
         guide=guide,
         loss=loss,
+        schedule=build_schedule(cfg),
         mixing=build_mixing(cfg),
         optimizer=build_optimizer(cfg, guided),
         learning_rate=build_learning_rate(cfg),

@@ -15,7 +15,7 @@ from lg.config import dump_config
 from lg.device import Precision, allow_tf32, reuse_memory, select_device
 from lg.distributed import World, in_turn
 from lg.errors import ConfigError
-from lg.guidance import GuidedStudent
+from lg.guidance import GuidanceSchedule, GuidedStudent
 from lg.guidance.bank_file import bank_path
 from lg.models.backbone import Backbone
 from lg.optim import LearningRate, WeightAverage, make_optimizer, parameter_groups
@@ -57,6 +57,20 @@ def build_learning_rate(cfg: CfgNode) -> LearningRate:
         lr_mult=cfg.OPTIM.LR_MULT,
         warmup_factor=cfg.OPTIM.WARMUP_FACTOR,
         warmup_epochs=cfg.OPTIM.WARMUP_EPOCHS,
+    )
+
+
+def build_schedule(cfg: CfgNode) -> GuidanceSchedule:
+    """Build the schedule of guidance; without guidance, it is static."""
+    options = cfg.DISTILLATION
+    if not (options.ENABLE_INTER or options.ENABLE_LOGIT):
+        return GuidanceSchedule()
+    return GuidanceSchedule(
+        options.SCHEDULE,
+        epoch=options.SCHEDULE_EPOCH,
+        max_epoch=cfg.OPTIM.MAX_EPOCH,
+        window=options.ADAPTIVE_WINDOW,
+        threshold=options.ADAPTIVE_THRESHOLD,
     )
 
 

@@ -32,6 +32,7 @@ def faults(cfg: CfgNode) -> Iterator[Fault]:
     yield from _timm(cfg)
     yield from _other_families(cfg)
     yield from _guidance(cfg)
+    yield from _guidance_schedule(cfg)
     yield from _offline(cfg)
     yield from _schedule(cfg)
     yield from _training(cfg)
@@ -135,6 +136,35 @@ def _guidance(cfg: CfgNode) -> Iterator[Fault]:
         yield (
             "DISTILLATION.FEATURE_PLACE",
             "only DISTILLATION.OFFLINE uses stored features: set that True, or this to file.",
+        )
+
+
+def _guidance_schedule(cfg: CfgNode) -> Iterator[Fault]:
+    options, length = cfg.DISTILLATION, cfg.OPTIM.MAX_EPOCH
+    kind, epoch = options.SCHEDULE, options.SCHEDULE_EPOCH
+    is_until, decays = kind == "until", kind.startswith("decay")
+    if is_until and not 0 < epoch < length:
+        yield (
+            "DISTILLATION.SCHEDULE_EPOCH",
+            f"DISTILLATION.SCHEDULE until ends guidance after this epoch: use 1 to {length - 1}.",
+        )
+    if decays and epoch > length:
+        yield "DISTILLATION.SCHEDULE_EPOCH", f"it must not exceed OPTIM.MAX_EPOCH {length}."
+    if epoch and not (is_until or decays):
+        yield (
+            "DISTILLATION.SCHEDULE_EPOCH",
+            f"DISTILLATION.SCHEDULE {kind} does not read it: set this to 0, or that to until, "
+            "decay_linear or decay_cosine.",
+        )
+    if kind != "adaptive":
+        for key in _changed(cfg, "DISTILLATION.ADAPTIVE_WINDOW", "DISTILLATION.ADAPTIVE_THRESHOLD"):
+            yield key, f"only DISTILLATION.SCHEDULE adaptive reads it: leave it at {_default(key)}."
+    elif length < 3 or max(length, 300) <= 2 * options.ADAPTIVE_WINDOW:
+        yield (
+            "DISTILLATION.ADAPTIVE_WINDOW",
+            "the adaptive schedule needs two windows to decide, which must be shorter than the "
+            f"training (OPTIM.MAX_EPOCH {length}; windows refer to 300 epochs if it has fewer): "
+            "lower it, or set DISTILLATION.SCHEDULE to another value.",
         )
 
 

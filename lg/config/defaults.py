@@ -90,6 +90,17 @@ DEFAULTS: dict[str, Any] = {
         "LOGIT_STANDARDIZE": False,
         # weight of the logit loss; the classification loss gets 1 - LOGIT_WEIGHT, [0, 1]
         "LOGIT_WEIGHT": 0.5,
+        # (+) factor of the guidance terms; once it is 0, the guide does not run. static: 1; until:
+        # 1 in the first SCHEDULE_EPOCH epochs, then 0; decay_linear, decay_cosine: from 1 to 0 at
+        # SCHEDULE_EPOCH; adaptive: 1 until the imitation loss hardly falls any more, then 0 (its
+        # mean over an epoch is smoothed over ADAPTIVE_WINDOW epochs, and guidance ends when the
+        # change of that per epoch, smoothed likewise, has risen to ADAPTIVE_THRESHOLD)
+        "SCHEDULE": "static",
+        "SCHEDULE_EPOCH": 0,  # (+) until: 1 to MAX_EPOCH - 1; decay: up to MAX_EPOCH, which 0 means
+        # (+) adaptive, epochs. If MAX_EPOCH is below 300: x MAX_EPOCH / 300, rounded down, >= 1
+        "ADAPTIVE_WINDOW": 50,
+        # (+) adaptive, loss per epoch, < 0. If MAX_EPOCH is below 300: x 300 / MAX_EPOCH
+        "ADAPTIVE_THRESHOLD": -0.02,
         "TEACHER_MODEL": "ResNet",  # ResNet (set by CNN.* and RESNET.*) | timm/NAME
         "TEACHER_WEIGHTS": None,  # path or URL of the trained guide; required for training
         "TEACHER_IMG_SIZE": 32,  # side to which the student's images are resized, pixels

@@ -111,6 +111,9 @@ class GuidanceLoss:
 
     loss = (1 - logit_weight) * cls + logit_weight * logit + inter_weight * inter
 
+    A `factor` below 1 weakens the guide: the imitation of maps is multiplied by it, and the logits
+    that imitate learn to `factor` from the guide and to 1 - `factor` from the labels.
+
     Attributes:
         transform: See `imitation_loss`.
         inter_weight: Weight of the imitation of feature maps, >= 0.
@@ -134,6 +137,8 @@ class GuidanceLoss:
         targets: Tensor,
         teacher_maps: Sequence[Tensor] = (),
         teacher_logits: Tensor | None = None,
+        *,
+        factor: float = 1.0,
     ) -> dict[str, Tensor]:
         """Compute every term.
 
@@ -143,7 +148,8 @@ class GuidanceLoss:
             student_maps: T maps [N, C, H, W], already projected for a transform in `PROJECTED`.
             targets: Distributions over classes [N, K].
             teacher_maps: T maps, in the same order.
-            teacher_logits: [N, K]; required if logit_weight is above 0.
+            teacher_logits: [N, K]; required if `logit_weight` and `factor` are above 0.
+            factor: Of guidance, 0 to 1; at 0 there are no maps, and `inter` and `logit` are 0.
 
         Returns:
             `loss`, the value to minimise, and its unweighted terms `cls`, `inter` (summed over
@@ -156,7 +162,7 @@ class GuidanceLoss:
         cls = classification_loss(class_logits, targets)
         inter = logit = torch.zeros((), device=cls.device)
         loss = cls
-        if self.logit_weight > 0:
+        if self.logit_weight > 0 and factor > 0:
             if teacher_logits is None:
                 raise ValueError(
                     f"logit_weight is {self.logit_weight}, but the guide returned no logits."
@@ -168,11 +174,16 @@ class GuidanceLoss:
                 temperature=self.temperature,
                 standardize=self.standardize,
             )
-            loss = (1 - self.logit_weight) * cls + self.logit_weight * logit
+        if self.logit_weight > 0:
+            learned = logit
+            if factor < 1:
+                labelled = classification_loss(imitating_logits, targets)
+                learned = factor * logit + (1 - factor) * labelled
+            loss = (1 - self.logit_weight) * cls + self.logit_weight * learned
         if student_maps:
             pairs = zip(student_maps, teacher_maps, strict=True)
             inter = torch.stack([imitation_loss(s, t, self.transform) for s, t in pairs]).sum()
-            loss = loss + self.inter_weight * inter
+            loss = loss + factor * self.inter_weight * inter
         return {"loss": loss, "cls": cls, "inter": inter, "logit": logit}
 
 

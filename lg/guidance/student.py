@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from lg.models.backbone import Backbone
@@ -60,16 +61,23 @@ class GuidedStudent(nn.Module):
         )
 
     def forward(
-        self, images: Tensor
+        self, images: Tensor, imitate: bool = True
     ) -> tuple[Tensor | tuple[Tensor, Tensor], list[Tensor]] | Tensor:
         """Map images [N, 3, S, S] to (logits [N, K], maps) in training and to logits in evaluation.
 
         In training, a student with a distillation token returns a pair of logits.
+
+        Args:
+            images: [N, 3, S, S].
+            imitate: Whether to compute the maps; False once guidance has ended. In training the
+                heads then get gradients of 0 (see `drop_idle_gradients`).
         """
         if not self.training:
             return self.student(images)
         if not self.indices:
             return self.student(images), []
+        if not imitate:
+            return self._with_idle_heads(self.student(images)), []
         self._activate_taps(True)
         logits = self.student(images)
         # Activation checkpointing runs the blocks again in the backward pass; ignore those outputs.
@@ -79,6 +87,23 @@ class GuidedStudent(nn.Module):
         if self.heads:
             maps = [head(m) for head, m in zip(self.heads, maps, strict=True)]
         return logits, maps
+
+    def _with_idle_heads(self, logits: Any) -> Any:
+        """Add 0 times the heads to logits: DDP waits for the gradient of every parameter."""
+        if not self.heads:
+            return logits
+        first = logits[0] if isinstance(logits, tuple) else logits
+        zero = 0 * torch.stack([p.sum() for p in self.heads.parameters()]).sum()
+        first = first + zero.to(first.dtype)
+        return (first, *logits[1:]) if isinstance(logits, tuple) else first
+
+    def drop_idle_gradients(self) -> None:
+        """Drop the gradients of heads that do not run, so that the optimiser leaves them alone.
+
+        With gradients of 0, weight decay and momentum would still move them.
+        """
+        for parameter in self.heads.parameters():
+            parameter.grad = None
 
     def _activate_taps(self, is_active: bool) -> None:
         for tap in self._taps:

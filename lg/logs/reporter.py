@@ -98,9 +98,10 @@ class Reporter:
             f"{self.batch_size / average:,.0f} images/s  eta {format_time(eta)}"
         )
 
-    def train_epoch(self, means: dict[str, float], *, epoch: int, lr: float) -> None:
-        """Report the training of an epoch (counted from 0)."""
+    def train_epoch(self, means: dict[str, float], *, epoch: int, lr: float, factor: float) -> None:
+        """Report the training of an epoch (counted from 0), with the factor of guidance in it."""
         self.log.close_bar()
+        guided = {"guidance_factor": factor} if self.inter or self.logit else {}
         seconds = time.perf_counter() - self._started
         average = seconds / max(self._steps, 1)
         eta = average * self.steps_per_epoch * (self.max_epoch - epoch - 1)
@@ -114,6 +115,7 @@ class Reporter:
                 "top1_err": means["top1_err"],
                 "top5_err": means["top5_err"],
                 "loss": means["loss"],
+                **guided,
                 "lr": lr,
                 "mem": peak_memory_mb(self.device),
             },
@@ -123,6 +125,7 @@ class Reporter:
             {
                 "epoch/loss": means["loss"],
                 "epoch/learning_rate": lr,
+                **{f"epoch/{name}": value for name, value in guided.items()},
                 "epoch/top1_acc": 100 - means["top1_err"],
                 "epoch/top5_acc": 100 - means["top5_err"],
             },
@@ -135,6 +138,13 @@ class Reporter:
             f"train top-1 "
             f"{100 - means['top1_err']:.2f} %  {self.batch_size / average:,.0f} images/s  "
             f"{peak_memory_mb(self.device):,} MB  eta {format_time(eta)}"
+        )
+
+    def guidance_ended(self, epoch: int) -> None:
+        """Report that the schedule has reached 0 after `epoch` epochs."""
+        self.log.info(
+            f"Guidance ended after epoch {epoch} of {self.max_epoch} (DISTILLATION.SCHEDULE); "
+            "training continues with cross-entropy alone."
         )
 
     def test_epoch(

@@ -31,6 +31,7 @@ BEYOND: dict[str, list[Any]] = {
     "at least 0 and finite": [-1, INFINITY],
     "greater than 0 and finite": [0, -1.0, INFINITY],
     "at least 0 and below 1": [-1, 1.0],
+    "below 0 and finite": [0, -INFINITY],
     "between 0 and 1": [-0.1, 1.1],
     "greater than 0 and at most 1": [0, 1.1],
     "at least 0 and below 2^32": [-1, 2**32],
@@ -194,6 +195,17 @@ BROKEN: list[tuple[str, dict[str, Any], str]] = [
         "DISTILLATION.LOGIT_STANDARDIZE",
         {**LOGIT, "DISTILLATION.LOGIT_LOSS": "hard", "DISTILLATION.LOGIT_STANDARDIZE": True},
         "LOGIT_LOSS soft: set those, or this False",
+    ),
+    *(
+        (key, {**INTER, "DISTILLATION.SCHEDULE": kind, "OPTIM.MAX_EPOCH": 9, key: value}, advice)
+        for kind, key, value, advice in [
+            ("until", "DISTILLATION.SCHEDULE_EPOCH", 9, "use 1 to 8"),
+            ("decay_linear", "DISTILLATION.SCHEDULE_EPOCH", 10, "exceed OPTIM.MAX_EPOCH 9"),
+            ("adaptive", "DISTILLATION.SCHEDULE_EPOCH", 5, "adaptive does not read it"),
+            ("static", "DISTILLATION.ADAPTIVE_WINDOW", 5, "leave it at 50"),
+            ("until", "DISTILLATION.SCHEDULE_EPOCH", 0, "use 1 to 8"),
+            ("adaptive", "DISTILLATION.ADAPTIVE_WINDOW", 150, "two windows"),
+        ]
     ),
     (
         "DISTILLATION.FEATURE_PLACE",

@@ -22,6 +22,7 @@ import lg.distributed.launch
 from lg import builders, distributed
 from lg.datasets.loader import Batch, TrainBatches
 from lg.device import Precision
+from lg.run import Progress
 from lg.step import accumulate_gradients, update_weights
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -42,6 +43,11 @@ SIZES = {
     "TRAIN.BATCH_SIZE": 12,
 }
 NUM_IMAGES = 12
+VARIANTS: dict[str, dict[str, Any]] = {
+    "at once": {},
+    "in two parts": {"TRAIN__ACCUM_STEPS": 2},
+    "guidance over": {"DISTILLATION__SCHEDULE": "until", "DISTILLATION__SCHEDULE_EPOCH": 1},
+}
 
 
 def config(**changes: Any) -> Any:
@@ -50,9 +56,9 @@ def config(**changes: Any) -> Any:
     return lg.load_config(CONFIGS / "deit/deit-ti_c100_ours.yaml", opts)
 
 
-def guided_run(world: distributed.World, *, accum_steps: int, precision: Precision) -> Any:
-    """Return a DeiT that a ResNet guides through linear heads, in float64."""
-    cfg = config(TRAIN__ACCUM_STEPS=accum_steps)
+def guided_run(world: distributed.World, *, precision: Precision, **changes: Any) -> Any:
+    """Return a DeiT that a ResNet guides through linear heads, in float64, in its second epoch."""
+    cfg = config(**changes)
     torch.manual_seed(0)
     guided, guide, loss = builders.build_guided(cfg)
     guided.double()
@@ -63,9 +69,11 @@ def guided_run(world: distributed.World, *, accum_steps: int, precision: Precisi
         module=module,
         guide=guide,
         loss=loss,
+        schedule=builders.build_schedule(cfg),
+        progress=Progress(epoch=1),
         precision=precision,
         optimizer=builders.build_optimizer(cfg, guided),
-        settings=SimpleNamespace(accum_steps=accum_steps, clip_norm=0.0),
+        settings=SimpleNamespace(accum_steps=cfg.TRAIN.ACCUM_STEPS, clip_norm=0.0),
     )
 
 
@@ -80,12 +88,15 @@ def share_of_batch(world: distributed.World) -> tuple[Batch, torch.Tensor]:
 
 
 def gradients(world: distributed.World) -> dict[str, Any]:
-    """Return the gradients of one batch, all of it at once or in two parts."""
+    """Return the gradients of one batch in each variant."""
     found = {}
-    for accum_steps in (1, 2):
-        run = guided_run(world, accum_steps=accum_steps, precision=Precision(CPU))
+    for variant, changes in VARIANTS.items():
+        run = guided_run(world, precision=Precision(CPU), **changes)
+        accumulate_gradients(run, *share_of_batch(world))
+        run.optimizer.zero_grad(set_to_none=True)
+        # The second pass fails if the first one left parameters without gradients.
         losses, _ = accumulate_gradients(run, *share_of_batch(world))
-        found[accum_steps] = {
+        found[variant] = {
             "loss": distributed.sum_over_processes(losses["loss"].clone()) / world.size,
             "gradients": {n: p.grad for n, p in run.guided.named_parameters()},
         }
@@ -96,7 +107,7 @@ def overflow(world: distributed.World) -> dict[str, Any]:
     """Take a step in which one process has a non-finite gradient."""
     precision = Precision(CPU)
     precision.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
-    run = guided_run(world, accum_steps=1, precision=precision)
+    run = guided_run(world, precision=precision)
     before = {n: p.detach().clone() for n, p in run.guided.named_parameters()}
     batch, targets = share_of_batch(world)
     if world.rank == world.size - 1:

@@ -46,7 +46,9 @@ def test_standardized_logits_have_mean_0_and_variance_1() -> None:
     expected = sum(
         t * (math.log(t) - math.log(s))
         for student, teacher in rows
-        for s, t in zip(softmax(z_scores(student), 2.0), softmax(z_scores(teacher), 2.0), strict=True)
+        for s, t in zip(
+            softmax(z_scores(student), 2.0), softmax(z_scores(teacher), 2.0), strict=True
+        )
     )
     value = logit_loss(LOGITS, TEACHER, temperature=2.0, standardize=True)
     assert value.item() == pytest.approx(4 * expected / 2, rel=1e-4)
@@ -142,3 +144,12 @@ def test_half_precision_maps_are_compared_in_float32() -> None:
     torch.testing.assert_close(
         value, imitation_loss((100 * student).float(), (100 * teacher).float())
     )
+
+
+def test_a_distillation_token_learns_labels_after_the_end() -> None:
+    loss = GuidanceLoss(logit_weight=0.5)
+    pair = tuple(torch.randn(2, 3, requires_grad=True) for _ in range(2))
+    loss(pair, [], torch.eye(3)[:2], factor=0.0)["loss"].backward()
+    for logits in pair:
+        expected = (logits.detach().softmax(dim=1) - torch.eye(3)[:2]) / 2  # of the mean over 2
+        torch.testing.assert_close(logits.grad, 0.5 * expected)

@@ -17,6 +17,7 @@ from lg.errors import ConfigError, UserError
 from lg.guidance import FeatureBank, FrozenTeacher, GuidanceLoss, GuidedStudent, NoGuide
 from lg.guidance.losses import PROJECTED
 from lg.models.backbone import Backbone
+from lg.models.mimetic import init_mimetic
 from lg.models.published import weights_hash
 from lg.models.resnet import resnet
 from lg.models.taps import map_shapes
@@ -39,7 +40,10 @@ def build_model(cfg: CfgNode, *, pretrained: bool = True) -> Backbone:
     """
     kind = cfg.MODEL.TYPE
     try:
-        return _build_by_type(cfg, pretrained=pretrained)
+        model = _build_by_type(cfg, pretrained=pretrained)
+        if cfg.MODEL.INIT == "mimetic":
+            _init_mimetic(model)
+        return model
     except UserError:
         raise
     except ValueError as error:
@@ -52,6 +56,13 @@ def build_model(cfg: CfgNode, *, pretrained: bool = True) -> Backbone:
             f"MODEL.TYPE {kind} cannot be built with these sizes ({reason}): lower those of MODEL, "
             "TRANSFORMER and the model's own section"
         ) from error
+
+
+def _init_mimetic(model: Backbone) -> None:
+    try:
+        init_mimetic(model)
+    except ValueError as error:
+        raise ConfigError(f"MODEL.INIT is 'mimetic', but {error}: set it to default.") from error
 
 
 def _build_by_type(cfg: CfgNode, *, pretrained: bool) -> Backbone:

@@ -30,6 +30,7 @@ def faults(cfg: CfgNode) -> Iterator[Fault]:
     """Yield the faults of a config, group by group."""
     yield from _resnet(cfg)
     yield from _timm(cfg)
+    yield from _initial_weights(cfg)
     yield from _other_families(cfg)
     yield from _guidance(cfg)
     yield from _guidance_schedule(cfg)
@@ -81,6 +82,21 @@ def _timm(cfg: CfgNode) -> Iterator[Fault]:
             "only timm/NAME models have pretrained weights: set it to '', or give weights of this "
             "project as TRAIN.WEIGHTS.",
         )
+
+
+def _initial_weights(cfg: CfgNode) -> Iterator[Fault]:
+    model = cfg.MODEL
+    if model.INIT != "mimetic":
+        return
+    if model.TYPE in ("PVT", "PVTv2", "ConViT", "CvT", "ResNet"):
+        yield (
+            "MODEL.INIT",
+            f"MODEL.TYPE {model.TYPE} has no plain multi-head attention (DeiT, T2TViT, PiT and "
+            "vision transformers of timm have): set it to default.",
+        )
+    if model.PRETRAINED or cfg.TRAIN.WEIGHTS:
+        key = "MODEL.PRETRAINED" if model.PRETRAINED else "TRAIN.WEIGHTS"
+        yield "MODEL.INIT", f"{key} sets the initial weights: set that to '', or this to default."
 
 
 def _other_families(cfg: CfgNode) -> Iterator[Fault]:

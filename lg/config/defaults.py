@@ -15,6 +15,9 @@ DEFAULTS: dict[str, Any] = {
         "IN_CHANNELS": 3,  # image channels; all data sets of this project have 3
         "NUM_CLASSES": 100,  # must equal the number of classes of the data set
         "LOSS_FUN": "cross_entropy",  # cross_entropy
+        # (+) initial weights. default: the family's own; mimetic: attention and positions with the
+        # structure of trained ones (DeiT, T2TViT, PiT, timm/NAME with plain attention)
+        "INIT": "default",
         # (+) timm/NAME only: module names (or shell patterns) of the blocks, for models whose
         # blocks are not found automatically
         "BLOCKS": [],

@@ -76,6 +76,7 @@ ACTIVATIONS = (
 CHOICES: dict[str, tuple[str, ...]] = {
     "MODEL.TYPE": MODEL_TYPES,
     "MODEL.LOSS_FUN": ("cross_entropy",),
+    "MODEL.INIT": ("default", "mimetic"),
     "CVT.QKV_PROJ_METHOD": ("dw_bn", "avg", "linear"),
     "CNN.ACTIVATION_FUN": ACTIVATIONS,
     "RESNET.TRANS_FUN": ("basic_transform", "bottleneck_transform"),

@@ -38,6 +38,17 @@ STAGED = "HIDDEN_DIM: [8, 16], DEPTH: [1, 1], NUM_HEADS: 1, MLP_RATIO: 2"
             "TRANSFORMER: {DROP_PATH_RATE: 0.1}",
             "MODEL.TYPE timm/densenet121: TRANSFORMER.DROP_PATH_RATE is 0.1, .* set it to 0",
         ),
+        (
+            "timm/test_resnet",
+            "MODEL: {INIT: mimetic}",
+            "MODEL.INIT is 'mimetic', but block .* of this timm model has no plain multi-head att",
+        ),
+        (
+            "DeiT",
+            "MODEL: {INIT: mimetic}\n"
+            "TRANSFORMER: {PATCH_SIZE: 8, HIDDEN_DIM: 30, DEPTH: 1, NUM_HEADS: 2, MLP_RATIO: 2}",
+            "MODEL.INIT is 'mimetic', but hidden_dim 30 is not a multiple of 4",
+        ),
         ("timm/resnet_18", "{}", "MODEL.TYPE timm/resnet_18: timm .* no model 'resnet_18'; did"),
         (
             "timm/resnet18",

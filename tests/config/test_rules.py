@@ -160,6 +160,12 @@ BROKEN: list[tuple[str, dict[str, Any], str]] = [
         {"MODEL.TYPE": "PVTv2", "TRANSFORMER.PATCH_PADDING": [1]},
         "only MODEL.TYPE CvT reads it: leave it at null.",
     ),
+    ("MODEL.INIT", {"MODEL.TYPE": "CvT", "MODEL.INIT": "mimetic"}, "CvT has no plain multi-head"),
+    (
+        "MODEL.INIT",
+        {"MODEL.TYPE": "DeiT", "MODEL.INIT": "mimetic", "TRAIN.WEIGHTS": "w"},
+        "TRAIN.WEIGHTS sets the initial weights",
+    ),
     *((k, {"MODEL.TYPE": "DeiT", k: value}, advice) for k, (value, advice) in OTHER_FAMILY.items()),
     (
         "DISTILLATION.INTER_STUDENT_INDEX",

@@ -116,7 +116,9 @@ def train_epoch(run: Run) -> None:
     # Report the means of the epoch and move on to the next one.
     run.meter.collect(epoch=progress.epoch, step=progress.step)
     means, factor = run.meter.epoch(), run.schedule.factor(progress.epoch)
-    report.train_epoch(means, epoch=progress.epoch, lr=lr, factor=factor)
+    report.train_epoch(
+        means, epoch=progress.epoch, lr=lr, factor=factor, mixture=run.guided.mixture()
+    )
     run.meter.end_epoch()
     progress.epoch, progress.step = progress.epoch + 1, 0
     # The schedule of guidance may follow the imitation loss.

@@ -408,7 +408,11 @@ def test_bf16_trains_in_bf16(tmp_path: Path, guide_file: Path) -> None:
 # --- Schedules of guidance ----------------------------------------------------------------------
 
 # The window is one epoch, so guidance can end after two. The loss falls by less than 100 per epoch.
-ADAPTIVE = {"DISTILLATION__SCHEDULE": "adaptive", "DISTILLATION__ADAPTIVE_THRESHOLD": -1.0}
+ADAPTIVE = {
+    "DISTILLATION__SCHEDULE": "adaptive",
+    "DISTILLATION__ADAPTIVE_THRESHOLD": -1.0,
+    "DISTILLATION__INTER_STUDENT_INDEX": "mix",
+}
 
 
 @pytest.fixture(scope="module")
@@ -422,12 +426,23 @@ def test_after_the_end_nothing_is_imitated_and_the_heads_stay(ended: Path) -> No
     epochs = [line for line in stats(ended) if line["_type"] == "train_epoch"]
     assert [line["guidance_factor"] for line in epochs] == [1, 1, 0]
     steps = [line for line in stats(ended) if line["_type"] == "train_iter"]
-    assert [line["inter_distill_loss"] > 0 for line in steps] == [True, True, False, False]
+    assert [line["inter_distill_loss"] > 0 for line in steps] == [
+        True,
+        True,
+        True,
+        False,
+    ]  # steps 1-3 to 10-12
     before, after = final_state(ended, epoch=2), final_state(ended)
     assert after["schedule_state"]["ended"] == 2 == len(after["schedule_state"]["losses"])
     assert_same(after["guidance_state"], before["guidance_state"])  # no decay, no momentum
     key = "layers.0.mlp.fc1.weight"
     assert not torch.equal(after["model_state"][key], before["model_state"][key])
+    # The weights of the mixture have learned until then.
+    learned = after["guidance_state"]["scores"].reshape(2, 2).softmax(dim=1)
+    assert (learned != 0.5).all()
+    for line in epochs[1:]:
+        rounded = torch.tensor(line["mixture"])
+        torch.testing.assert_close(rounded, learned, atol=1e-4, rtol=0)
     text = (ended / "log.txt").read_text()
     assert text.count("Guidance ended after epoch 2 of 3 (DISTILLATION.SCHEDULE)") == 1
 

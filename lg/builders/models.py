@@ -14,7 +14,14 @@ from lg.checkpoint import foreign_weights, load_weights, read_checkpoint
 from lg.config.rules import FAMILIES
 from lg.datasets.base import ImageDataset
 from lg.errors import ConfigError, UserError
-from lg.guidance import FeatureBank, FrozenTeacher, GuidanceLoss, GuidedStudent, NoGuide
+from lg.guidance import (
+    FeatureBank,
+    FrozenTeacher,
+    GuidanceLoss,
+    GuidedStudent,
+    MixedHeads,
+    NoGuide,
+)
 from lg.guidance.losses import PROJECTED
 from lg.models.backbone import Backbone
 from lg.models.mimetic import init_mimetic
@@ -129,7 +136,22 @@ def build_guided(cfg: CfgNode) -> tuple[GuidedStudent, Guide, GuidanceLoss]:
         standardize=options.LOGIT_STANDARDIZE,
         logit_weight=options.LOGIT_WEIGHT if options.ENABLE_LOGIT else 0.0,
     )
+    if options.ENABLE_INTER and options.INTER_STUDENT_INDEX == "mix":
+        heads = _build_mixed_heads(cfg, student, teacher)
+        return GuidedStudent(student, mixed_heads=heads), guide, loss
     return GuidedStudent(student, indices=student_taps, teacher_dims=projected), guide, loss
+
+
+def _build_mixed_heads(cfg: CfgNode, student: Backbone, teacher: Backbone) -> MixedHeads:
+    """Build heads of all blocks for INTER_STUDENT_INDEX mix; one image through each model tells the
+    shapes of their maps."""
+    taps, guide_taps = tap_indices(cfg, student, teacher)
+    channels, options = cfg.MODEL.IN_CHANNELS, cfg.DISTILLATION
+    sizes = cfg.MODEL.IMG_SIZE, options.TEACHER_IMG_SIZE
+    return MixedHeads(
+        map_shapes(student, taps, image_size=sizes[0], in_channels=channels),
+        map_shapes(teacher, guide_taps, image_size=sizes[1], in_channels=channels),
+    )
 
 
 def build_teacher(cfg: CfgNode, *, trained: bool = True) -> Backbone:
@@ -216,16 +238,25 @@ def _foreign_weights(cfg: CfgNode, path: str) -> dict[str, torch.Tensor] | None:
 
 
 def tap_indices(cfg: CfgNode, student: Backbone, teacher: Backbone) -> tuple[list[int], list[int]]:
-    """Return the blocks of student and guide that are compared, as two lists of equal length."""
+    """Return the blocks of student and guide that are compared.
+
+    The two lists have equal length, except for INTER_STUDENT_INDEX mix: it compares mixtures of all
+    blocks of the student.
+    """
     options = cfg.DISTILLATION
     if not options.ENABLE_INTER:
         return [], []
-    for key, model in (("INTER_STUDENT_INDEX", student), ("INTER_TEACHER_INDEX", teacher)):
+    taps = options.INTER_STUDENT_INDEX
+    pairs = [("INTER_STUDENT_INDEX", student), ("INTER_TEACHER_INDEX", teacher)]
+    if taps == "mix":
+        taps = list(range(len(student.blocks)))
+        pairs = pairs[1:]
+    for key, model in pairs:
         try:
             model.check_indices(options[key])
         except ValueError as error:
             raise ConfigError(f"DISTILLATION.{key} is {options[key]}: {error}.") from None
-    return options.INTER_STUDENT_INDEX, options.INTER_TEACHER_INDEX
+    return taps, options.INTER_TEACHER_INDEX
 
 
 def _build_resnet(cfg: CfgNode, **sizes: int) -> Backbone:

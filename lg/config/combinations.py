@@ -23,6 +23,7 @@ _READERS = {
     section: [name for name, family in FAMILIES.items() if family.section == section]
     for section in dict.fromkeys(family.section for family in FAMILIES.values() if family.section)
 }
+_PROJECTED = ("linear", "gram")  # values of INTER_TRANSFORM with projection heads
 _READ_BY_TIMM = ("TRANSFORMER.DROP_RATE", "TRANSFORMER.DROP_PATH_RATE")
 
 
@@ -116,13 +117,28 @@ def _guidance(cfg: CfgNode) -> Iterator[Fault]:
             "DISTILLATION.ENABLE_INTER needs at least one block to guide, such as [0, 6, 11], and "
             "as many guide stages.",
         )
+    if options.ENABLE_INTER and blocks == "mix" and not options.INTER_TEACHER_INDEX:
+        yield (
+            "DISTILLATION.INTER_TEACHER_INDEX",
+            "DISTILLATION.INTER_STUDENT_INDEX mix needs at least one guide stage, such as [0, 1, "
+            "2].",
+        )
+    if options.ENABLE_INTER and blocks == "mix" and options.INTER_TRANSFORM not in _PROJECTED:
+        yield (
+            "DISTILLATION.INTER_STUDENT_INDEX",
+            f"DISTILLATION.INTER_TRANSFORM {options.INTER_TRANSFORM} has no heads that could mix "
+            "blocks: set that to linear or gram, or this to a list of blocks.",
+        )
+    if blocks == "mix":
+        blocks = options.INTER_TEACHER_INDEX  # as many mixtures as guide stages
     if options.ENABLE_INTER and len(options.INTER_TEACHER_INDEX) != len(blocks):
         yield (
             "DISTILLATION.INTER_TEACHER_INDEX",
             f"give one entry for each of the {len(blocks)} entries of "
             "DISTILLATION.INTER_STUDENT_INDEX.",
         )
-    if options.ENABLE_INTER and len(set(blocks)) != len(blocks):
+    is_list = options.INTER_STUDENT_INDEX != "mix"
+    if options.ENABLE_INTER and is_list and len(set(blocks)) != len(blocks):
         yield (
             "DISTILLATION.INTER_STUDENT_INDEX",
             "each student block can be guided once: remove the repeated entry.",

@@ -78,7 +78,8 @@ DEFAULTS: dict[str, Any] = {
         "INTER_TRANSFORM": "linear",
         "INTER_LOSS": "l2",  # l2
         "INTER_TEACHER_INDEX": [],  # ResNet stages (or timm blocks), counted from 0
-        # student blocks, counted across all stages from 0; paired with INTER_TEACHER_INDEX
+        # student blocks, counted across all stages from 0; paired with INTER_TEACHER_INDEX. (+)
+        # mix: each guide stage is imitated by a learned mixture of all blocks (linear, gram)
         "INTER_STUDENT_INDEX": [],
         "INTER_WEIGHT": 2.5,  # factor of the summed imitation losses, >= 0
         # imitate the guide's logits: DeiT with its distillation token, all others with their

@@ -167,7 +167,7 @@ def _coerce(key: str, value: Any, where: str) -> Any:
     """Return the value in the type of its key; make only conversions that lose nothing."""
     single, elements = accepted_types(key)
     default = DEFAULT_VALUES[key]
-    if isinstance(value, str) and str not in single:
+    if isinstance(value, str) and (elements or str not in single):
         value = _parse(value)  # also in files: YAML reads 5e-4, without a point, as text
     if isinstance(value, tuple):
         value = list(value)

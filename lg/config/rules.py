@@ -54,6 +54,8 @@ def accepted_types(key: str) -> tuple[tuple[type, ...], tuple[type, ...]]:
     A key whose default is None accepts null as well.
     """
     default = DEFAULT_VALUES[key]
+    if key == "DISTILLATION.INTER_STUDENT_INDEX":
+        return (str,), (int,)  # mix, or a list of blocks
     if isinstance(default, list):
         empty_type = str if key == "MODEL.BLOCKS" else int
         return (), (type(default[0]) if default else empty_type,)
@@ -131,8 +133,7 @@ RANGES: dict[str, Range] = {
         "at least 0 and finite",
         """
         TRANSFORMER.PATCH_PADDING T2T.PADDING CVT.PADDING_KV CVT.PADDING_Q CONVIT.LOCAL_LAYERS
-        DISTILLATION.INTER_TEACHER_INDEX DISTILLATION.INTER_STUDENT_INDEX DISTILLATION.INTER_WEIGHT
-        DISTILLATION.SCHEDULE_EPOCH
+        DISTILLATION.INTER_TEACHER_INDEX DISTILLATION.INTER_WEIGHT DISTILLATION.SCHEDULE_EPOCH
         OPTIM.STEPS OPTIM.MIN_LR OPTIM.WEIGHT_DECAY OPTIM.WARMUP_EPOCHS OPTIM.EMA_ALPHA
         OPTIM.EMA_UPDATE_PERIOD OPTIM.CLIP_GRAD_NORM TRAIN.MIXUP_ALPHA TRAIN.CUTMIX_ALPHA
         DATA_LOADER.NUM_WORKERS DATA_LOADER.TIMEOUT PREC_TIME.WARMUP_ITER LAUNCH.MAX_RETRY
@@ -163,6 +164,10 @@ RANGES: dict[str, Range] = {
         lambda v: 0 < v <= 1,
         "greater than 0 and at most 1",
         "CNN.BN_MOMENTUM OPTIM.LR_MULT OPTIM.WARMUP_FACTOR TRAIN.FRACTION",
+    ),
+    "DISTILLATION.INTER_STUDENT_INDEX": (
+        lambda v: v == "mix" or (isinstance(v, int) and v >= 0),
+        "mix, or a list of block numbers of at least 0",
     ),
     "DISTILLATION.ADAPTIVE_THRESHOLD": (lambda v: -math.inf < v < 0, "below 0 and finite"),
     # The Performer has half as many random features as token channels.

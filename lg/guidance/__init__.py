@@ -2,6 +2,7 @@
 
 from lg.guidance.feature_bank import FeatureBank
 from lg.guidance.losses import GuidanceLoss, classification_loss, imitation_loss, logit_loss
+from lg.guidance.mixture import MixedHeads
 from lg.guidance.schedule import GuidanceSchedule
 from lg.guidance.student import GuidedStudent
 from lg.guidance.teacher import FrozenTeacher, NoGuide
@@ -12,6 +13,7 @@ __all__ = [
     "GuidanceLoss",
     "GuidanceSchedule",
     "GuidedStudent",
+    "MixedHeads",
     "NoGuide",
     "classification_loss",
     "imitation_loss",

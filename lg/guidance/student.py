@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lg.guidance.mixture import MixedHeads
 from lg.models.backbone import Backbone
 from lg.models.taps import FeatureTaps
 
@@ -31,11 +32,17 @@ class GuidedStudent(nn.Module):
 
     Attributes:
         student: The model alone, which is tested, averaged and published.
-        heads: 1x1 convolutions with bias, in tap order; empty without projection.
+        heads: 1x1 convolutions with bias, in tap order; empty without projection. `MixedHeads`
+            bring the maps of all blocks to one map per guide stage.
     """
 
     def __init__(
-        self, student: Backbone, *, indices: Sequence[int] = (), teacher_dims: Sequence[int] = ()
+        self,
+        student: Backbone,
+        *,
+        indices: Sequence[int] = (),
+        teacher_dims: Sequence[int] = (),
+        mixed_heads: MixedHeads | None = None,
     ) -> None:
         """Add a head for each tapped block.
 
@@ -43,11 +50,14 @@ class GuidedStudent(nn.Module):
             student: The model.
             indices: Blocks to tap, in the order of the teacher maps they imitate.
             teacher_dims: Channels of those teacher maps; empty for transforms without projection.
+            mixed_heads: Heads of all blocks; replaces `indices` and `teacher_dims`.
 
         Raises:
             ValueError: The student lacks one of the blocks.
         """
         super().__init__()
+        if mixed_heads is not None:
+            indices = range(len(student.blocks))
         FeatureTaps(student, indices)  # rejects indices that the model lacks
         self.student = student
         self.indices = tuple(indices)
@@ -56,7 +66,7 @@ class GuidedStudent(nn.Module):
         for tap in self._taps:
             student.blocks[tap.index].register_forward_hook(tap)
         dims = [student.feature_dims[i] for i in indices] if teacher_dims else []
-        self.heads = nn.ModuleList(
+        self.heads = mixed_heads or nn.ModuleList(
             nn.Conv2d(s, t, 1) for s, t in zip(dims, teacher_dims, strict=True)
         )
 
@@ -84,7 +94,9 @@ class GuidedStudent(nn.Module):
         self._activate_taps(False)
         maps = [self.student.to_map(index, self._outputs[index]) for index in self.indices]
         self._outputs.clear()
-        if self.heads:
+        if isinstance(self.heads, MixedHeads):
+            maps = self.heads(maps)
+        elif self.heads:
             maps = [head(m) for head, m in zip(self.heads, maps, strict=True)]
         return logits, maps
 
@@ -104,6 +116,10 @@ class GuidedStudent(nn.Module):
         """
         for parameter in self.heads.parameters():
             parameter.grad = None
+
+    def mixture(self) -> list[list[float]]:
+        """Return the weight of each block for each guide stage; empty without mixed heads."""
+        return self.heads.weights().tolist() if isinstance(self.heads, MixedHeads) else []
 
     def _activate_taps(self, is_active: bool) -> None:
         for tap in self._taps:

@@ -98,10 +98,31 @@ class Reporter:
             f"{self.batch_size / average:,.0f} images/s  eta {format_time(eta)}"
         )
 
-    def train_epoch(self, means: dict[str, float], *, epoch: int, lr: float, factor: float) -> None:
-        """Report the training of an epoch (counted from 0), with the factor of guidance in it."""
+    def train_epoch(
+        self,
+        means: dict[str, float],
+        *,
+        epoch: int,
+        lr: float,
+        factor: float,
+        mixture: list[list[float]],
+    ) -> None:
+        """Report the training of an epoch.
+
+        Args:
+            means: Losses and errors.
+            epoch: Counted from 0.
+            lr: Learning rate.
+            factor: Of guidance.
+            mixture: Weight of each block for each guide stage; empty if no blocks are mixed.
+        """
         self.log.close_bar()
         guided = {"guidance_factor": factor} if self.inter or self.logit else {}
+        weights = {
+            f"mixture/stage_{stage}_block_{block}": weight
+            for stage, row in enumerate(mixture)
+            for block, weight in enumerate(row)
+        }
         seconds = time.perf_counter() - self._started
         average = seconds / max(self._steps, 1)
         eta = average * self.steps_per_epoch * (self.max_epoch - epoch - 1)
@@ -116,6 +137,7 @@ class Reporter:
                 "top5_err": means["top5_err"],
                 "loss": means["loss"],
                 **guided,
+                **({"mixture": mixture} if mixture else {}),
                 "lr": lr,
                 "mem": peak_memory_mb(self.device),
             },
@@ -126,6 +148,7 @@ class Reporter:
                 "epoch/loss": means["loss"],
                 "epoch/learning_rate": lr,
                 **{f"epoch/{name}": value for name, value in guided.items()},
+                **weights,
                 "epoch/top1_acc": 100 - means["top1_err"],
                 "epoch/top5_acc": 100 - means["top5_err"],
             },

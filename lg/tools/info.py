@@ -13,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from yacs.config import CfgNode
 
 from lg.builders.models import build_model, build_teacher, tap_indices, teacher_name
+from lg.guidance import MixedHeads
 from lg.guidance.losses import PROJECTED
 from lg.models.backbone import Backbone, evaluating
 from lg.models.taps import map_shapes
@@ -75,13 +76,16 @@ def describe_config(cfg: CfgNode) -> list[str]:
     if not (options.ENABLE_INTER or options.ENABLE_LOGIT):
         return describe(model.TYPE, facts, num_classes=model.NUM_CLASSES)
     teacher = build_teacher(cfg, trained=False)
+    taps, guide_taps = tap_indices(cfg, student, teacher)
+    is_mixed = options.INTER_STUDENT_INDEX == "mix"
     return describe(
         model.TYPE,
         facts,
         num_classes=model.NUM_CLASSES,
         guide_name=teacher_name(cfg, options.TEACHER_MODEL),
         guide=measure_model(teacher, image_size=options.TEACHER_IMG_SIZE, in_channels=channels),
-        taps=[*zip(*tap_indices(cfg, student, teacher), strict=True)],
+        taps=[] if is_mixed else [*zip(taps, guide_taps, strict=True)],
+        mixed=guide_taps if is_mixed else [],
         with_heads=options.ENABLE_INTER and options.INTER_TRANSFORM in PROJECTED,
     )
 
@@ -124,6 +128,7 @@ def describe(
     guide_name: str = "",
     guide: ModelFacts | None = None,
     taps: Sequence[tuple[int, int]] = (),
+    mixed: Sequence[int] = (),
     with_heads: bool = False,
 ) -> list[str]:
     """Return one line per model and the table of blocks.
@@ -135,7 +140,8 @@ def describe(
         guide_name: The guide's type.
         guide: The guide's facts; None without guidance.
         taps: Pairs (student block, guide block).
-        with_heads: Whether a 1x1 convolution projects each tapped map to the guide's channels.
+        mixed: Guide blocks that are imitated by mixtures of all student blocks.
+        with_heads: Whether 1x1 convolutions project the maps to the guide's channels.
     """
     lines = [
         f"{name}, images of {student.image_size} x {student.image_size}, {num_classes} classes: "
@@ -149,7 +155,12 @@ def describe(
         partners = {mine: guide.blocks[theirs] for mine, theirs in taps}
     if with_heads:
         heads = sum((student.blocks[i].channels + 1) * row.channels for i, row in partners.items())
+        if guide is not None and mixed:
+            heads = _count_mixed(student.blocks, [guide.blocks[i] for i in mixed])
         lines.append(f"Projection heads: {heads:,} parameters, trained, not part of the weights")
+    if guide is not None and mixed:
+        stages = ", ".join(f"{i} {guide.blocks[i].module}" for i in mixed)
+        lines.append(f"A learned mixture of all blocks imitates each of the guide's {stages}")
     width = max(len("module"), *(len(row.module) for row in student.blocks))
     title = f"  {'block':>5}  {'module':<{width}}  {'channels':>8}  {'map':<9}"
     lines += ["", (title + ("  imitates" if partners else "")).rstrip()]
@@ -159,6 +170,12 @@ def describe(
             text += f"  {_imitated(row, partners[row.index])}"
         lines.append(text.rstrip())
     return lines
+
+
+def _count_mixed(blocks: Sequence[BlockRow], guide_blocks: Sequence[BlockRow]) -> int:
+    """Return the number of parameters of the heads of a mixture."""
+    mine, theirs = ([(b.channels, b.height, b.width) for b in s] for s in (blocks, guide_blocks))
+    return sum(p.numel() for p in MixedHeads(mine, theirs).parameters())
 
 
 def _cost(facts: ModelFacts) -> str:

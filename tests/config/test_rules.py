@@ -31,6 +31,7 @@ BEYOND: dict[str, list[Any]] = {
     "at least 0 and finite": [-1, INFINITY],
     "greater than 0 and finite": [0, -1.0, INFINITY],
     "at least 0 and below 1": [-1, 1.0],
+    "mix, or a list of block numbers of at least 0": [-1],
     "below 0 and finite": [0, -INFINITY],
     "between 0 and 1": [-0.1, 1.1],
     "greater than 0 and at most 1": [0, 1.1],
@@ -88,6 +89,7 @@ INTER = {
     "DISTILLATION.INTER_TEACHER_INDEX": [0, 1],
     "DISTILLATION.INTER_STUDENT_INDEX": [0, 6],
 }
+MIX = {**INTER, "DISTILLATION.INTER_STUDENT_INDEX": "mix"}
 OFFLINE = {**INTER, "DISTILLATION.OFFLINE": True, "DISTILLATION.FEATURE_FILE": "f.pt"}
 LOGIT = {"DISTILLATION.ENABLE_LOGIT": True}
 STEPS = {"OPTIM.LR_POLICY": "steps"}
@@ -176,6 +178,16 @@ BROKEN: list[tuple[str, dict[str, Any], str]] = [
         "DISTILLATION.INTER_TEACHER_INDEX",
         {**INTER, "DISTILLATION.INTER_TEACHER_INDEX": [0]},
         "each of the 2 entries",
+    ),
+    (
+        "DISTILLATION.INTER_TEACHER_INDEX",
+        {**MIX, "DISTILLATION.INTER_TEACHER_INDEX": []},
+        "least one",
+    ),
+    (
+        "DISTILLATION.INTER_STUDENT_INDEX",
+        {**MIX, "DISTILLATION.INTER_TRANSFORM": "attention"},
+        "set that to linear or gram",
     ),
     (
         "DISTILLATION.INTER_STUDENT_INDEX",
@@ -275,8 +287,7 @@ def test_every_rule_for_combinations_is_tested() -> None:
     rules = {node.lineno for node in ast.walk(tree) if isinstance(node, ast.Yield)}
     reached = set()
     for _, values, _ in BROKEN:
-        cfg = CfgNode(DEFAULTS)
-        cfg.merge_from_list([item for pair in values.items() for item in pair])
+        cfg = CfgNode(nested(dict(flatten(DEFAULTS)) | values))
         found = innermost = combinations.faults(cfg)
         next(found)
         while innermost.gi_yieldfrom is not None:
@@ -285,7 +296,18 @@ def test_every_rule_for_combinations_is_tested() -> None:
     assert reached == rules
 
 
-@pytest.mark.parametrize("extra", [INTER, OFFLINE, {**STEPS, "OPTIM.STEPS": [3, 9]}])
+def test_blocks_are_mix_or_a_list(write: Write) -> None:
+    path = write(yaml.safe_dump(nested(INTER)))
+    for text, value in (("mix", "mix"), ("[0,3]", [0, 3]), ("[ 1, 2 ]", [1, 2])):
+        cfg = lg.load_config(path, ["DISTILLATION.INTER_STUDENT_INDEX", text])
+        assert value == cfg.DISTILLATION.INTER_STUDENT_INDEX
+    key = "DISTILLATION.INTER_STUDENT_INDEX"
+    assert "it must be mix, or a list" in fault(path, key, "mixed")
+    for text in ("3", "[mix]", "null"):
+        assert "it takes str or a list of int" in fault(path, key, text)
+
+
+@pytest.mark.parametrize("extra", [INTER, MIX, OFFLINE, {**STEPS, "OPTIM.STEPS": [3, 9]}])
 def test_similar_combinations_that_are_valid_load(write: Write, extra: dict[str, Any]) -> None:
     loaded = dict(flatten(lg.load_config(write(yaml.safe_dump(nested(extra))))))
     assert {k: loaded[k] for k in extra} == extra

@@ -46,6 +46,7 @@ NUM_IMAGES = 12
 VARIANTS: dict[str, dict[str, Any]] = {
     "at once": {},
     "in two parts": {"TRAIN__ACCUM_STEPS": 2},
+    "mixture": {"DISTILLATION__INTER_STUDENT_INDEX": "mix"},
     "guidance over": {"DISTILLATION__SCHEDULE": "until", "DISTILLATION__SCHEDULE_EPOCH": 1},
 }
 

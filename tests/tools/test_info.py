@@ -65,6 +65,25 @@ def test_fixed_parameters_are_listed() -> None:
     assert len(lines[0]) <= 100
 
 
+@pytest.mark.parametrize(
+    ("config", "heads"),
+    [
+        # One convolution from 192 channels to each stage, and 3 x 12 weights.
+        ("deit/deit-ti_c100_ours", 193 * (16 + 32 + 64) + 3 * 12),
+        # One convolution from each block to all stages, and 3 x 8 weights.
+        ("pvt/pvt-ti_c100_ours", 2 * (65 + 129 + 321 + 513) * (16 + 32 + 64) + 3 * 8),
+    ],
+)
+def test_lines_of_a_mixture(config: str, heads: int) -> None:
+    opts = ["DISTILLATION.INTER_STUDENT_INDEX", "mix"]
+    lines = describe_config(lg.load_config(ROOT / f"configs/{config}.yaml", opts))
+    assert lines[2:4] == [
+        f"Projection heads: {heads:,} parameters, trained, not part of the weights",
+        "A learned mixture of all blocks imitates each of the guide's 0 layer1, 1 layer2, 2 layer3",
+    ]
+    assert not any("compared at" in line or line.endswith("imitates") for line in lines)
+
+
 def test_attention_has_no_projection_heads() -> None:
     cfg = lg.load_config(
         ROOT / "configs/digits/vit_digits_ours.yaml", ["DISTILLATION.INTER_TRANSFORM", "attention"]

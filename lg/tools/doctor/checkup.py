@@ -135,7 +135,7 @@ def _check_model(cfg: CfgNode, found: Findings) -> None:
         lines = describe_config(cfg)
         for line in lines[: lines.index("")]:  # the table of blocks follows
             found.add(Finding(FACT, MODEL, f"{line}."))
-        if options.ENABLE_INTER:
+        if options.ENABLE_INTER and options.INTER_STUDENT_INDEX != "mix":
             taps = zip(options.INTER_STUDENT_INDEX, options.INTER_TEACHER_INDEX, strict=True)
             pairs = ", ".join(f"{mine} imitates {theirs}" for mine, theirs in taps)
             text = f"Blocks: {pairs} of the guide (--mode info shows them)."

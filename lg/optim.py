@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
+from timm.optim import create_optimizer_v2
 from timm.utils import ModelEmaV3
 from torch import nn
 
@@ -69,19 +70,27 @@ def make_optimizer(
     nesterov: bool = True,
     betas: tuple[float, float] = (0.9, 0.999),
 ) -> torch.optim.Optimizer:
-    """Create a fused SGD, Adam (L2 in the gradient) or AdamW (decoupled decay) optimiser.
+    """Create an optimiser: fused SGD, Adam (L2 in the gradient) or AdamW (decoupled decay) of
+    torch, or Muon or NAdaMuon of timm.
+
+    Muon orthogonalises the update of each weight matrix; parameters that are no matrices (biases,
+    norms, tokens, position embeddings) are updated by AdamW, in NAdaMuon by NAdamW.
 
     Args:
         groups: As from `parameter_groups`.
-        kind: sgd, adam or adamw.
+        kind: sgd, adam, adamw, muon or nadamuon.
         lr: Learning rate of the body.
-        momentum: Of SGD, as are `dampening` and `nesterov`.
-        dampening: Of the momentum.
-        nesterov: Whether to use Nesterov momentum.
-        betas: Of Adam and AdamW.
+        momentum: Of SGD, Muon and NAdaMuon.
+        dampening: Of the momentum of SGD.
+        nesterov: Whether SGD uses Nesterov momentum.
+        betas: Of Adam and AdamW; for Muon and NAdaMuon of what is no matrix, and the second for the
+            second moment of NAdaMuon.
 
     Raises:
         ValueError: An unknown `kind`.
+
+    Source: Muon: https://kellerjordan.github.io/posts/muon; NAdaMuon: arXiv 2507.11005 with
+    Nesterov momentum.
     """
     if kind == "sgd":
         return torch.optim.SGD(
@@ -91,7 +100,9 @@ def make_optimizer(
         return torch.optim.Adam(groups, lr=lr, betas=betas, fused=True)
     if kind == "adamw":
         return torch.optim.AdamW(groups, lr=lr, betas=betas, fused=True)
-    raise ValueError(f"kind is {kind!r}; allowed: sgd, adam, adamw.")
+    if kind in ("muon", "nadamuon"):
+        return create_optimizer_v2(groups, opt=kind, lr=lr, momentum=momentum, betas=betas)
+    raise ValueError(f"kind is {kind!r}; allowed: sgd, adam, adamw, muon, nadamuon.")
 
 
 class LearningRate:

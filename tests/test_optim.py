@@ -60,3 +60,32 @@ def test_weight_average_copies_while_warming_and_then_moves_by_its_step() -> Non
     assert values == pytest.approx([1, 1, 3, 3, 3 + 0.3 * (5 - 3), 3.6])
     assert average.module.num_batches_tracked.item() == 5  # integers are copied
     assert WeightAverage(model, alpha=1.0, period=8, batch_size=30, max_epoch=100).decay == 0
+
+
+@pytest.mark.parametrize("kind", ["muon", "nadamuon"])
+def test_muon_orthogonalises_matrices_and_keeps_the_groups(kind: str) -> None:
+    cfg, guided, _, _ = build("deit-ti", "base", "OPTIM.OPTIMIZER", kind)
+    optimizer = builders.build_optimizer(cfg, guided)
+    assert {g["name"] for g in optimizer.param_groups} == {
+        f"{part}_{decay}" for part in ("head", "body") for decay in ("decay", "no_decay")
+    }
+    parameters = dict(guided.named_parameters())
+    matrix = parameters["student.net.blocks.0.mlp.fc1.weight"]
+    generator = torch.Generator().manual_seed(0)
+    for parameter in parameters.values():
+        parameter.grad = torch.randn(parameter.shape, generator=generator)
+    before = {name: parameter.detach().clone() for name, parameter in parameters.items()}
+    with torch.no_grad():
+        matrix.copy_(torch.zeros_like(matrix))  # no decay in what is compared
+    lr = builders.build_learning_rate(cfg).apply(optimizer, 30)
+    optimizer.step()
+    # A random gradient has singular values from 0.5 to 1.5 times their mean; Muon makes them equal.
+    values = torch.linalg.svdvals(matrix.detach())
+    assert (values.max() / values.min()) < (1.5 if kind == "muon" else 3)
+    # timm scales the update to the size of AdamW's: a root mean square of 0.2 lr.
+    assert matrix.square().mean().sqrt().item() == pytest.approx(0.2 * lr, rel=0.15)
+    # The first step of AdamW has the size lr in every entry of a vector.
+    bias = "student.net.blocks.0.mlp.fc1.bias"
+    moved = (parameters[bias].detach() - before[bias]).abs()
+    if kind == "muon":
+        torch.testing.assert_close(moved, torch.full_like(moved, lr), rtol=1e-3, atol=0)

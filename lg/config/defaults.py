@@ -118,7 +118,8 @@ DEFAULTS: dict[str, Any] = {
         "FEATURE_PLACE": "file",
     },
     "OPTIM": {
-        "OPTIMIZER": "sgd",  # sgd | adam | adamw
+        # sgd | adam | adamw | (+) muon | nadamuon (matrices; what is no matrix: AdamW or NAdamW)
+        "OPTIMIZER": "sgd",
         "BASE_LR": 0.1,  # learning rate after warm-up, > 0
         "MIN_LR": 0.0,  # final learning rate of cos, lin and exp, [0, BASE_LR]; exp needs > 0
         "HEAD_LR_RATIO": 1.0,  # learning rate of the classifier over that of the body, > 0
@@ -126,11 +127,11 @@ DEFAULTS: dict[str, Any] = {
         "STEPS": [],  # epochs at which `steps` multiplies the learning rate by LR_MULT
         "LR_MULT": 0.1,  # (0, 1]
         "MAX_EPOCH": 200,  # >= 1
-        "MOMENTUM": 0.9,  # sgd, [0, 1)
+        "MOMENTUM": 0.9,  # sgd, muon, nadamuon, [0, 1)
         "DAMPENING": 0.0,  # sgd, [0, 1]
         "NESTEROV": True,  # sgd; needs MOMENTUM > 0 and DAMPENING 0
-        "BETA1": 0.9,  # adam, adamw, [0, 1)
-        "BETA2": 0.999,  # adam, adamw, [0, 1)
+        "BETA1": 0.9,  # adam, adamw, muon, nadamuon, [0, 1)
+        "BETA2": 0.999,  # adam, adamw, muon, nadamuon, [0, 1)
         "WEIGHT_DECAY": 5e-4,  # not applied to biases, norms, tokens and position embeddings, >= 0
         "WARMUP_FACTOR": 0.1,  # learning rate of epoch 0 over BASE_LR if WARMUP_EPOCHS > 0, (0, 1]
         "WARMUP_EPOCHS": 0,  # length of the linear warm-up, epochs

@@ -89,7 +89,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "DISTILLATION.TEACHER_MODEL": ("ResNet", "timm/NAME"),
     "DISTILLATION.TEACHER_BN": ("eval", "batch"),
     "DISTILLATION.FEATURE_PLACE": ("file", "device"),
-    "OPTIM.OPTIMIZER": ("sgd", "adam", "adamw"),
+    "OPTIM.OPTIMIZER": ("sgd", "adam", "adamw", "muon", "nadamuon"),
     "OPTIM.LR_POLICY": ("cos", "lin", "exp", "steps"),
     "TRAIN.DATASET": ("", *DATASET_NAMES),
     "TRAIN.SPLIT": ("train",),

@@ -62,7 +62,7 @@ def test_every_number_has_a_range() -> None:
     [
         ("MODEL: {TYPE: Deit}", "Did you mean DeiT?"),
         ("MODEL: {TYPE: timm/}", "timm/NAME"),
-        ("OPTIM: {OPTIMIZER: SGD}", "allowed: sgd, adam, adamw."),
+        ("OPTIM: {OPTIMIZER: SGD}", "allowed: sgd, adam, adamw, muon, nadamuon."),
         (
             "CVT: {QKV_PROJ_METHOD: [dw_bn, dw, avg]}",
             "allowed: dw_bn, avg, linear. Did you mean dw_bn",

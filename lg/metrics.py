@@ -7,10 +7,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
-from lg.distributed import gather_rows
+from lg.distributed import gather_rows, sum_over_processes
 from lg.errors import NonFiniteLossError
 
 LOSS_TERMS = ("loss", "cls", "inter", "logit")
@@ -35,34 +37,108 @@ def topk_hits(logits: Tensor, labels: Tensor, ks: Sequence[int] = (1, 5)) -> Ten
     Returns:
         [N, len(ks)], bool. A row with non-finite logits is never a hit.
     """
-    top = logits.topk(min(max(ks), logits.shape[1]), dim=1).indices
-    hits = (top == labels[:, None]) & logits.isfinite().all(dim=1, keepdim=True)
+    hits = top_classes(logits, max(ks)) == labels[:, None]
     return torch.stack([hits[:, :k].any(dim=1) for k in ks], dim=1)
+
+
+def top_classes(logits: Tensor, k: int) -> Tensor:
+    """Return the k highest classes (or all K) of each row, [N, k], best first; -1 in every place of
+    a row with non-finite logits."""
+    top = logits.topk(min(k, logits.shape[1]), dim=1).indices
+    return top.masked_fill(~logits.isfinite().all(dim=1, keepdim=True), -1)
 
 
 @dataclass(frozen=True)
 class EvalResult:
-    """The result of a test. Errors are in percent; lists have one entry per class."""
+    """The result of a test, in percent; lists have one entry per class."""
 
     top1_err: float
     top5_err: float
+    balanced_acc: float  # mean accuracy of the classes that have samples
+    macro_f1: float  # mean F1 score of the classes that have samples or are predicted
+    calibration_err: float  # expected calibration error, 15 bins of equal width
     count: int
     class_counts: list[int]
     class_top1_acc: list[float]  # percent; NaN for a class without samples
 
-    @classmethod
-    def from_counts(cls, counts: Tensor) -> EvalResult:
-        """Create a result from counts [K, 3]: samples, top-1 hits and top-5 hits of each class."""
-        rows = counts.tolist()
-        count, top1, top5 = (sum(column) for column in zip(*rows, strict=True))
-        accuracies = [100 * r[1] / r[0] if r[0] else math.nan for r in rows]
-        return cls(
-            100 - 100 * top1 / count,
-            100 - 100 * top5 / count,
-            count,
-            [r[0] for r in rows],
-            accuracies,
+    @property
+    def rates(self) -> dict[str, float]:
+        """The numbers that describe all classes together, by name."""
+        names = ("top1_err", "top5_err", "balanced_acc", "macro_f1", "calibration_err")
+        return {name: getattr(self, name) for name in names}
+
+
+class TestMeter:
+    """Counts of a test; they stay on the device until `result` reads them."""
+
+    __test__ = False  # not a test case
+
+    def __init__(self, num_classes: int, device: torch.device) -> None:
+        shape = num_classes, num_classes + 1
+        # Rows: labels. Columns: predicted classes, and last the rows with non-finite logits.
+        self._confusion = torch.zeros(shape, dtype=torch.int64, device=device)
+        self._top5 = torch.zeros(num_classes, dtype=torch.int64, device=device)
+        self._judged = [torch.zeros(0, 2, device=device)]  # confidence and hit of each sample
+
+    def add(self, logits: Tensor, labels: Tensor) -> None:
+        """Add a batch: logits [N, K] and labels [N]."""
+        top = top_classes(logits, 5)
+        hits = top == labels[:, None]
+        self._confusion.index_put_((labels, top[:, 0]), torch.ones_like(labels), accumulate=True)
+        self._top5.index_add_(0, labels, hits.any(dim=1).to(torch.int64))
+        confidence = logits.float().softmax(dim=1).amax(dim=1).nan_to_num()
+        self._judged.append(torch.stack([confidence, hits[:, 0].float()], dim=1))
+
+    def result(self) -> EvalResult:
+        """Return the result over all processes; every process calls this."""
+        confusion = sum_over_processes(self._confusion).cpu().numpy()
+        top5_hits = int(sum_over_processes(self._top5).sum())
+        counts, hits = confusion.sum(axis=1), confusion.diagonal()
+        count = int(counts.sum())
+        balanced_acc, macro_f1 = _class_means(confusion)
+        return EvalResult(
+            top1_err=100 - 100 * int(hits.sum()) / count,
+            top5_err=100 - 100 * top5_hits / count,
+            balanced_acc=balanced_acc,
+            macro_f1=macro_f1,
+            calibration_err=_calibration_error(torch.cat(self._judged)),
+            count=count,
+            class_counts=counts.tolist(),
+            class_top1_acc=[
+                100 * h / n if n else math.nan for h, n in zip(hits, counts, strict=True)
+            ],
         )
+
+
+def _class_means(confusion: np.ndarray) -> tuple[float, float]:
+    """Return balanced accuracy and macro-F1 in percent of a confusion matrix [K, K + 1]."""
+    from sklearn.metrics import f1_score, recall_score  # slow to import
+
+    labels, predicted = np.nonzero(confusion)
+    weights = confusion[labels, predicted]
+    known = np.union1d(labels, predicted[predicted < len(confusion)])
+    options = {"average": "macro", "sample_weight": weights, "zero_division": 0}
+    balanced_acc = recall_score(labels, predicted, labels=np.unique(labels), **options)
+    macro_f1 = f1_score(labels, predicted, labels=known, **options)
+    return 100 * float(balanced_acc), 100 * float(macro_f1)
+
+
+def _calibration_error(judged: Tensor) -> float:
+    """Return the expected calibration error in percent.
+
+    Args:
+        judged: [n, 2], confidence and hit (0 or 1) of this process's samples.
+
+    Source: arXiv 1706.04599.
+    """
+    # Slow to import.
+    from torchmetrics.functional.classification import binary_calibration_error
+    from torchmetrics.utilities.distributed import gather_all_tensors
+
+    if dist.is_initialized():
+        judged = torch.cat(gather_all_tensors(judged))  # shares differ in length
+    confidence, hits = judged.cpu().T.contiguous()
+    return 100 * float(binary_calibration_error(confidence, hits.long(), n_bins=15, norm="l1"))
 
 
 class TrainMeter:

@@ -25,7 +25,7 @@ from lg.files.atomic import write_atomically
 from lg.files.lock import lock_folder
 from lg.logs.log import RunLog
 from lg.logs.reporter import result_lines
-from lg.metrics import UNKNOWN_ERR, EvalResult, topk_hits
+from lg.metrics import UNKNOWN_ERR, EvalResult, TestMeter
 from lg.run import Run
 from lg.signals import Interrupted, asked_to_stop, stop_signals
 from lg.step import train_step
@@ -195,17 +195,15 @@ def evaluate(
         precision: Of the forward pass; its device runs the test.
     """
     model.eval()
-    counts = torch.zeros(num_classes, 3, dtype=torch.int64, device=precision.device)
+    meter = TestMeter(num_classes, precision.device)
     for batch in batches:
         batch = batch.to(precision.device)
         with precision.autocast():
             logits = model(batch.images)
-        # Samples, top-1 hits and top-5 hits of each class stay on the device.
-        hits = topk_hits(logits, batch.labels)
-        rows = torch.cat([torch.ones_like(hits[:, :1]), hits], dim=1)
-        counts.index_add_(0, batch.labels, rows.to(torch.int64))
+        # Counts stay on the device.
+        meter.add(logits, batch.labels)
     # Add the counts of all processes, and read them once.
-    return EvalResult.from_counts(distributed.sum_over_processes(counts))
+    return meter.result()
 
 
 def test(cfg: CfgNode) -> EvalResult:

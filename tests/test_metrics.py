@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from lg.errors import NonFiniteLossError
-from lg.metrics import EvalResult, TrainMeter, topk_hits
+from lg.logs.reporter import describe
+from lg.metrics import TestMeter, TrainMeter, topk_hits
 
 
 def naive_hit(scores: list[float], label: int, k: int) -> bool:
@@ -50,12 +51,66 @@ def test_non_finite_row_is_never_a_hit(bad: float) -> None:
     assert not topk_hits(torch.full((3, 2), math.nan), torch.tensor([0, 1, 0])).any()
 
 
-def test_eval_result_from_counts() -> None:
-    result = EvalResult.from_counts(torch.tensor([[4, 3, 4], [0, 0, 0], [16, 4, 12]]))
-    assert (result.top1_err, result.top5_err, result.count) == (65.0, 20.0, 20)
-    assert result.class_counts == [4, 0, 16]
-    assert result.class_top1_acc[0] == 75.0 and result.class_top1_acc[2] == 25.0
-    assert math.isnan(result.class_top1_acc[1])
+CPU = torch.device("cpu")
+
+
+def logits_of(rows: list[tuple[int, float]]) -> torch.Tensor:
+    """Return logits of two classes that predict a class with a confidence, for each row."""
+    high = [math.log(confidence / (1 - confidence)) for _, confidence in rows]
+    return torch.tensor(
+        [[h, 0.0] if c == 0 else [0.0, h] for (c, _), h in zip(rows, high, strict=True)]
+    )
+
+
+# Label, predicted class and its confidence: 4 + 1 samples of class 0, 2 of class 1.
+SAMPLES = [
+    (0, 0, 0.9),
+    (0, 0, 0.9),
+    (0, 0, 0.72),
+    (0, 1, 0.9),
+    (0, 0, 0.72),
+    (1, 1, 0.72),
+    (1, 0, 0.9),
+]
+# Class 0: 4 of 5 right, 5 predicted, F1 2*4/(5+5). Class 1: 1 of 2, 2 predicted, F1 2*1/(2+2).
+# Bin of 0.9 (0.867 to 0.933): 4 samples, 2 right. Bin of 0.72 (0.667 to 0.733): 3 samples, 3 right.
+BY_HAND = {
+    "top1_err": 100 * 2 / 7,
+    "top5_err": 0.0,
+    "balanced_acc": 100 * (4 / 5 + 1 / 2) / 2,
+    "macro_f1": 100 * (0.8 + 0.5) / 2,
+    "calibration_err": 100 * (4 / 7 * abs(2 / 4 - 0.9) + 3 / 7 * abs(1 - 0.72)),
+}
+
+
+def test_a_result_equals_one_computed_by_hand() -> None:
+    meter = TestMeter(2, CPU)
+    for samples in (SAMPLES[:3], SAMPLES[3:]):
+        labels = torch.tensor([label for label, _, _ in samples])
+        meter.add(logits_of([(c, p) for _, c, p in samples]), labels)
+    result = meter.result()
+    assert result.rates == pytest.approx(BY_HAND, abs=1e-4)
+    assert (result.count, result.class_counts, result.class_top1_acc) == (7, [5, 2], [80.0, 50.0])
+    assert describe(result) == (
+        "top-1 71.43 % of 7 images; balanced accuracy 65.00 %, macro-F1 65.00 %, expected "
+        "calibration error 34.86 %"
+    )
+
+
+def test_classes_without_samples_and_rows_that_are_not_finite() -> None:
+    meter = TestMeter(8, CPU)
+    logits = torch.eye(8)[[0, 0, 2, 6]] * 20
+    logits[2] += torch.arange(8.0).flip(0)  # class 1 comes after 2 and 0
+    logits[3, 1] = math.nan
+    meter.add(logits, torch.tensor([0, 0, 1, 6]))
+    result = meter.result()
+    assert result.top1_err == result.top5_err + 25 == 50  # class 1 is among the first five
+    assert result.class_counts == [2, 1, 0, 0, 0, 0, 1, 0]
+    assert math.isnan(result.class_top1_acc[2]) and result.class_top1_acc[6] == 0
+    # Accuracies of classes 0, 1 and 6; F1 of these and of class 2, which is only predicted.
+    assert result.balanced_acc == pytest.approx(100 / 3)
+    assert result.macro_f1 == pytest.approx(100 / 4)
+    assert "top-5" in describe(result)
 
 
 def losses(cls: float, inter: float = 0.0, logit: float = 0.0) -> dict[str, torch.Tensor]:

@@ -189,15 +189,15 @@ def test_resume_after_a_stop_within_a_test_is_exact(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     """Batches 0 to 2 test the weights, the others their average; the test is repeated."""
-    cfg, hits, asked = config(tmp_path, guide_file), trainer.topk_hits, []
+    cfg, add, asked = config(tmp_path, guide_file), trainer.TestMeter.add, []
 
     def counted(*args: Any) -> Any:
         asked.append(1)
         if len(asked) == batch + 1:
             signal.raise_signal(signal.SIGTERM)
-        return hits(*args)
+        return add(*args)
 
-    monkeypatch.setattr(trainer, "topk_hits", counted)
+    monkeypatch.setattr(trainer.TestMeter, "add", counted)
     with pytest.raises(Interrupted):
         trainer.train(cfg)
     assert len(asked) == batch + 1
@@ -257,8 +257,8 @@ def test_mode_test_agrees_with_training(
     assert result.top1_err == pytest.approx(min(best["test_err"], best["ema_err"]), abs=1e-9)
     assert result.count == 597
     out = capsys.readouterr().out
-    assert f"digits/test: top-1 {100 - result.top1_err:.2f} %" in out
-    assert "of 597 images" in out and len(out.strip().splitlines()) == 11
+    assert f"digits/test: top-1 {100 - result.top1_err:.2f} %, top-5 " in out
+    assert "of 597 images; balanced accuracy " in out and len(out.strip().splitlines()) == 11
 
 
 def test_a_finished_run_is_not_trained_again(straight: Path, guide_file: Path) -> None:

@@ -196,8 +196,7 @@ class Reporter:
                 "epoch": f"{epoch + 1}/{self.max_epoch}",
                 "time_avg": seconds / batches,
                 "time_epoch": seconds,
-                "top1_err": result.top1_err,
-                "top5_err": result.top5_err,
+                **result.rates,
                 "min_top1_err": best["top1_err"],
                 "min_top5_err": best["top5_err"],
                 "mem": peak_memory_mb(self.device),
@@ -209,6 +208,9 @@ class Reporter:
             {
                 f"{prefix}/top1_acc": 100 - result.top1_err,
                 f"{prefix}/top5_acc": 100 - result.top5_err,
+                f"{prefix}/balanced_acc": result.balanced_acc,
+                f"{prefix}/macro_f1": result.macro_f1,
+                f"{prefix}/calibration_err": result.calibration_err,
                 f"{prefix}/max_top1_acc": 100 - best["top1_err"],
                 f"{prefix}/max_top5_acc": 100 - best["top5_err"],
             },
@@ -239,14 +241,21 @@ def _best(error_and_epoch: tuple[float, int]) -> str:
     return f"best {100 - error:.2f} % (epoch {epoch})"
 
 
+def describe(result: EvalResult) -> str:
+    """Return a result in words; top-5 only where there are more than 5 classes."""
+    top5 = f", top-5 {100 - result.top5_err:.2f} %" if len(result.class_counts) > 5 else ""
+    return (
+        f"top-1 {100 - result.top1_err:.2f} %{top5} of {result.count:,} images; balanced accuracy "
+        f"{result.balanced_acc:.2f} %, macro-F1 {result.macro_f1:.2f} %, expected calibration "
+        f"error {result.calibration_err:.2f} %"
+    )
+
+
 def result_lines(
     result: EvalResult, *, split: str, class_names: list[str] | None = None
 ) -> list[str]:
     """Format the result of a test; with class names, also the accuracy of each class."""
-    lines = [
-        f"{split}: top-1 {100 - result.top1_err:.2f} %, top-5 {100 - result.top5_err:.2f} % of "
-        f"{result.count:,} images"
-    ]
+    lines = [f"{split}: {describe(result)}"]
     if class_names:
         width = max(map(len, class_names))
         for name, count, accuracy in zip(

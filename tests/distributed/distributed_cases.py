@@ -22,8 +22,10 @@ import lg.distributed.launch
 from lg import builders, distributed
 from lg.datasets.loader import Batch, TrainBatches
 from lg.device import Precision
+from lg.metrics import TestMeter
 from lg.run import Progress
 from lg.step import accumulate_gradients, update_weights
+from tests.test_metrics import SAMPLES, logits_of
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 CPU = torch.device("cpu")
@@ -132,6 +134,16 @@ def shares(world: distributed.World) -> dict[str, Any]:
     return {"keys": list(batches), "turns": turns(world)}
 
 
+def result(world: distributed.World) -> dict[str, float]:
+    """Return the result of a test whose samples the processes share unevenly."""
+    meter = TestMeter(2, CPU)
+    share = SAMPLES[world.rank :: world.size] if world.size < 3 else SAMPLES[: 7 * world.is_main]
+    if share:
+        labels = torch.tensor([label for label, _, _ in share])
+        meter.add(logits_of([(c, p) for _, c, p in share]), labels)
+    return meter.result().rates
+
+
 def turns(world: distributed.World) -> list[float]:
     started = time.monotonic()
     with distributed.in_turn(world):
@@ -153,7 +165,7 @@ def killed(world: distributed.World) -> dict[str, Any]:
 
 def together(world: distributed.World) -> dict[str, Any]:
     """Run the cases that succeed, in one start."""
-    return {each.__name__: each(world) for each in (gradients, overflow, shares)}
+    return {each.__name__: each(world) for each in (gradients, overflow, result, shares)}
 
 
 CASES = {each.__name__: each for each in (together, killed)}

@@ -22,7 +22,9 @@ import lg.distributed.launch
 from lg import distributed, trainer
 from lg.distributed import World, gather_rows, in_turn, serve_store
 from lg.logs.log import read_json_lines
+from lg.logs.reporter import result_lines
 from tests.distributed.distributed_cases import gradients
+from tests.test_metrics import BY_HAND
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
@@ -88,6 +90,11 @@ def test_gradients_are_those_of_one_process_on_the_whole_batch(
 
 def test_all_processes_skip_a_step_that_overflows_in_one(found: list[dict[str, Any]]) -> None:
     assert [each["overflow"] for each in found] == [{"same": True, "scale": 512.0}] * len(found)
+
+
+def test_a_result_counts_the_samples_of_all_processes(found: list[dict[str, Any]]) -> None:
+    for each in found:
+        assert each["result"] == pytest.approx(BY_HAND, abs=1e-4)
 
 
 def test_samples_are_shared_without_overlap(found: list[dict[str, Any]]) -> None:
@@ -156,10 +163,7 @@ def test_any_number_of_processes_tests_every_image_once(trained: Path) -> None:
     assert alone.count == 597
     said = run(*command, "NUM_GPUS", "3").stdout.splitlines()
     told = [line for line in said if not line.startswith("[Gloo]")]  # printed by older versions
-    assert told == [
-        f"digits/test: top-1 {100 - alone.top1_err:.2f} %, top-5 {100 - alone.top5_err:.2f} % of "
-        "597 images"
-    ]
+    assert told == result_lines(alone, split="digits/test")
 
 
 def test_resuming_with_another_number_of_processes_warns(

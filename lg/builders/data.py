@@ -140,13 +140,6 @@ def build_test_loader(
     )
 
 
-def cached_bytes(cfg: CfgNode, train: ImageDataset, test: ImageDataset) -> int:
-    """Return the size of the decoded images of both sets, in bytes."""
-    return cache_bytes(train, BatchTransform(**_recipe(cfg)).prepare) + cache_bytes(
-        test, BatchTestTransform(image_size=cfg.MODEL.IMG_SIZE).prepare
-    )
-
-
 def _recipe(cfg: CfgNode) -> dict[str, Any]:
     """Return the arguments of the training transforms."""
     train = cfg.TRAIN

@@ -15,18 +15,11 @@ from __future__ import annotations
 import contextlib
 import io
 import os
-from collections.abc import Callable
-from typing import TypeVar
 
 import numpy as np
-from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from lg.errors import DataError
-
-# Properties beyond plain 8-bit RGB that `open_with_traits` reports.
-TRAITS = ("palette", "gray", "16-bit", "CMYK", "transparent", "animated", "turned")
-
-_Result = TypeVar("_Result")
 
 
 def open_rgb(path: str | os.PathLike[str]) -> Image.Image:
@@ -38,20 +31,6 @@ def open_rgb(path: str | os.PathLike[str]) -> Image.Image:
     Raises:
         DataError: The file is missing, unreadable, empty, truncated, too large or not an image.
     """
-    return _open(path, to_rgb)
-
-
-def open_with_traits(path: str | os.PathLike[str]) -> tuple[Image.Image, tuple[str, ...]]:
-    """Read an image file as `open_rgb` does, and return its TRAITS as well.
-
-    Raises:
-        DataError: As `open_rgb`.
-    """
-    return _open(path, _with_traits)
-
-
-def _open(path: str | os.PathLike[str], convert: Callable[[Image.Image], _Result]) -> _Result:
-    """Open an image file and convert it; every error is a DataError that names the file."""
     try:
         # Reading first separates disk errors from decoder errors.
         with open(path, "rb") as file:
@@ -72,7 +51,7 @@ def _open(path: str | os.PathLike[str], convert: Callable[[Image.Image], _Result
         raise DataError(f"{path}: the image file is empty; download it again")
     try:
         with Image.open(io.BytesIO(content)) as image:
-            return convert(image)
+            return to_rgb(image)
     except Image.DecompressionBombError as error:
         raise DataError(
             f"{path}: the image is too large to be safe ({error}); shrink it, or raise "
@@ -94,6 +73,8 @@ def _open(path: str | os.PathLike[str], convert: Callable[[Image.Image], _Result
 def to_rgb(image: Image.Image) -> Image.Image:
     """Convert an open image of any mode to upright RGB by the rules at the top of this file.
 
+    Its `info` holds only the `mode` of the file; an EXIF block could apply the orientation again.
+
     Raises:
         DataError: Its pixels are floating-point or 32-bit numbers beyond 16 bits, whose range is
             unknown.
@@ -102,7 +83,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
     with contextlib.suppress(Exception):  # a broken EXIF block; the pixels are fine
         ImageOps.exif_transpose(image, in_place=True)
     rgb = _convert(image)
-    rgb.info = {}  # with its EXIF block, the orientation could be applied again
+    rgb.info = {"mode": image.mode}
     return rgb
 
 
@@ -119,40 +100,6 @@ def _convert(image: Image.Image) -> Image.Image:
     if image.has_transparency_data:
         return _over_white(image)
     return image.convert("RGB")
-
-
-def _with_traits(image: Image.Image) -> tuple[Image.Image, tuple[str, ...]]:
-    mode, raw_modes = image.mode, str(getattr(image, "tile", ""))
-    turned = _is_turned(image)  # TIFF drops the orientation when it loads
-    image.load()
-    turned = turned or _is_turned(image)
-    rgb = to_rgb(image)
-    found = {
-        "palette": mode == "P",
-        "gray": mode in ("1", "L", "LA", "La"),
-        # Pillow keeps 8 bits of 16-bit colours; only its raw modes show the original depth.
-        "16-bit": mode.startswith("I") or ";16" in raw_modes,
-        "CMYK": mode == "CMYK",
-        "transparent": image.has_transparency_data,
-        "animated": _has_more_frames(image),
-        "turned": turned,
-    }
-    return rgb, tuple(trait for trait in TRAITS if found[trait])
-
-
-def _is_turned(image: Image.Image) -> bool:
-    """Whether the EXIF orientation is other than upright (1)."""
-    try:
-        return image.getexif().get(ExifTags.Base.Orientation) in range(2, 9)
-    except Exception:  # a broken EXIF block may raise anything
-        return False
-
-
-def _has_more_frames(image: Image.Image) -> bool:
-    try:
-        return bool(getattr(image, "is_animated", False))
-    except Exception:  # damage after the first frame, the only one in use
-        return True
 
 
 def _from_16_bits(image: Image.Image) -> Image.Image:

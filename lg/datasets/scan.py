@@ -1,26 +1,18 @@
-"""Decode every image of a set once: find unreadable images, sizes and unusual formats.
-
-n counts the images of a set.
-"""
+"""Decode every image of a set once: find unreadable images, sizes and unusual formats."""
 
 from __future__ import annotations
 
 import hashlib
-import warnings
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TypeVar
+from functools import partial
 
 import numpy as np
-from tqdm import tqdm
+from tqdm.contrib.concurrent import thread_map
 
 from lg.datasets.base import DatasetSubset, ImageDataset
 from lg.datasets.files import FileDataset
-from lg.datasets.image import open_with_traits
 from lg.errors import DataError
-
-_Result = TypeVar("_Result")
 
 
 @dataclass(frozen=True)
@@ -32,54 +24,46 @@ class ImageFacts:
         width: In pixels, upright.
         height: In pixels, upright.
         digest: Hash of size and RGB pixels; equal for identical images.
-        traits: Those of `lg.datasets.image.TRAITS` that its file has.
+        mode: Pillow's mode of its file; empty if it has no separate file.
     """
 
     fault: str = ""
     width: int = 0
     height: int = 0
     digest: bytes = b""
-    traits: tuple[str, ...] = ()
+    mode: str = ""
 
 
-def has_image_files(dataset: ImageDataset) -> bool:
-    """Whether each image is a separate file, so that single images may be damaged."""
-    return isinstance(dataset.full, FileDataset)
-
-
-def scan(dataset: ImageDataset, *, num_threads: int, title: str = "") -> list[ImageFacts]:
+def scan(dataset: ImageDataset, *, num_threads: int) -> list[ImageFacts]:
     """Decode every image once, with a progress bar if standard error is a terminal.
 
     Args:
         dataset: The set.
-        num_threads: Threads that read and decode, at least 1.
-        title: Title of the bar.
+        num_threads: Threads that read and decode; 0 counts as 1.
 
     Returns:
-        Facts about the n images, in their order.
+        Facts about the images, in their order.
     """
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Pillow warns of unusual images; the facts report them
-        return _map_positions(inspect_image, dataset, num_threads=num_threads, title=title)
+    return thread_map(
+        partial(inspect_image, dataset),
+        range(len(dataset)),
+        max_workers=max(1, num_threads),
+        desc=f"checking the images of {dataset.split}",
+        unit=" images",
+        leave=False,
+        disable=None,  # no bar unless standard error is a terminal
+    )
 
 
 def inspect_image(dataset: ImageDataset, position: int) -> ImageFacts:
     """Decode one image and return its facts."""
-    full = dataset.full
-    traits: tuple[str, ...] = ()
     try:
-        if isinstance(full, FileDataset):
-            image, traits = open_with_traits(full.paths[int(dataset.indices[position])])
-        else:
-            image = dataset.image(position)
-        content = repr(image.size).encode() + image.tobytes()
+        image = dataset.image(position)
     except DataError as error:
         return ImageFacts(fault=str(error))
-    except MemoryError:
-        where = dataset.describe(position)
-        return ImageFacts(fault=f"{where}: the image does not fit into memory; shrink it")
+    content = repr(image.size).encode() + image.tobytes()
     digest = hashlib.blake2b(content, digest_size=16).digest()
-    return ImageFacts("", image.width, image.height, digest, traits)
+    return ImageFacts("", image.width, image.height, digest, image.info.get("mode", ""))
 
 
 def find_unreadable(dataset: ImageDataset, *, num_threads: int) -> dict[int, str]:
@@ -87,13 +71,12 @@ def find_unreadable(dataset: ImageDataset, *, num_threads: int) -> dict[int, str
 
     Args:
         dataset: The set; nothing is opened if it is not made of image files.
-        num_threads: Threads that read and decode, at least 1.
+        num_threads: Threads that read and decode; 0 counts as 1.
     """
-    if not has_image_files(dataset):
+    if not isinstance(dataset.full, FileDataset):
         return {}
-    title = f"looking for damaged images in {dataset.split}"
-    reasons = _map_positions(_reason, dataset, num_threads=num_threads, title=title)
-    return {position: reason for position, reason in enumerate(reasons) if reason}
+    images = scan(dataset, num_threads=num_threads)
+    return {position: image.fault for position, image in enumerate(images) if image.fault}
 
 
 def drop_unreadable(dataset: ImageDataset, unreadable: Mapping[int, str]) -> ImageDataset:
@@ -113,61 +96,13 @@ def drop_unreadable(dataset: ImageDataset, unreadable: Mapping[int, str]) -> Ima
             f"none of the {len(dataset):,} images of {dataset.name}/{dataset.split} can be read. "
             f"The first: {next(iter(unreadable.values()))}"
         )
-    keep = np.ones(len(dataset), dtype=bool)
-    keep[list(unreadable)] = False
-    return DatasetSubset(dataset, np.flatnonzero(keep))
+    return DatasetSubset(dataset, np.delete(np.arange(len(dataset)), list(unreadable)))
 
 
 def skip_message(dataset: ImageDataset, unreadable: Mapping[int, str]) -> str:
-    """Report how many images are skipped and why, and which classes lose all of their images."""
-    first = next(iter(unreadable.values()))
-    text = (
+    """Report how many images are skipped, and why the first is."""
+    return (
         f"skipped {len(unreadable):,} of the {len(dataset):,} images of {dataset.name}/"
-        f"{dataset.split}, which cannot be read (DATA_LOADER.ON_ERROR skip). The first: {first}."
+        f"{dataset.split}, which cannot be read (DATA_LOADER.ON_ERROR skip). The first: "
+        f"{next(iter(unreadable.values()))}."
     )
-    lost = unreadable_classes(dataset, unreadable)
-    if lost:
-        text += f" As a result, {format_classes(lost)} has no images left."
-    return text
-
-
-def unreadable_classes(dataset: ImageDataset, unreadable: Mapping[int, str]) -> list[str]:
-    """Return the names of the classes whose images are all unreadable."""
-    lost = np.bincount(dataset.labels[list(unreadable)], minlength=dataset.num_classes)
-    counts = np.bincount(dataset.labels, minlength=dataset.num_classes)
-    return [dataset.class_names[k] for k in np.flatnonzero((lost > 0) & (lost == counts))]
-
-
-def format_classes(class_names: Sequence[str], most: int = 5) -> str:
-    """Return some class names as the subject of a sentence; the verb is singular."""
-    shown = ", ".join(repr(name) for name in class_names[:most])
-    more = f" and {len(class_names) - most:,} more" if len(class_names) > most else ""
-    return f"{'class' if len(class_names) == 1 else 'each of the classes'} {shown}{more}"
-
-
-def _reason(dataset: ImageDataset, position: int) -> str:
-    try:
-        dataset.image(position)
-    except DataError as error:
-        return str(error)
-    return ""
-
-
-def _map_positions(
-    work: Callable[[ImageDataset, int], _Result],
-    dataset: ImageDataset,
-    *,
-    num_threads: int,
-    title: str,
-) -> list[_Result]:
-    """Return `work(dataset, position)` for every position, computed by threads."""
-    pool = ThreadPoolExecutor(max(1, num_threads), thread_name_prefix="scan")
-    try:
-        results = pool.map(lambda position: work(dataset, position), range(len(dataset)))
-        # `disable=None` shows no bar unless standard error is a terminal.
-        bar = tqdm(
-            results, desc=title, total=len(dataset), unit=" images", leave=False, disable=None
-        )
-        return list(bar)
-    finally:
-        pool.shutdown(cancel_futures=True)

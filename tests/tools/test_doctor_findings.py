@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import pytest
 
+import lg
+from lg.checkpoint import CheckpointFolder
 from lg.datasets.scan import ImageFacts
 from lg.tools.doctor import images as image_findings
 from lg.tools.doctor import trial
@@ -17,16 +22,18 @@ from lg.tools.doctor.findings import (
     PROBLEM,
     Finding,
     format_findings,
+    with_examples,
 )
 from lg.tools.doctor.images import Split
 from lg.tools.doctor.trial import Trial
+from tests.test_trainer import CONFIGS
 
 ALIKE = b"alike"
 
 
 def split(digests: list[bytes], labels: list[int], *, role: str = "training", **more: Any) -> Split:
     """Return images of 32 x 24 pixels, named by position."""
-    images = [ImageFacts("", 32, 24, digest) for digest in digests]
+    images = [ImageFacts("", 32, 24, digest, "RGB") for digest in digests]
     places = [f"{role}-{position}" for position in range(len(images))]
     names = ["cat", "dog", "elk"]
     return Split(role, f"set/{role}", names, np.array(labels), places, images, **more)
@@ -60,7 +67,7 @@ def test_copies() -> None:
     published = split([ALIKE] * 6, [0] * 6, role="test")
     assert image_findings.find_leaks(train, published)[0].level == NOTE
     (note,) = image_findings.find_copies(published)
-    assert note.level == NOTE and note.text.endswith("\nand 2 more")
+    assert note.level == NOTE and "this published set is kept as it is:" in note.text
     assert image_findings.find_leaks(train, split([b"p", b"q"], [0, 1], role="test")) == []
 
 
@@ -109,19 +116,20 @@ def test_a_class_that_loses_all_images() -> None:
 
 def test_odd_images() -> None:
     images = [
-        ImageFacts("", 15, 40, b"a"),
-        ImageFacts("", 30_000, 40, b"b"),
-        ImageFacts("", 9_000, 6_000, b"c", ("palette",)),
-        ImageFacts("", 16, 160, b"d", ("palette",)),
+        ImageFacts("", 15, 40, b"a", "RGB"),
+        ImageFacts("", 30_000, 40, b"b", "RGB"),
+        ImageFacts("", 9_000, 6_000, b"c", "P"),
+        ImageFacts("", 16, 160, b"d", "P"),
     ]
     odd = Split("test", "s/test", ["k"], np.zeros(4, int), list("abcd"), images)
     assert [finding.text for finding in image_findings.find_oddities(odd)] == [
         "1 test image less than 16 pixels wide or high (a, 15 x 40)",
         "1 test image over 10 times as long as wide, squeezed or cut to a square (b, 30000 x 40)",
-        "2 test images with a palette, read as RGB (the first is c, 9000 x 6000)",
+        "2 test images of Pillow's mode P, converted to RGB (the first is c, 9000 x 6000)",
         "1 test image of more than 50 megapixels, slow to read: shrink them (c, 9000 x 6000)",
     ]
-    within = Split("test", "s/test", ["k"], np.zeros(4, int), list("abcd"), images, of_files=False)
+    no_files = [ImageFacts("", 8, 8, b"e")]
+    within = Split("test", "s/test", ["k"], np.zeros(1, int), ["e"], no_files)
     assert image_findings.find_oddities(within) == []
     same = Split("test", "s/test", ["k"], np.zeros(1, int), ["c"], images[2:3])
     text = "s/test: 1 test image in 1 class of 1, 9000 x 6000 pixels"
@@ -130,47 +138,46 @@ def test_odd_images() -> None:
     assert image_findings.summarize(odd).text == sizes
 
 
+def test_examples_are_limited() -> None:
+    lines = with_examples("those:", list("abcdefghijkl")).splitlines()
+    assert lines == ["those:", *"abcdefghij", "and 2 more"]
+    assert with_examples("those:", ["a"]).splitlines() == ["those:", "a"]
+
+
 def test_time_and_memory_are_estimated() -> None:
     taken = Trial([2.0, 1.5], 0.5, 0.25, 900, 4000, 1_500_000)
-    lines = [
-        each.text
-        for each in trial.estimate_cost(
-            taken,
-            device="cpu",
-            batch_size=32,
-            num_processes=2,
-            steps_per_epoch=90,
-            max_epoch=10,
-            test_period=3,
-            test_batches=20,
-            with_average=True,
-            images="images are read",
-            cached_bytes=2_500_000_000,
-        )
-    ]
+    opts = "NUM_GPUS 2 TRAIN.BATCH_SIZE 64 TEST.BATCH_SIZE 100 OPTIM.MAX_EPOCH 10 TEST.PERIOD 3"
+    cfg = lg.load_config(CONFIGS / "digits/vit_digits_base.yaml", opts.split())
+    run: Any = SimpleNamespace(average=object(), device="cpu", loader="images are read")
+    found = trial.estimate_cost(cfg, taken, run, num_train=90 * 64 + 3, num_test=1999)
     # 900 steps of 0.5 s; 4 tests, the weights and their average, of 20 batches of 0.25 s.
-    assert lines == [
+    assert [finding.text for finding in found] == [
         "about 0.5 s per step of 32 images: 7m 30s for the 900 steps of 10 epochs, 40s for the "
         "tests, 8m 10s in total. Measured in one of 2 processes, without the exchange of "
         "gradients.",
         "peak memory: 900 of 4,000 MiB (cpu).",
-        "images are read. They take about 2.5 GB.",
+        "DATA_LOADER.BACKEND auto: images are read.",
     ]
 
 
-def test_checkpoints_must_fit() -> None:
-    room = {"checkpoint_bytes": 2_000_000, "count": 4, "place": "/disk"}
-    tight = trial.estimate_disk(**room, present=0, free=7_900_000)
+def test_checkpoints_must_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opts = ["OUT_DIR", str(tmp_path), "TRAIN.KEEP_CHECKPOINTS", "2"]
+    cfg = lg.load_config(CONFIGS / "digits/vit_digits_base.yaml", opts)
+    folder = CheckpointFolder(tmp_path, keep=2)
+    monkeypatch.setattr("shutil.disk_usage", lambda place: SimpleNamespace(free=7_900_000))
+    tight = trial.estimate_disk(cfg, 2_000_000, folder)
     assert (tight.level, tight.text) == (
         PROBLEM,
         "a checkpoint takes 2.0 MB, 4 of them (kept, best and being written) 8.0 MB; 7.9 MB are "
-        "free in /disk: free some space, lower TRAIN.KEEP_CHECKPOINTS, or set OUT_DIR to another "
-        "disk.",
+        f"free in {tmp_path}: free some space, lower TRAIN.KEEP_CHECKPOINTS, or set OUT_DIR to "
+        "another disk.",
     )
-    assert trial.estimate_disk(**room, present=2_000_000, free=6_000_000).level == FACT
+    folder.best.write_bytes(bytes(100_000))
+    assert trial.estimate_disk(cfg, 2_000_000, folder).level == FACT
 
 
-def test_lines_are_wrapped_and_paths_are_not() -> None:
+def test_lines_are_wrapped_and_paths_are_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "60")
     path = "/a/very-long-folder/with-a-name-that-goes/on-and-on/and-does-not-fit/in-60/columns.jpg"
     findings = [
         Finding(NOTE, COST, "a note"),
@@ -178,7 +185,7 @@ def test_lines_are_wrapped_and_paths_are_not() -> None:
         Finding(PROBLEM, DATA, f"a problem\n{path}: empty"),
         Finding(FACT, DATA, "a fact"),
     ]
-    assert format_findings(findings, width=60) == [
+    assert format_findings(findings) == [
         "Data",
         "           a fact",
         "  PROBLEM  a problem",
@@ -189,4 +196,4 @@ def test_lines_are_wrapped_and_paths_are_not() -> None:
         "  note     a note",
         "1 problem to fix before training, 2 notes.",
     ]
-    assert format_findings([], width=60) == ["No problems, 0 notes: ready to train."]
+    assert format_findings([]) == ["No problems, 0 notes: ready to train."]

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import gc
 import math
-import shutil
 import sys
 import warnings
 from pathlib import Path
@@ -17,7 +16,6 @@ import yaml
 from yacs.config import CfgNode
 
 from lg.builders.data import (
-    cached_bytes,
     check_batch_size,
     check_num_classes,
     check_same_classes,
@@ -30,12 +28,11 @@ from lg.builders.run import build_run
 from lg.builders.training import build_device, build_precision, check_training, check_world
 from lg.checkpoint import load_weights, read_checkpoint
 from lg.datasets.base import EMPTY_CLASS, MISSING, UNTRAINED_CLASS, ImageDataset
-from lg.datasets.cached_loader import CachedTrainLoader
 from lg.datasets.loader import usable_workers
-from lg.datasets.scan import drop_unreadable, has_image_files, scan
+from lg.datasets.scan import drop_unreadable, scan
 from lg.distributed import World
 from lg.errors import memory_advice
-from lg.files.lock import check_writable, existing_folder
+from lg.files.lock import check_writable
 from lg.guidance import FeatureBank
 from lg.guidance.bank_file import bank_path
 from lg.logs.log import RunLog
@@ -217,9 +214,8 @@ def _scan(cfg: CfgNode, dataset: ImageDataset) -> images.Split:
         class_names=dataset.class_names,
         labels=dataset.labels,
         places=[dataset.describe(position) for position in range(len(dataset))],
-        images=scan(dataset, num_threads=threads, title=f"checking the {role} images"),
+        images=scan(dataset, num_threads=threads),
         is_own=dataset.name == "image_folder",
-        of_files=has_image_files(dataset),
     )
 
 
@@ -261,8 +257,11 @@ def _check_run(cfg: CfgNode, data: tuple, found: Findings) -> None:
         with found.catch(COST, "taking the first training steps"):
             run = build_run(share, data, World(), RunLog(cfg.OUT_DIR, enabled=False))
             measured = trial.try_steps(run)
-            found.add(*_estimate_cost(cfg, run, data, measured))
-            found.add(_estimate_disk(cfg, run, measured))
+            num_train, num_test = map(len, data)
+            found.add(
+                *trial.estimate_cost(cfg, measured, run, num_train=num_train, num_test=num_test)
+            )
+            found.add(trial.estimate_disk(cfg, measured.checkpoint_bytes, run.checkpoints))
         if run is not None:
             _check_resume(cfg, run, found)
     finally:
@@ -270,36 +269,6 @@ def _check_run(cfg: CfgNode, data: tuple, found: Findings) -> None:
             run.close()
             del run
         gc.collect()  # worker processes end with their loader
-
-
-def _estimate_cost(cfg: CfgNode, run: Run, data: tuple, measured: trial.Trial) -> list[Finding]:
-    train, test = data
-    is_cached = isinstance(run.loader, CachedTrainLoader)
-    return trial.estimate_cost(
-        measured,
-        device=str(run.device),
-        batch_size=cfg.TRAIN.BATCH_SIZE // cfg.NUM_GPUS,
-        num_processes=cfg.NUM_GPUS,
-        steps_per_epoch=len(train) // cfg.TRAIN.BATCH_SIZE,
-        max_epoch=cfg.OPTIM.MAX_EPOCH,
-        test_period=cfg.TEST.PERIOD,
-        test_batches=math.ceil(len(test) / cfg.TEST.BATCH_SIZE),
-        with_average=run.average is not None,
-        images=f"DATA_LOADER.BACKEND {cfg.DATA_LOADER.BACKEND}: {run.loader}",
-        cached_bytes=cached_bytes(cfg, train, test) if is_cached else 0,
-    )
-
-
-def _estimate_disk(cfg: CfgNode, run: Run, measured: trial.Trial) -> Finding:
-    files = [*run.checkpoints.files(), *filter(Path.is_file, [run.checkpoints.best])]
-    place = existing_folder(Path(cfg.OUT_DIR))
-    return trial.estimate_disk(
-        checkpoint_bytes=measured.checkpoint_bytes,
-        count=cfg.TRAIN.KEEP_CHECKPOINTS + 2,
-        present=sum(file.stat().st_size for file in files),
-        free=shutil.disk_usage(place).free,
-        place=str(place),
-    )
 
 
 def _check_resume(cfg: CfgNode, run: Run, found: Findings) -> None:

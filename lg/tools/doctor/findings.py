@@ -10,10 +10,10 @@ from dataclasses import dataclass
 
 from lg.errors import first_line, is_out_of_memory
 
-PROBLEM, NOTE, FACT = "problem", "note", "fact"
-DATA, MODEL, DEVICE = "Data", "Model and guide", "Device and precision"
-COST, OUTPUT = "Time and memory", "Output"
-TOPICS = (DATA, MODEL, DEVICE, COST, OUTPUT)
+FACT, PROBLEM, NOTE = LEVELS = ("fact", "problem", "note")
+TOPICS = ("Data", "Model and guide", "Device and precision", "Time and memory", "Output")
+DATA, MODEL, DEVICE, COST, OUTPUT = TOPICS
+_SHOWN = 10  # examples of a finding
 
 
 @dataclass(frozen=True)
@@ -73,10 +73,10 @@ def _describe(error: Exception, action: str, memory_advice: str) -> str:
     return f"{action} fails ({type(error).__name__}: {line}); --mode train would fail too."
 
 
-def with_examples(text: str, examples: Sequence[str], most: int) -> str:
-    """Add at most `most` examples to a text, one per line, and the number of the others."""
-    more = len(examples) - most
-    return "\n".join([text, *examples[:most], *([f"and {more:,} more"] if more > 0 else [])])
+def with_examples(text: str, examples: Sequence[str]) -> str:
+    """Add the first examples to a text, one per line, and the number of the others."""
+    more = len(examples) - _SHOWN
+    return "\n".join([text, *examples[:_SHOWN], *([f"and {more:,} more"] if more > 0 else [])])
 
 
 def format_size(count: int) -> str:
@@ -84,22 +84,14 @@ def format_size(count: int) -> str:
     return f"{count / 1e9:,.1f} GB" if count >= 1e9 else f"{count / 1e6:,.1f} MB"
 
 
-def format_findings(findings: Sequence[Finding], *, width: int = 0) -> list[str]:
-    """Return findings as lines: by topic, in each facts, then problems, then notes.
-
-    Args:
-        findings: In any order.
-        width: Of a line; 0: the terminal's, at most 100.
-    """
-    width = width or min(100, shutil.get_terminal_size((100, 24)).columns)
+def format_findings(findings: Sequence[Finding]) -> list[str]:
+    """Return findings as lines: by topic, in each facts, then problems, then notes."""
     lines = []
     for topic in TOPICS:
         of_topic = [finding for finding in findings if finding.topic == topic]
         lines += [topic] if of_topic else []
-        for level in (FACT, PROBLEM, NOTE):
-            for finding in of_topic:
-                if finding.level == level:
-                    lines += _wrap(finding, width)
+        for finding in sorted(of_topic, key=lambda finding: LEVELS.index(finding.level)):
+            lines += _wrap(finding)
     counts = {k: sum(finding.level == k for finding in findings) for k in (PROBLEM, NOTE)}
     problems, notes = (f"{n} {k}{'' if n == 1 else 's'}" for k, n in counts.items())
     if counts[PROBLEM]:
@@ -107,12 +99,12 @@ def format_findings(findings: Sequence[Finding], *, width: int = 0) -> list[str]
     return [*lines, f"No problems, {notes}: ready to train."]
 
 
-def _wrap(finding: Finding, width: int) -> list[str]:
+def _wrap(finding: Finding) -> list[str]:
     mark = {PROBLEM: "PROBLEM", NOTE: "note", FACT: ""}[finding.level]
     first, *examples = finding.text.split("\n")
     # Paths are never broken, so that they can be copied.
     wrapper = textwrap.TextWrapper(
-        width=width,
+        width=min(100, shutil.get_terminal_size((100, 24)).columns),
         initial_indent=f"  {mark:<7}  ",
         subsequent_indent=" " * 11,
         break_long_words=False,

@@ -11,20 +11,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from lg.datasets.scan import ImageFacts, format_classes
+from lg.datasets.scan import ImageFacts
 from lg.tools.doctor.findings import DATA, FACT, NOTE, PROBLEM, Finding, with_examples
 
-_SHOWN, _SHOWN_PUBLISHED = 10, 3  # examples from the user's own images, or from a published set
 _SMALL, _LARGE, _OBLONG = 16, 50_000_000, 10  # pixels per side; pixels; ratio of the sides
-_TRAITS = {
-    "palette": "with a palette, read as RGB",
-    "gray": "in grayscale, read as three equal channels",
-    "16-bit": "with 16 bits per channel, of which 8 are used",
-    "CMYK": "in CMYK, converted to RGB without a colour profile",
-    "transparent": "with transparency, placed on white",
-    "animated": "with several frames, of which the first is used",
-    "turned": "with an EXIF orientation, which is applied",
-}
+_NAMED = 5  # classes
 
 
 @dataclass(frozen=True)
@@ -39,7 +30,6 @@ class Split:
         places: n paths, or positions in the set's file.
         images: n facts.
         is_own: The user's own images, which can be fixed, rather than a published set.
-        of_files: Each image is a file.
     """
 
     role: str
@@ -49,7 +39,6 @@ class Split:
     places: Sequence[str]
     images: Sequence[ImageFacts]
     is_own: bool = False
-    of_files: bool = True
 
     @property
     def readable(self) -> list[int]:
@@ -62,20 +51,18 @@ class Split:
         return np.bincount(labels, minlength=len(self.class_names))
 
     def classes(self, chosen: np.ndarray) -> str:
-        """Name the chosen classes, [K] bool."""
-        return format_classes([self.class_names[k] for k in np.flatnonzero(chosen).tolist()])
+        """Name the chosen classes, [K] bool, as the subject of a sentence; the verb is singular."""
+        names = [self.class_names[k] for k in np.flatnonzero(chosen).tolist()]
+        shown = ", ".join(repr(name) for name in names[:_NAMED])
+        more = f" and {len(names) - _NAMED:,} more" if len(names) > _NAMED else ""
+        return f"{'class' if len(names) == 1 else 'each of the classes'} {shown}{more}"
 
-    def problem(self, text: str, examples: Sequence[str], fix: str) -> Finding:
-        """Return a problem with examples, or a note if the set is published and stays as it is."""
+    def report(self, level: str, text: str, examples: Sequence[str], fix: str) -> Finding:
+        """Return a finding with examples; only a note for a published set."""
         if self.is_own:
-            return Finding(PROBLEM, DATA, with_examples(f"{text}. {fix}:", examples, _SHOWN))
-        return self.note(text, examples, fix)
-
-    def note(self, text: str, examples: Sequence[str], fix: str) -> Finding:
-        """Return a note with examples."""
-        fix = f". {fix}:" if self.is_own else "; this published set is kept as it is:"
-        most = _SHOWN if self.is_own else _SHOWN_PUBLISHED
-        return Finding(NOTE, DATA, with_examples(text + fix, examples, most))
+            return Finding(level, DATA, with_examples(f"{text}. {fix}:", examples))
+        text = f"{text}; this published set is kept as it is:"
+        return Finding(NOTE, DATA, with_examples(text, examples))
 
 
 def summarize(split: Split) -> Finding:
@@ -107,7 +94,7 @@ def find_unreadable(split: Split, *, skip: bool) -> list[Finding]:
             "; the first one stops the run. Repair or remove them, or set DATA_LOADER.ON_ERROR "
             "skip to leave them out:"
         )
-    found = [Finding(NOTE if skip else PROBLEM, DATA, with_examples(text, faults, _SHOWN))]
+    found = [Finding(NOTE if skip else PROBLEM, DATA, with_examples(text, faults))]
     lost = (split.counts() > 0) & (split.counts(split.readable) == 0)
     if lost.any():
         text = f"no {split.role} image of {split.classes(lost)} can be read: repair some, or remove"
@@ -150,11 +137,11 @@ def find_copies(split: Split) -> list[Finding]:
     found = []
     if other:
         text = f"{_count(other, split)} identical to an image of another class, so one label is"
-        found.append(split.problem(f"{text} wrong", other, "Remove or relabel them"))
+        found.append(split.report(PROBLEM, f"{text} wrong", other, "Remove or relabel them"))
     if same:
         text = f"{_count(same, split)} identical to another image of its class, which then"
         fix = "Remove the copies unless they are intended"
-        found.append(split.note(f"{text} counts more than once", same, fix))
+        found.append(split.report(NOTE, f"{text} counts more than once", same, fix))
     return found
 
 
@@ -169,17 +156,21 @@ def find_leaks(train: Split, test: Split) -> list[Finding]:
     if not pairs:
         return []
     text = f"{len(pairs):,} of the {len(test.images):,} test images are identical to training"
-    fix = "Remove them from one of the two"
-    return [test.problem(f"{text} images, so the test error is too low", pairs, fix)]
+    text += " images, so the test error is too low"
+    return [test.report(PROBLEM, text, pairs, "Remove them from one of the two")]
 
 
 def find_oddities(split: Split) -> list[Finding]:
     """Find unusual image files that can be read."""
     positions_of: dict[str, list[int]] = defaultdict(list)
-    for position in split.readable if split.of_files else ():
+    for position in split.readable:
         image = split.images[position]
+        if not image.mode:  # not a file
+            continue
         short, long = sorted((image.width, image.height))
-        oddities = [_TRAITS[trait] for trait in image.traits]
+        oddities = []
+        if image.mode != "RGB":
+            oddities.append(f"of Pillow's mode {image.mode}, converted to RGB")
         if short < _SMALL:
             oddities.append(f"less than {_SMALL} pixels wide or high")
         if short * long > _LARGE:

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import math
+import shutil
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
+from yacs.config import CfgNode
 
-from lg.checkpoint import file_size, random_state
+from lg.checkpoint import CheckpointFolder, file_size, random_state
 from lg.datasets.cache import free_memory
 from lg.device import peak_memory_mb, synchronize
+from lg.files.lock import existing_folder
 from lg.logs.log import format_time
 from lg.metrics import NON_FINITE_ADVICE
 from lg.run import Run
@@ -59,47 +63,30 @@ def try_steps(run: Run) -> Trial:
 
 
 def estimate_cost(
-    trial: Trial,
-    *,
-    device: str,
-    batch_size: int,
-    num_processes: int,
-    steps_per_epoch: int,
-    max_epoch: int,
-    test_period: int,
-    test_batches: int,
-    with_average: bool,
-    images: str,
-    cached_bytes: int,
+    cfg: CfgNode, trial: Trial, run: Run, *, num_train: int, num_test: int
 ) -> list[Finding]:
     """Report time and memory of the whole training, and losses that are not finite.
 
     Args:
+        cfg: The config of the training.
         trial: Its first steps.
-        device: The device they ran on.
-        batch_size: Images per step in each process.
-        num_processes: Processes of the training.
-        steps_per_epoch: Optimiser steps.
-        max_epoch: Epochs.
-        test_period: Epochs between tests.
-        test_batches: Batches of a test.
-        with_average: Whether the weight average is tested too.
-        images: Where images come from, as text.
-        cached_bytes: Size of the decoded images, 0 if they are not kept in memory.
+        run: The run that took them, for one process.
+        num_train: Training images.
+        num_test: Test images.
     """
-    num_steps = max_epoch * steps_per_epoch
-    num_tests = math.ceil(max_epoch / test_period) * (2 if with_average else 1)
+    num_processes, num_epochs = cfg.NUM_GPUS, cfg.OPTIM.MAX_EPOCH
+    num_steps = num_epochs * (num_train // cfg.TRAIN.BATCH_SIZE)
+    num_tests = math.ceil(num_epochs / cfg.TEST.PERIOD) * (1 if run.average is None else 2)
     training = num_steps * trial.step_seconds
-    testing = num_tests * test_batches * trial.test_seconds
-    cached = f" They take about {format_size(cached_bytes)}." if cached_bytes else ""
+    testing = num_tests * math.ceil(num_test / cfg.TEST.BATCH_SIZE) * trial.test_seconds
     one_of = f" Measured in one of {num_processes} processes, without the exchange of gradients."
     lines = [
-        f"about {trial.step_seconds:.2g} s per step of {batch_size:,} images: "
-        f"{format_time(training)} for the {num_steps:,} steps of {max_epoch:,} epochs, "
+        f"about {trial.step_seconds:.2g} s per step of {cfg.TRAIN.BATCH_SIZE // num_processes:,} "
+        f"images: {format_time(training)} for the {num_steps:,} steps of {num_epochs:,} epochs, "
         f"{format_time(testing)} for the tests, {format_time(training + testing)} in total."
         f"{one_of if num_processes > 1 else ''}",
-        f"peak memory: {trial.peak_mb:,} of {trial.total_mb:,} MiB ({device}).",
-        f"{images}.{cached}",
+        f"peak memory: {trial.peak_mb:,} of {trial.total_mb:,} MiB ({run.device}).",
+        f"DATA_LOADER.BACKEND {cfg.DATA_LOADER.BACKEND}: {run.loader}.",
     ]
     found = [Finding(FACT, COST, line) for line in lines]
     if not np.isfinite(trial.losses).all():
@@ -109,24 +96,18 @@ def estimate_cost(
     return found
 
 
-def estimate_disk(
-    *, checkpoint_bytes: int, count: int, present: int, free: int, place: str
-) -> Finding:
-    """Report whether the checkpoints fit on the disk.
-
-    Args:
-        checkpoint_bytes: Size of one.
-        count: Files that exist at once, with the one being written.
-        present: Bytes of the checkpoints that exist already.
-        free: Free bytes.
-        place: The folder.
-    """
+def estimate_disk(cfg: CfgNode, checkpoint_bytes: int, checkpoints: CheckpointFolder) -> Finding:
+    """Report whether the checkpoints fit on the disk, in place of those that exist already."""
+    place = existing_folder(Path(cfg.OUT_DIR))
+    free = shutil.disk_usage(place).free
+    files = [*checkpoints.files(), *filter(Path.is_file, [checkpoints.best])]
+    count = cfg.TRAIN.KEEP_CHECKPOINTS + 2
     needed = count * checkpoint_bytes
     text = (
         f"a checkpoint takes {format_size(checkpoint_bytes)}, {count} of them (kept, best and "
         f"being written) {format_size(needed)}; {format_size(free)} are free in {place}"
     )
-    if needed - present <= free:
+    if needed - sum(file.stat().st_size for file in files) <= free:
         return Finding(FACT, OUTPUT, f"{text}.")
     fix = "free some space, lower TRAIN.KEEP_CHECKPOINTS, or set OUT_DIR to another disk."
     return Finding(PROBLEM, OUTPUT, f"{text}: {fix}")

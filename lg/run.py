@@ -38,6 +38,7 @@ class Settings:
     max_epoch: int
     warmup_epochs: int  # the weight average copies the weights during these
     test_period: int  # epochs between tests
+    early_stop: int  # tests in a row without a lower error that end training; 0: no limit
     log_period: int  # steps between log points
     accum_steps: int  # micro-batches per batch
     clip_norm: float  # largest gradient norm; 0: no limit
@@ -56,7 +57,12 @@ class Progress:
     ema_err: float = UNKNOWN_ERR  # the same of the weight average
     test_due: bool = False  # whether the last finished epoch still has to be tested
     best_err: float = float("inf")  # lowest of both errors over all tests
-    test_count: int = 0  # images in the test split
+    best_epoch: int = 0  # its epoch, from 1
+    num_stale: int = 0  # tests since then
+    test_count: int = 0  # images in the split that is tested during training
+    final: dict[str, float] = field(
+        default_factory=dict
+    )  # result of the final test, see EvalResult
     # Lowest errors so far: {"test" | "ema": {"top1_err", "top5_err", "epoch" (of the lowest
     # top1_err, from 1)}}
     best: dict[str, dict[str, float]] = field(default_factory=dict)
@@ -78,6 +84,7 @@ class Run:
     precision: Precision
     loader: TrainLoader | CachedTrainLoader
     test_loader: DataLoader[Batch] | CachedTestLoader
+    final_loader: DataLoader[Batch] | CachedTestLoader | None  # test set, for the end
     device: torch.device
     world: World
     log: RunLog
@@ -91,8 +98,16 @@ class Run:
     def close(self) -> None:
         """Stop the processes and threads that read images."""
         self.loader.close()
-        if isinstance(self.test_loader, CachedTestLoader):
-            self.test_loader.close()
+        for loader in (self.test_loader, self.final_loader):
+            if isinstance(loader, CachedTestLoader):
+                loader.close()
+
+    @property
+    def is_trained(self) -> bool:
+        """Whether training is over: all epochs are done, or EARLY_STOP ended it."""
+        patience = self.settings.early_stop
+        is_stale = 0 < patience <= self.progress.num_stale
+        return is_stale or self.progress.epoch >= self.settings.max_epoch
 
     def save(self, *, is_best: bool = False) -> str:
         """Write a checkpoint; every process calls this, the main process writes.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -11,6 +12,7 @@ from typing import Any
 import torch
 import yaml
 from torch import nn
+from torch.utils.data import DataLoader
 from yacs.config import CfgNode
 
 from lg import builders, distributed
@@ -66,9 +68,10 @@ def train_epochs(run: Run) -> None:
     """Train, test and save, epoch by epoch, from the position in `run.progress`."""
     progress, settings = run.progress, run.settings
     run.loader.start(progress.epoch, progress.step)
-    while progress.test_due or progress.epoch < settings.max_epoch:
+    while progress.test_due or not run.is_trained:
         if not progress.test_due:  # a run interrupted during a test repeats the test only
             progress.test_err = progress.ema_err = UNKNOWN_ERR
+            progress.final = {}  # of a run that had fewer epochs
             train_epoch(run)
             is_last = progress.epoch == settings.max_epoch
             progress.test_due = is_last or progress.epoch % settings.test_period == 0
@@ -76,12 +79,13 @@ def train_epochs(run: Run) -> None:
         progress.test_due = False
         run.report.end_epoch()
         path = run.save(is_best=is_best)
-        if progress.epoch < settings.max_epoch and asked_to_stop(run, None):
+        if not run.is_trained and asked_to_stop(run, None):
             raise Interrupted(run.signals[0], path)
     if not progress.best:  # MAX_EPOCH was lowered to an epoch before the first test
         run.save(is_best=test_epoch(run))
-    best = {kind: (b["top1_err"], int(b["epoch"])) for kind, b in progress.best.items()}
-    run.report.finished(progress.test_err, progress.ema_err, best, count=progress.test_count)
+    if run.final_loader is not None and not progress.final:
+        test_best(run, run.final_loader)
+    run.report.finished(progress)
 
 
 def train_epoch(run: Run) -> None:
@@ -141,7 +145,7 @@ def test_epoch(run: Run) -> bool:
         started = time.perf_counter()
         result = evaluate(
             model,
-            _until_stopped(run),
+            _until_stopped(run, run.test_loader),
             num_classes=run.settings.num_classes,
             precision=run.precision,
         )
@@ -164,14 +168,33 @@ def test_epoch(run: Run) -> bool:
         )
     progress.test_err, progress.ema_err = errors["test"], errors.get("ema", UNKNOWN_ERR)
     is_best = min(errors.values()) < progress.best_err
-    progress.best_err = min(*errors.values(), progress.best_err)
+    progress.num_stale += 1
+    if is_best:
+        progress.best_err, progress.best_epoch = min(errors.values()), progress.epoch
+        progress.num_stale = 0
     return is_best
 
 
-def _until_stopped(run: Run) -> Iterator[Batch]:
+def test_best(run: Run, loader: DataLoader[Batch] | CachedTestLoader) -> None:
+    """Test the best weights on the test set, once, and save the result."""
+    progress = run.progress
+    model = copy.deepcopy(run.guided.student)
+    load_weights(model, run.checkpoints.best)
+    result = evaluate(
+        model,
+        _until_stopped(run, loader),
+        num_classes=run.settings.num_classes,
+        precision=run.precision,
+    )
+    progress.final = {**result.rates, "count": result.count}
+    run.report.final_test(progress)
+    run.save()
+
+
+def _until_stopped(run: Run, loader: DataLoader[Batch] | CachedTestLoader) -> Iterator[Batch]:
     """Yield the test batches; after a stop signal, save and raise `Interrupted`."""
-    num_shared = distributed.min_over_processes(len(run.test_loader), run.device)
-    for number, batch in enumerate(run.test_loader):
+    num_shared = distributed.min_over_processes(len(loader), run.device)
+    for number, batch in enumerate(loader):
         # asked_to_stop waits for all processes, so only batches that each of them has may call it.
         if number < num_shared and asked_to_stop(run, number):
             raise Interrupted(run.signals[0], run.save())
@@ -207,7 +230,8 @@ def evaluate(
 
 
 def test(cfg: CfgNode) -> EvalResult:
-    """Test TEST.WEIGHTS (default: the best of OUT_DIR) on the test split and print the result."""
+    """Test TEST.WEIGHTS (default: the best of OUT_DIR) on the test split, or the held-out images if
+    there is none, and print the result."""
     with joined_world(cfg) as world:
         path = cfg.TEST.WEIGHTS or os.path.join(cfg.OUT_DIR, BEST_NAME)
         if not cfg.TEST.WEIGHTS and not os.path.isfile(path):
@@ -234,8 +258,7 @@ def test(cfg: CfgNode) -> EvalResult:
                 loader.close()
         if world.is_main:
             names = dataset.class_names if cfg.TEST.PER_CLASS else None
-            split = f"{dataset.name}/{dataset.split}"
-            print("\n".join(result_lines(result, split=split, class_names=names)))
+            print("\n".join(result_lines(result, split=str(dataset), class_names=names)))
         return result
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterable
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -15,9 +15,10 @@ from lg.augment.batched import BatchTestTransform, BatchTransform
 from lg.augment.mixing import Mixing
 from lg.augment.recipe import TestTransform, TrainTransform
 from lg.datasets import build_dataset
-from lg.datasets.base import MISSING, ImageDataset, fingerprint, stratified_subset
+from lg.datasets.base import MISSING, ImageDataset, fingerprint, hold_out, stratified_subset
 from lg.datasets.cache import ImageCache, Prepare, cache_bytes, free_memory
 from lg.datasets.cached_loader import CachedTestLoader, CachedTrainLoader
+from lg.datasets.image_folder import splits_of
 from lg.datasets.loader import (
     Batch,
     TestSamples,
@@ -34,34 +35,122 @@ from lg.errors import ConfigError, DataError
 _Value = TypeVar("_Value")
 
 
+class Splits(NamedTuple):
+    """The images of a training run.
+
+    Attributes:
+        train: Trained on.
+        test: Tested every TEST.PERIOD epochs; chooses the best epoch.
+        final: The test set, tested once at the end with the best weights; None if `test` is the
+            test set, or there is none.
+    """
+
+    train: ImageDataset
+    test: ImageDataset
+    final: ImageDataset | None = None
+
+
 def build_train_data(cfg: CfgNode) -> ImageDataset:
-    """Build the training set: the part that TRAIN.FRACTION selects, without unreadable images if
-    they are to be skipped."""
+    """Build the training set: the part that TRAIN.FRACTION selects and TRAIN.VAL_FRACTION leaves,
+    without unreadable images if they are to be skipped."""
     return _prepare(cfg, list_train_data(cfg), "TRAIN")
 
 
 def build_test_data(cfg: CfgNode) -> ImageDataset:
-    """Build the test set, without unreadable images if they are to be skipped."""
-    return _prepare(cfg, list_test_data(cfg), "TEST")
+    """Build TEST.SPLIT of the test set, or the held-out images if there is no test set, without
+    unreadable images if they are to be skipped."""
+    if has_test_split(cfg):
+        return _prepare(cfg, list_test_data(cfg, cfg.TEST.SPLIT), "TEST")
+    return _prepare(cfg, list_val_data(cfg), "TEST")
 
 
-def fetch_data(cfg: CfgNode, world: World) -> tuple[ImageDataset, ImageDataset]:
-    """Build the training and the test set; only the main process downloads, the others wait."""
+def fetch_data(cfg: CfgNode, world: World) -> Splits:
+    """Build the images of a training run; only the main process downloads, the others wait."""
+    check_validation(cfg)
     with in_turn(world):
-        train, test = list_train_data(cfg), list_test_data(cfg)
-    check_same_classes(train, test)
-    return _prepare(cfg, train, "TRAIN"), _prepare(cfg, test, "TEST")
+        train = list_train_data(cfg)
+        val = list_val_data(cfg) if has_val_split(cfg) else None
+        test = list_test_data(cfg) if has_test_split(cfg) else None
+    for held_out in filter(None, (val, test)):
+        check_same_classes(train, held_out)
+    train = _prepare(cfg, train, "TRAIN")
+    val, test = (data and _prepare(cfg, data, "TEST") for data in (val, test))
+    if val is None:
+        assert test is not None
+        return Splits(train, test)
+    return Splits(train, val, test)
+
+
+def has_val_split(cfg: CfgNode) -> bool:
+    """Return whether other images than the test set choose the best epoch."""
+    return cfg.TRAIN.VAL_FRACTION > 0 or _has_val_folder(cfg)
+
+
+def has_test_split(cfg: CfgNode) -> bool:
+    """Return whether there is a test set; only with TRAIN.VAL_FRACTION there may be none."""
+    is_folder = (cfg.TEST.DATASET or cfg.TRAIN.DATASET) == "image_folder"
+    has_one = not is_folder or bool({"val", "test"} & set(splits_of(cfg.DATA_LOADER.ROOT)))
+    return has_one or cfg.TRAIN.VAL_FRACTION == 0  # without one, listing it is an error
+
+
+def _has_val_folder(cfg: CfgNode) -> bool:
+    """Return whether val/ of an image_folder is tested during training, and test/ at the end."""
+    is_folder = (cfg.TEST.DATASET or cfg.TRAIN.DATASET) == "image_folder"
+    is_tested = is_folder and cfg.TEST.SPLIT != "train"
+    return is_tested and {"val", "test"} <= set(splits_of(cfg.DATA_LOADER.ROOT))
+
+
+def check_validation(cfg: CfgNode) -> None:
+    """Check that one split chooses the best epoch, and that it may stop training.
+
+    Raises:
+        ConfigError: There are two, or none.
+    """
+    train, root = cfg.TRAIN, cfg.DATA_LOADER.ROOT
+    if train.VAL_FRACTION > 0 and _has_val_folder(cfg):
+        raise ConfigError(
+            f"TRAIN.VAL_FRACTION is {train.VAL_FRACTION}, but {root} has val/ besides test/, which "
+            "chooses the best epoch: set it to 0, or move the images of val/ to train/."
+        )
+    if train.EARLY_STOP > 0 and not has_val_split(cfg):
+        raise ConfigError(
+            f"TRAIN.EARLY_STOP is {train.EARLY_STOP}, but the test set must not decide when "
+            f"training stops and {root} does not have both val/ and test/: "
+            "hold out images with TRAIN.VAL_FRACTION, such as 0.1, or set this to 0."
+        )
 
 
 def list_train_data(cfg: CfgNode, tolerate: Iterable[str] = ()) -> ImageDataset:
     """List the training images without opening them; see `build_dataset` for `tolerate`."""
+    dataset = _list_train_split(cfg, tolerate)
+    if cfg.TRAIN.VAL_FRACTION == 0:
+        return dataset
+    return hold_out(dataset, cfg.TRAIN.VAL_FRACTION, cfg.RNG_SEED)[0]
+
+
+def list_val_data(cfg: CfgNode, tolerate: Iterable[str] = ()) -> ImageDataset:
+    """List the images other than the test set that choose the best epoch; see `has_val_split`."""
+    if cfg.TRAIN.VAL_FRACTION == 0:
+        return list_test_data(cfg, "val", tolerate)
+    dataset = _list_train_split(cfg, tolerate)
+    return hold_out(dataset, cfg.TRAIN.VAL_FRACTION, cfg.RNG_SEED)[1]
+
+
+def list_test_data(cfg: CfgNode, split: str = "", tolerate: Iterable[str] = ()) -> ImageDataset:
+    """List the test images without opening them; see `build_dataset` for `tolerate`.
+
+    Args:
+        cfg: The config.
+        split: By default TEST.SPLIT, or test if val/ of an image_folder chooses the best epoch.
+        tolerate: As for `build_dataset`.
+    """
+    split = split or ("test" if _has_val_folder(cfg) else cfg.TEST.SPLIT)
+    return _list(cfg, cfg.TEST.DATASET or cfg.TRAIN.DATASET, split, tolerate)
+
+
+def _list_train_split(cfg: CfgNode, tolerate: Iterable[str]) -> ImageDataset:
     dataset = _list(cfg, cfg.TRAIN.DATASET, cfg.TRAIN.SPLIT, tolerate)
     return stratified_subset(dataset, cfg.TRAIN.FRACTION, cfg.RNG_SEED)
-
-
-def list_test_data(cfg: CfgNode, tolerate: Iterable[str] = ()) -> ImageDataset:
-    """List the test images without opening them; see `build_dataset` for `tolerate`."""
-    return _list(cfg, cfg.TEST.DATASET or cfg.TRAIN.DATASET, cfg.TEST.SPLIT, tolerate)
 
 
 def check_same_classes(train: ImageDataset, test: ImageDataset) -> None:

@@ -11,7 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 from yacs.config import CfgNode
 
 from lg.builders.compiling import compile_student
-from lg.builders.data import build_mixing, build_test_loader, build_train_loader
+from lg.builders.data import Splits, build_mixing, build_test_loader, build_train_loader
 from lg.builders.models import build_guided, prepare_bank
 from lg.builders.training import (
     build_average,
@@ -33,9 +33,8 @@ from lg.logs.reporter import Reporter
 from lg.run import Run
 
 
-def build_run(cfg: CfgNode, data: tuple, world: World, log: RunLog) -> Run:
+def build_run(cfg: CfgNode, data: Splits, world: World, log: RunLog) -> Run:
     """Build all parts of a run on its device, and seed the random streams."""
-    train_data, test_data = data
     device = build_device(cfg, world)
     if device.type == "cpu" and cfg.DEVICE == "auto":
         log.warn("No GPU found: running on the CPU (set DEVICE cpu to silence this).")
@@ -48,19 +47,20 @@ def build_run(cfg: CfgNode, data: tuple, world: World, log: RunLog) -> Run:
         load_weights(guided.student, cfg.TRAIN.WEIGHTS, cache=cfg.DOWNLOAD_CACHE)
     stream = np.random.SeedSequence((cfg.RNG_SEED, MODEL, world.rank)).generate_state(1)[0]
     torch.manual_seed(int(stream))  # other draws of dropout in each process
-    prepare_bank(cfg, guide, train_data, device)
+    prepare_bank(cfg, guide, data.train, device)
     guided.to(device)
     if isinstance(guide, nn.Module):
         guide.to(device)
     synchronize_batch_norms(cfg, (guided, guide), world, device)
     precision = build_precision(cfg, device)
     module = _wrap(cfg, guided, world, device, precision, log)
-    loader = build_train_loader(cfg, train_data, world, device)
+    loader = build_train_loader(cfg, data.train, world, device)
     log.info(f"DATA_LOADER.BACKEND {cfg.DATA_LOADER.BACKEND}: {loader}.")
     report = Reporter(
         log=log,
         device=device,
-        split=f"{test_data.name}/{test_data.split}",
+        split=str(data.test),
+        final_split=str(data.final or ""),
         steps_per_epoch=loader.steps_per_epoch,
         max_epoch=cfg.OPTIM.MAX_EPOCH,
         batch_size=cfg.TRAIN.BATCH_SIZE,
@@ -79,7 +79,8 @@ def build_run(cfg: CfgNode, data: tuple, world: World, log: RunLog) -> Run:
         average=build_average(cfg, guided.student),
         precision=precision,
         loader=loader,
-        test_loader=build_test_loader(cfg, test_data, world, device),
+        test_loader=build_test_loader(cfg, data.test, world, device),
+        final_loader=build_test_loader(cfg, data.final, world, device) if data.final else None,
         device=device,
         world=world,
         log=log,

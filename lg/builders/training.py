@@ -152,6 +152,7 @@ def build_settings(cfg: CfgNode) -> Settings:
         max_epoch=cfg.OPTIM.MAX_EPOCH,
         warmup_epochs=cfg.OPTIM.WARMUP_EPOCHS,
         test_period=cfg.TEST.PERIOD,
+        early_stop=cfg.TRAIN.EARLY_STOP,
         log_period=cfg.LOG_PERIOD,
         accum_steps=cfg.TRAIN.ACCUM_STEPS,
         clip_norm=cfg.OPTIM.CLIP_GRAD_NORM,

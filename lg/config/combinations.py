@@ -38,6 +38,7 @@ def faults(cfg: CfgNode) -> Iterator[Fault]:
     yield from _offline(cfg)
     yield from _schedule(cfg)
     yield from _training(cfg)
+    yield from _validation(cfg)
     yield from _processes(cfg)
 
 
@@ -291,6 +292,22 @@ def _training(cfg: CfgNode) -> Iterator[Fault]:
             "TRAIN.BATCH_SIZE",
             "batch statistics and image similarity need at least 2 images per process and "
             "micro-batch: raise it, or lower TRAIN.ACCUM_STEPS.",
+        )
+
+
+def _validation(cfg: CfgNode) -> Iterator[Fault]:
+    train, dataset = cfg.TRAIN, cfg.TEST.DATASET or cfg.TRAIN.DATASET
+    if train.VAL_FRACTION > 0 and cfg.TEST.SPLIT == "train":
+        yield (
+            "TEST.SPLIT",
+            "with TRAIN.VAL_FRACTION, the test at the end needs images that are not trained on: "
+            "set it to test.",
+        )
+    if train.EARLY_STOP > 0 and train.VAL_FRACTION == 0 and dataset != "image_folder":
+        yield (
+            "TRAIN.EARLY_STOP",
+            "the test set must not decide when training stops: hold out images with "
+            "TRAIN.VAL_FRACTION, such as 0.1, or set this to 0.",
         )
 
 

@@ -169,6 +169,14 @@ DEFAULTS: dict[str, Any] = {
         "TF32": False,
         # (+) fraction of the training set to use, stratified by class and fixed by RNG_SEED, (0, 1]
         "FRACTION": 1.0,
+        # (+) fraction of the training images (after FRACTION) to hold out, stratified by class and
+        # fixed by RNG_SEED, [0, 1). They choose the best epoch, and the test set is tested once, at
+        # the end. 0: the test set chooses the best epoch, as in the published runs
+        # (of an image_folder with val/ and test/, val/ chooses and test/ is tested at the end)
+        "VAL_FRACTION": 0.0,
+        # (+) tests in a row without a lower error after which training stops, >= 0; 0: never. Needs
+        # VAL_FRACTION, or an image_folder with val/ and test/
+        "EARLY_STOP": 0,
         # (+) micro-batches per batch, to save memory; must divide BATCH_SIZE
         "ACCUM_STEPS": 1,
         # (+) several GPUs: BatchNorm uses the statistics of the whole batch, not of each process's

@@ -73,6 +73,9 @@ class ImageDataset(ABC):
     def __len__(self) -> int:
         return len(self.labels)
 
+    def __str__(self) -> str:
+        return f"{self.name}/{self.split}"
+
     @abstractmethod
     def image(self, index: int) -> Image.Image:
         """Return the image at `index`: mode RGB, upright, in its stored size.
@@ -141,6 +144,34 @@ def stratified_subset(dataset: ImageDataset, fraction: float, seed: int) -> Imag
             f"set it to at least {1 / len(dataset):.2g}"
         )
     return DatasetSubset(dataset, stratified_order(dataset.labels, seed)[:num_kept])
+
+
+def hold_out(
+    dataset: ImageDataset, fraction: float, seed: int
+) -> tuple[ImageDataset, ImageDataset]:
+    """Split a set in two, stratified by class: (what is left, round(fraction * n) held-out images).
+
+    The same seed holds out the same images on every machine, and every class keeps at least one
+    image. The held-out part has the split name "held-out".
+
+    Args:
+        dataset: The set to split.
+        fraction: Share of the images to hold out, in (0, 1).
+        seed: 0..2^32-1.
+
+    Raises:
+        DataError: One of the parts would be empty.
+    """
+    kept = stratified_subset(dataset, 1 - fraction, seed)
+    others = np.flatnonzero(~np.isin(dataset.indices, kept.indices))
+    if not len(others):
+        raise DataError(
+            f"a fraction of {fraction!r} holds out none of the {len(dataset)} images of "
+            f"{dataset.name}: set it to at least {1 / len(dataset):.2g}"
+        )
+    held_out = DatasetSubset(dataset, others)
+    held_out.split = "held-out"
+    return kept, held_out
 
 
 def stratified_order(labels: np.ndarray, seed: int) -> np.ndarray:

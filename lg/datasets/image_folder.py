@@ -1,7 +1,7 @@
 """Custom images: a folder per split that contains a folder per class.
 
-Layout: `root/train/CLASS/...` and `root/val/CLASS/...` or `root/test/CLASS/...`, with images at any
-depth below the class folder.
+Layout: `root/train/CLASS/...`, and `root/val/CLASS/...`, `root/test/CLASS/...` or both, with images
+at any depth below the class folder. A root without any of the three holds the classes of `train`.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class ImageFolder(FileDataset):
         """List a split.
 
         Args:
-            root: Folder that contains `train` and one or both of `val` and `test`.
+            root: Folder that contains `train` and one or both of `val` and `test`, or only classes.
             split: train, val or test; if only one of val and test exists, both mean that one.
             download: Ignored.
 
@@ -41,32 +41,34 @@ class ImageFolder(FileDataset):
         """
         name = "image_folder"
         split = resolve_split(name, split)
-        other = {"val": "test", "test": "val"}.get(split, split)
-        folder = Path(root)
-        if not (folder / split).is_dir() and (folder / other).is_dir():
+        splits = splits_of(root)
+        other = {"val": "test", "test": "val"}.get(split)
+        if split not in splits and other in splits:
             split = other
+        trained = Path(root, "train") if splits or not _has_folders(root) else Path(root)
+        folder = trained if split == "train" else Path(root, split)
         remedy = (
             f"{root} must contain train/CLASS/... and val/CLASS/... or test/CLASS/... (there is no "
-            "download)"
+            "download); without the latter two, TRAIN.VAL_FRACTION can hold out images of train"
         )
-        require([folder / "train", folder / split], name, remedy)
-        class_names = _class_folders(folder / "train")
-        present = class_names if split == "train" else _class_folders(folder / split)
+        require([trained, folder], name, remedy)
+        class_names = _class_folders(trained)
+        present = class_names if split == "train" else _class_folders(folder)
         faults: list[Fault] = []
         labels: list[int] = []
         paths: list[str] = []
         for class_name in present:
             if class_name not in class_names:
                 text = (
-                    f"{name}: {folder / split} has the class {class_name!r}, which is not in "
-                    f"{folder / 'train'}; a model cannot learn it, remove or rename the folder"
+                    f"{name}: {folder} has the class {class_name!r}, which is not in "
+                    f"{trained}; a model cannot learn it, remove or rename the folder"
                 )
                 faults.append(Fault(UNTRAINED_CLASS, text))
                 continue
-            files = _images_below(folder / split / class_name)
+            files = _images_below(folder / class_name)
             if not files:
                 text = (
-                    f"{name}: {folder / split / class_name} contains no images "
+                    f"{name}: {folder / class_name} contains no images "
                     f"({' '.join(SUFFIXES)}); add some or remove the folder"
                 )
                 faults.append(Fault(EMPTY_CLASS, text))
@@ -76,6 +78,15 @@ class ImageFolder(FileDataset):
             raise DataError(faults[0].text)
         super().__init__(name, split, class_names, labels, paths)
         self.faults += faults
+
+
+def splits_of(root: str | os.PathLike[str]) -> list[str]:
+    """Return which of train, val and test a root has; none if it holds the classes themselves."""
+    return [split for split in ("train", "val", "test") if Path(root, split).is_dir()]
+
+
+def _has_folders(root: str | os.PathLike[str]) -> bool:
+    return any(each.is_dir() for each in Path(root).iterdir()) if Path(root).is_dir() else False
 
 
 def _class_folders(folder: Path) -> list[str]:

@@ -6,12 +6,16 @@ from __future__ import annotations
 import math
 import time
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 
 from lg.device import peak_memory_mb
 from lg.logs.log import RunLog, format_time
 from lg.metrics import EvalResult
+
+if TYPE_CHECKING:
+    from lg.run import Progress
 
 
 @dataclass
@@ -21,7 +25,8 @@ class Reporter:
     Attributes:
         log: Receives the output.
         device: Its peak memory is reported.
-        split: Name of the test split, such as cifar100/test.
+        split: Name of the split that is tested during training, such as cifar100/test.
+        final_split: Name of the test set that is tested at the end; empty if there is none.
         steps_per_epoch: Optimiser steps per epoch.
         max_epoch: Number of epochs.
         batch_size: Images per step, over all processes.
@@ -32,6 +37,7 @@ class Reporter:
     log: RunLog
     device: torch.device
     split: str
+    final_split: str
     steps_per_epoch: int
     max_epoch: int
     batch_size: int
@@ -194,6 +200,7 @@ class Reporter:
             "test_ema_epoch" if average else "test_epoch",
             {
                 "epoch": f"{epoch + 1}/{self.max_epoch}",
+                "split": self.split,
                 "time_avg": seconds / batches,
                 "time_epoch": seconds,
                 **result.rates,
@@ -225,15 +232,43 @@ class Reporter:
         """Print the line of the epoch."""
         self.log.info(self._train_line)
 
-    def finished(
-        self, test_err: float, ema_err: float, best: dict[str, tuple[float, int]], *, count: int
-    ) -> None:
-        """Print the last line of a run: accuracies and where they were measured."""
-        parts = [f"last {100 - test_err:.2f} %", _best(best["test"])]
+    def final_test(self, progress: Progress) -> None:
+        """Report the final test of the best weights."""
+        stats = {"split": self.final_split, "best_epoch": progress.best_epoch, **progress.final}
+        self.log.stats("final_test", stats)
+
+    def finished(self, progress: Progress) -> None:
+        """Print the last line of a run: accuracies, and which split chose the best epoch."""
+        best = {kind: (b["top1_err"], int(b["epoch"])) for kind, b in progress.best.items()}
+        parts = [f"last {100 - progress.test_err:.2f} %", _best(best["test"])]
         if "ema" in best:
-            parts += [f"EMA last {100 - ema_err:.2f} %", f"EMA {_best(best['ema'])}"]
+            parts += [f"EMA last {100 - progress.ema_err:.2f} %", f"EMA {_best(best['ema'])}"]
         summary = "; ".join(f"{part} on {self.split}" for part in parts)
-        self.log.info(f"Finished {self.max_epoch} epochs. Top-1 of {count:,} images: {summary}.")
+        early = f" of {self.max_epoch} (TRAIN.EARLY_STOP)"
+        self.log.info(
+            f"Finished {progress.epoch} epochs{early if progress.epoch < self.max_epoch else ''}. "
+            f"Top-1 of {progress.test_count:,} images: {summary}. {self._protocol(progress)}"
+        )
+
+    def _protocol(self, progress: Progress) -> str:
+        """Say which split chose the best epoch, and what the test set was used for."""
+        final = progress.final
+        if final:
+            return (
+                f"The best epoch was chosen on {self.split}, and its weights were tested once on "
+                f"{self.final_split}: top-1 {100 - final['top1_err']:.2f} % of {final['count']:,} "
+                f"images, balanced accuracy {final['balanced_acc']:.2f} %, macro-F1 "
+                f"{final['macro_f1']:.2f} %, expected calibration error "
+                f"{final['calibration_err']:.2f} %."
+            )
+        name = self.split.rpartition("/")[2]
+        if name == "held-out":
+            return (
+                "The best epoch was chosen on the held-out images, and there is no test set: this "
+                "result is final, and its best accuracy is optimistic."
+            )
+        which = "training images" if name == "train" else "test set"
+        return f"The best epoch was chosen on the {which}, so its accuracy is optimistic."
 
 
 def _best(error_and_epoch: tuple[float, int]) -> str:

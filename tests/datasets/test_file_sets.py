@@ -15,6 +15,7 @@ from scipy.io import savemat
 
 from lg.datasets import build_dataset
 from lg.datasets.flowers import CLASS_NAMES
+from lg.datasets.image_folder import splits_of
 from lg.errors import DataError
 
 
@@ -223,6 +224,15 @@ def test_image_folder(tmp_path: Path) -> None:
     make_folder(tmp_path, ["test/cat/z.png"])
     assert build_dataset("image_folder", tmp_path, "test").labels.tolist() == [0]
     assert build_dataset("image_folder", tmp_path, "val").labels.tolist() == [1]
+
+
+def test_a_folder_of_classes_is_the_training_split(tmp_path: Path) -> None:
+    make_folder(tmp_path, ["dog/a.png", "cat/b.png", "dog/c.png"])
+    train = build_dataset("image_folder", tmp_path, "train")
+    assert (train.class_names, train.labels.tolist()) == (["cat", "dog"], [0, 1, 1])
+    assert brightnesses(train) == [10, 0, 20] and splits_of(tmp_path) == []
+    with pytest.raises(DataError, match=r"test is missing; .* TRAIN\.VAL_FRACTION can hold out"):
+        build_dataset("image_folder", tmp_path, "test")
 
 
 def test_image_folder_links(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from lg.datasets import ImageDataset, stratified_subset
-from lg.datasets.base import DatasetSubset
+from lg.datasets.base import DatasetSubset, hold_out
 from lg.errors import DataError
 
 
@@ -151,3 +151,32 @@ def test_bad_seed_and_empty_subset() -> None:
         stratified_subset(numbers([5, 5]), 0.5, seed=-1)
     with pytest.raises(DataError, match=r"0\.01 keeps none of the 10 images of numbers: .*0\.1"):
         stratified_subset(numbers([5, 5]), 0.01, seed=0)
+
+
+def test_a_hold_out_is_stratified_and_leaves_each_class_an_image() -> None:
+    data = numbers([40, 20, 2, 1])
+    kept, held_out = hold_out(data, 0.25, seed=4)
+    assert counts(kept) in ([30, 15, 1, 1], [29, 15, 2, 1], [30, 14, 2, 1])
+    assert [a + b for a, b in zip(counts(kept), counts(held_out), strict=True)] == [40, 20, 2, 1]
+    assert not set(kept.indices) & set(held_out.indices) and len(held_out) == 63 - 47
+    assert (kept.split, held_out.split, held_out.name) == ("train", "held-out", "numbers")
+    assert held_out.full is data and brightness(held_out, 3) == held_out.indices[3]
+    again = hold_out(data, 0.25, seed=4)[1]
+    assert again.indices.tolist() == held_out.indices.tolist()
+    assert hold_out(data, 0.25, seed=5)[1].indices.tolist() != held_out.indices.tolist()
+
+
+def test_a_hold_out_of_a_subset_refers_to_the_full_set() -> None:
+    data = numbers([40, 40])
+    half = stratified_subset(data, 0.5, seed=1)
+    kept, held_out = hold_out(half, 0.2, seed=1)
+    assert (len(kept), len(held_out), counts(held_out)) == (32, 8, [4, 4])
+    assert set(kept.indices) | set(held_out.indices) == set(half.indices)
+    assert held_out.full is data
+
+
+def test_an_empty_hold_out_is_rejected() -> None:
+    with pytest.raises(
+        DataError, match=r"0\.01 holds out none of the 10 images of numbers: .*0\.1"
+    ):
+        hold_out(numbers([5, 5]), 0.01, seed=0)

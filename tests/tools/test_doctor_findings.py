@@ -77,7 +77,7 @@ def test_unreadable_images_are_no_copies() -> None:
     assert (
         image_findings.find_copies(broken) == [] and image_findings.find_leaks(broken, broken) != []
     )
-    assert image_findings.find_leaks(broken, broken)[0].text.startswith("1 of the 3 test images")
+    assert image_findings.find_leaks(broken, broken)[0].text.startswith("1 of the 3 training im")
 
 
 def test_classes_of_one_split_only() -> None:

@@ -9,6 +9,7 @@ import gc
 import math
 import sys
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -16,12 +17,17 @@ import yaml
 from yacs.config import CfgNode
 
 from lg.builders.data import (
+    Splits,
     check_batch_size,
     check_num_classes,
     check_same_classes,
+    check_validation,
     dataset_facts,
+    has_test_split,
+    has_val_split,
     list_test_data,
     list_train_data,
+    list_val_data,
 )
 from lg.builders.models import build_guided, build_model, build_teacher
 from lg.builders.run import build_run
@@ -55,6 +61,8 @@ from lg.tools.doctor.findings import (
 from lg.tools.info import describe_config
 from lg.trainer import restore_last
 
+_NAMES = {"TRAIN": "training", "VAL": "validation", "TEST": "test"}
+
 
 def doctor(cfg: CfgNode) -> None:
     """Print what would stop a config's training or spoil its result; exit with 1 on a problem."""
@@ -82,8 +90,8 @@ def check_config(cfg: CfgNode) -> Findings:
         if "TRAIN" in data:
             _check_bank(cfg, data["TRAIN"], found)
         blocked = found.has_problem(DEVICE, MODEL)
-        if not blocked and len(data) == 2:
-            _check_run(cfg, (data["TRAIN"], data["TEST"]), found)
+        if not blocked and data.keys() == _roles(cfg).keys():
+            _check_run(cfg, _describe_protocol(data, found), found)
         else:
             topic = "model, guide or device" if blocked else "data"
             text = f"not measured because of problems with {topic}: fix them and run this again."
@@ -162,9 +170,23 @@ def _check_guide(cfg: CfgNode, path: str, found: Findings) -> None:
             text += f", where guessing gives {chance:.1f} %: train the guide first"
         found.add(Finding(NOTE if is_weak else FACT, MODEL, f"{text}."))
     try:
-        dataset = yaml.safe_load(state["cfg"])["TRAIN"]["DATASET"]
+        guide = yaml.safe_load(state["cfg"])
+        dataset = guide["TRAIN"]["DATASET"]
     except (yaml.YAMLError, KeyError, TypeError, AttributeError):
         return
+    held_out = cfg.RNG_SEED, cfg.TRAIN.FRACTION, cfg.TRAIN.VAL_FRACTION
+    train = guide["TRAIN"]
+    if cfg.TRAIN.VAL_FRACTION > 0 and held_out != (
+        guide.get("RNG_SEED"),
+        train.get("FRACTION"),
+        train.get("VAL_FRACTION"),
+    ):
+        text = (
+            "the guide was trained on some of the held-out images, so they are less new to the "
+            "student than test images: train it with the same RNG_SEED, TRAIN.FRACTION and "
+            "TRAIN.VAL_FRACTION"
+        )
+        found.add(Finding(NOTE, MODEL, f"{text} ({path})."))
     if dataset and dataset != cfg.TRAIN.DATASET:
         text = f"the guide was trained on {dataset}, but TRAIN.DATASET is {cfg.TRAIN.DATASET}"
         found.add(Finding(NOTE, MODEL, f"{text} ({path})."))
@@ -176,7 +198,9 @@ def _check_data(cfg: CfgNode, found: Findings) -> dict[str, ImageDataset]:
     if not cfg.TRAIN.DATASET:
         return listed  # already a problem
     has_empty_class = False
-    for role, list_data in (("TRAIN", list_train_data), ("TEST", list_test_data)):
+    with found.catch(DATA, "checking the splits"):
+        check_validation(cfg)
+    for role, list_data in _roles(cfg).items():
         with found.catch(DATA, "listing the images"):
             dataset = list_data(cfg, tolerate=(MISSING, EMPTY_CLASS, UNTRAINED_CLASS))
             listed[role] = dataset
@@ -185,13 +209,13 @@ def _check_data(cfg: CfgNode, found: Findings) -> dict[str, ImageDataset]:
                 if fault.kind != MISSING:  # missing files are counted as unreadable
                     found.add(Finding(PROBLEM, DATA, fault.text))
     with found.catch(DATA, "comparing the classes"):
-        if len(listed) == 2:
-            check_same_classes(listed["TRAIN"], listed["TEST"])
+        for dataset in listed.values():
+            check_same_classes(listed.get("TRAIN", dataset), dataset)
         for role, dataset in listed.items():
             if not has_empty_class:  # fixing that changes the number of classes
-                check_num_classes(cfg, dataset, role)
+                check_num_classes(cfg, dataset, "TRAIN" if role == "TRAIN" else "TEST")
     is_usable = not found.has_problem(DATA)
-    splits = {role: _scan(cfg, dataset) for role, dataset in listed.items()}
+    splits = {role: _scan(cfg, dataset, _NAMES[role]) for role, dataset in listed.items()}
     _check_images(cfg, splits, found)
     usable = {}
     for role, dataset in listed.items():
@@ -205,12 +229,35 @@ def _check_data(cfg: CfgNode, found: Findings) -> dict[str, ImageDataset]:
     return usable
 
 
-def _scan(cfg: CfgNode, dataset: ImageDataset) -> images.Split:
-    role = "training" if dataset.split == "train" else "test"
+def _roles(cfg: CfgNode) -> dict[str, Callable[..., ImageDataset]]:
+    """Return the functions that list the splits of a training: TRAIN, and VAL, TEST or both."""
+    roles: dict[str, Callable[..., ImageDataset]] = {"TRAIN": list_train_data}
+    roles |= {"VAL": list_val_data} if has_val_split(cfg) else {}
+    return roles | ({"TEST": list_test_data} if has_test_split(cfg) else {})
+
+
+def _describe_protocol(data: dict[str, ImageDataset], found: Findings) -> Splits:
+    """Report what each split is for, and return the splits."""
+    tested, final = data.get("VAL", data.get("TEST")), data.get("TEST") if "VAL" in data else None
+    assert tested is not None
+    if final is not None:
+        use = f"chooses the best epoch, and {final} is tested once, at the end, with its weights"
+    elif "VAL" in data:
+        use = "chooses the best epoch, and there is no test set: its best accuracy is optimistic"
+    else:
+        use = (
+            "is tested during training and chooses the best epoch, so its best accuracy is "
+            "optimistic (TRAIN.VAL_FRACTION 0)"
+        )
+    found.add(Finding(FACT, DATA, f"{tested} {use}."))
+    return Splits(data["TRAIN"], tested, final)
+
+
+def _scan(cfg: CfgNode, dataset: ImageDataset, role: str) -> images.Split:
     threads = usable_workers(cfg.DATA_LOADER.NUM_WORKERS)
     return images.Split(
         role=role,
-        name=f"{dataset.name}/{dataset.split}",
+        name=str(dataset),
         class_names=dataset.class_names,
         labels=dataset.labels,
         places=[dataset.describe(position) for position in range(len(dataset))],
@@ -224,14 +271,17 @@ def _check_images(cfg: CfgNode, splits: dict[str, images.Split], found: Findings
         found.add(images.summarize(split))
         found.add(*images.find_unreadable(split, skip=cfg.DATA_LOADER.ON_ERROR == "skip"))
         found.add(*images.find_copies(split), *images.find_oddities(split))
-    if len(splits) < 2:
+    if "TRAIN" not in splits:
         return
-    train, test = splits["TRAIN"], splits["TEST"]
-    if train.name == test.name:
-        text = f"TEST.SPLIT is {cfg.TEST.SPLIT}, which tests on training images: set it to test."
-        found.add(Finding(NOTE, DATA, text))
-    elif train.class_names == test.class_names:
-        found.add(*images.find_class_gaps(train, test), *images.find_leaks(train, test))
+    train = splits["TRAIN"]
+    for test in (split for role, split in splits.items() if role != "TRAIN"):
+        if train.name == test.name:
+            text = (
+                f"TEST.SPLIT is {cfg.TEST.SPLIT}, which tests on training images: set it to test."
+            )
+            found.add(Finding(NOTE, DATA, text))
+        elif train.class_names == test.class_names:
+            found.add(*images.find_class_gaps(train, test), *images.find_leaks(train, test))
 
 
 def _check_bank(cfg: CfgNode, train: ImageDataset, found: Findings) -> None:
@@ -246,7 +296,7 @@ def _check_bank(cfg: CfgNode, train: ImageDataset, found: Findings) -> None:
             found.add(Finding(FACT, MODEL, text))
 
 
-def _check_run(cfg: CfgNode, data: tuple, found: Findings) -> None:
+def _check_run(cfg: CfgNode, data: Splits, found: Findings) -> None:
     """Build one process's share of the training and take its first steps."""
     share = cfg.clone()
     share.defrost()
@@ -257,7 +307,7 @@ def _check_run(cfg: CfgNode, data: tuple, found: Findings) -> None:
         with found.catch(COST, "taking the first training steps"):
             run = build_run(share, data, World(), RunLog(cfg.OUT_DIR, enabled=False))
             measured = trial.try_steps(run)
-            num_train, num_test = map(len, data)
+            num_train, num_test = len(data.train), len(data.test)
             found.add(
                 *trial.estimate_cost(cfg, measured, run, num_train=num_train, num_test=num_test)
             )

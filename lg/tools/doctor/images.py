@@ -23,7 +23,7 @@ class Split:
     """The images of one split.
 
     Attributes:
-        role: `training` or `test`.
+        role: `training`, `validation` or `test`.
         name: Such as image_folder/train.
         class_names: K names.
         labels: [n].
@@ -103,7 +103,7 @@ def find_unreadable(split: Split, *, skip: bool) -> list[Finding]:
 
 
 def find_class_gaps(train: Split, test: Split) -> list[Finding]:
-    """Find classes without training or test images; empty folders are found by listing them."""
+    """Find classes without training or tested images; empty folders are found by listing them."""
     found = []
     in_train, in_test = train.counts() > 0, test.counts() > 0
     if (untrained := in_test & ~in_train).any():
@@ -117,8 +117,8 @@ def find_class_gaps(train: Split, test: Split) -> list[Finding]:
         text = f"{train.classes(absent)} of {train.name} has no images."
         found.append(Finding(NOTE, DATA, text))
     if (untested := in_train & ~in_test).any():
-        text = f"{train.classes(untested)} has training images but no test images, so the test"
-        found.append(Finding(NOTE, DATA, f"{text} error does not cover it."))
+        text = f"{train.classes(untested)} has training images but no {test.role} images, so the"
+        found.append(Finding(NOTE, DATA, f"{text} {test.role} error does not cover it."))
     return found
 
 
@@ -146,7 +146,7 @@ def find_copies(split: Split) -> list[Finding]:
 
 
 def find_leaks(train: Split, test: Split) -> list[Finding]:
-    """Find test images that are identical to training images, pixel for pixel."""
+    """Find tested images that are identical to training images, pixel for pixel."""
     first_at = _first_positions(train)
     pairs = [
         f"{test.places[position]} and {train.places[first_at[test.images[position].digest]]}"
@@ -155,8 +155,8 @@ def find_leaks(train: Split, test: Split) -> list[Finding]:
     ]
     if not pairs:
         return []
-    text = f"{len(pairs):,} of the {len(test.images):,} test images are identical to training"
-    text += " images, so the test error is too low"
+    text = f"{len(pairs):,} of the {len(test.images):,} {test.role} images are identical to"
+    text += f" training images, so the {test.role} error is too low"
     return [test.report(PROBLEM, text, pairs, "Remove them from one of the two")]
 
 

@@ -2,6 +2,7 @@
 """Train, test or inspect the model that a config describes.
 
 python run_net.py --mode train --cfg configs/digits/vit_digits_base.yaml
+python run_net.py --mode train --seeds 1 2 3 --cfg configs/digits/vit_digits_base.yaml
 python run_net.py --mode test  --cfg configs/digits/vit_digits_base.yaml TEST.PER_CLASS True
 python run_net.py --mode time  --cfg configs/deit/deit-ti_c100_base.yaml DEVICE cpu
 python run_net.py --mode info  --cfg configs/pvt/pvt-ti_c100_ours.yaml
@@ -43,12 +44,24 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--cfg", required=True, metavar="FILE", help="a YAML config, see configs/")
     parser.add_argument(
+        "--seeds",
+        nargs="+",
+        default=[],
+        metavar="SEED",
+        help="train once per RNG_SEED, in OUT_DIR/seed_N; print means and write OUT_DIR/seeds.json",
+    )
+    parser.add_argument(
         "opts",
         nargs=argparse.REMAINDER,
         metavar="KEY VALUE",
         help="overrides, such as TRAIN.BATCH_SIZE 64; lg/config/defaults.py lists every key",
     )
-    return parser.parse_args(arguments)
+    args = parser.parse_args(arguments)
+    count = next((i for i, text in enumerate(args.seeds) if not text.isdigit()), len(args.seeds))
+    args.seeds, args.opts = [*map(int, args.seeds[:count])], args.seeds[count:] + args.opts
+    if args.seeds and args.mode != "train":
+        parser.error(f"--seeds is for --mode train, not for --mode {args.mode}")
+    return args
 
 
 def run(mode: str, cfg: CfgNode) -> None:
@@ -116,7 +129,12 @@ def main() -> None:
     from lg.config import load_config
 
     try:
-        start(args.mode, load_config(args.cfg, args.opts))
+        if args.seeds:
+            from lg.tools.seeds import train_seeds
+
+            train_seeds(args.cfg, args.opts, args.seeds, lambda cfg: start("train", cfg))
+        else:
+            start(args.mode, load_config(args.cfg, args.opts))
     except (UserError, OSError) as error:
         # Every process that torchrun started gets here; the first one reports the error.
         sys.exit(f"Error: {error}" if os.environ.get("RANK", "0") == "0" else 1)

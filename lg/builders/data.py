@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple, TypeVar
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch.utils.data import DataLoader
@@ -15,7 +16,14 @@ from lg.augment.batched import BatchTestTransform, BatchTransform
 from lg.augment.mixing import Mixing
 from lg.augment.recipe import TestTransform, TrainTransform
 from lg.datasets import build_dataset
-from lg.datasets.base import MISSING, ImageDataset, fingerprint, hold_out, stratified_subset
+from lg.datasets.base import (
+    MISSING,
+    ImageDataset,
+    class_weights,
+    fingerprint,
+    hold_out,
+    stratified_subset,
+)
 from lg.datasets.cache import ImageCache, Prepare, cache_bytes, free_memory
 from lg.datasets.cached_loader import CachedTestLoader, CachedTrainLoader
 from lg.datasets.image_folder import splits_of
@@ -192,6 +200,7 @@ def build_train_loader(
         max_epoch=cfg.OPTIM.MAX_EPOCH,
         rank=world.rank,
         world_size=world.size,
+        weights=_balance(cfg, dataset)[dataset.labels] if cfg.TRAIN.BALANCE == "sampling" else None,
     )
     batch_transform = BatchTransform(**recipe)
     cache = _build_cache(cfg, dataset, batch_transform.prepare, world, device)
@@ -289,6 +298,30 @@ def dataset_facts(dataset: ImageDataset) -> dict[str, Any]:
         "count": len(dataset.full),
         "fingerprint": fingerprint(dataset),
     }
+
+
+def build_class_weights(
+    cfg: CfgNode, dataset: ImageDataset, device: torch.device
+) -> torch.Tensor | None:
+    """Build the weights of the classes in the loss; None unless TRAIN.BALANCE is weights."""
+    if cfg.TRAIN.BALANCE != "weights":
+        return None
+    return torch.tensor(_balance(cfg, dataset), dtype=torch.float32, device=device)
+
+
+def _balance(cfg: CfgNode, dataset: ImageDataset) -> np.ndarray:
+    """Return the weights of the classes.
+
+    Raises:
+        ConfigError: All classes are of one size, so that there is nothing to balance.
+    """
+    weights = class_weights(dataset)
+    if len(set(weights[weights > 0].tolist())) == 1:
+        raise ConfigError(
+            f"TRAIN.BALANCE is {cfg.TRAIN.BALANCE}, but all classes of the {len(dataset)} training "
+            f"images of {dataset.name} have the same size: set it to none."
+        )
+    return weights
 
 
 def build_mixing(cfg: CfgNode) -> Mixing:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -11,7 +12,13 @@ from torch.nn.parallel import DistributedDataParallel
 from yacs.config import CfgNode
 
 from lg.builders.compiling import compile_student
-from lg.builders.data import Splits, build_mixing, build_test_loader, build_train_loader
+from lg.builders.data import (
+    Splits,
+    build_class_weights,
+    build_mixing,
+    build_test_loader,
+    build_train_loader,
+)
 from lg.builders.models import build_guided, prepare_bank
 from lg.builders.training import (
     build_average,
@@ -71,7 +78,7 @@ def build_run(cfg: CfgNode, data: Splits, world: World, log: RunLog) -> Run:
         guided=guided,
         module=module,
         guide=guide,
-        loss=loss,
+        loss=replace(loss, class_weights=build_class_weights(cfg, data.train, device)),
         schedule=build_schedule(cfg),
         mixing=build_mixing(cfg),
         optimizer=build_optimizer(cfg, guided),

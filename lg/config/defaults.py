@@ -177,6 +177,10 @@ DEFAULTS: dict[str, Any] = {
         # (+) tests in a row without a lower error after which training stops, >= 0; 0: never. Needs
         # VAL_FRACTION, or an image_folder with val/ and test/
         "EARLY_STOP": 0,
+        # (+) classes of unequal size. none; weights: weight the cross-entropy of an image by the
+        # inverse size of its class, 1 on average over the images; sampling: draw the images of an
+        # epoch with replacement, each class equally often on average
+        "BALANCE": "none",
         # (+) micro-batches per batch, to save memory; must divide BATCH_SIZE
         "ACCUM_STEPS": 1,
         # (+) several GPUs: BatchNorm uses the statistics of the whole batch, not of each process's

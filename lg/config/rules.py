@@ -93,6 +93,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "OPTIM.LR_POLICY": ("cos", "lin", "exp", "steps"),
     "TRAIN.DATASET": ("", *DATASET_NAMES),
     "TRAIN.SPLIT": ("train",),
+    "TRAIN.BALANCE": ("none", "weights", "sampling"),
     "TRAIN.COMPILE": ("none", "default", "reduce-overhead", "max-autotune"),
     "DATA_LOADER.BACKEND": ("auto", "workers", "device"),
     "DATA_LOADER.ON_ERROR": ("stop", "skip"),

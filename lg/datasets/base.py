@@ -146,6 +146,16 @@ def stratified_subset(dataset: ImageDataset, fraction: float, seed: int) -> Imag
     return DatasetSubset(dataset, stratified_order(dataset.labels, seed)[:num_kept])
 
 
+def class_weights(dataset: ImageDataset) -> np.ndarray:
+    """Return weights [K] inverse to the sizes of the classes, 1 on average over the images.
+
+    A class without images has weight 0.
+    """
+    sizes = np.bincount(dataset.labels, minlength=dataset.num_classes)
+    mean = len(dataset) / np.count_nonzero(sizes)
+    return np.where(sizes > 0, mean / np.maximum(sizes, 1), 0.0)
+
+
 def hold_out(
     dataset: ImageDataset, fraction: float, seed: int
 ) -> tuple[ImageDataset, ImageDataset]:

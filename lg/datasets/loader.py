@@ -91,7 +91,8 @@ class TestSamples(_Samples):
 
 
 class TrainBatches:
-    """A batch sampler for all remaining epochs, each a new permutation.
+    """A batch sampler for all remaining epochs, each a new permutation, or a new sample with
+    replacement if there are weights.
 
     The global batch of a step is the same for any number of processes, each of which takes its own
     slice. The last batch of an epoch is dropped if it is not full.
@@ -106,11 +107,24 @@ class TrainBatches:
         max_epoch: int,
         rank: int = 0,
         world_size: int = 1,
+        weights: np.ndarray | None = None,
     ) -> None:
+        """Set what is drawn.
+
+        Args:
+            num_samples: n.
+            batch_size: Samples per step, over all processes.
+            seed: Of the order.
+            max_epoch: Number of epochs.
+            rank: This process.
+            world_size: Number of processes.
+            weights: [n], relative probability of each sample; None takes each once per epoch.
+        """
         assert batch_size % world_size == 0 and batch_size <= num_samples
         self.num_samples, self.batch_size = num_samples, batch_size
         self.seed, self.max_epoch = seed, max_epoch
         self.rank, self.world_size = rank, world_size
+        self.probabilities = None if weights is None else weights / weights.sum()
         self.steps_per_epoch = num_samples // batch_size
         self.epoch, self.step = 0, 0
 
@@ -122,20 +136,47 @@ class TrainBatches:
         return (self.max_epoch - self.epoch) * self.steps_per_epoch - self.step
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        """Yield the keys (epoch, position) of each batch."""
-        for epoch, _, positions in self.steps():
-            yield [(epoch, position) for position in positions]
+        """Yield the keys (epoch, position) of each batch.
+
+        The r-th repeat of a sample in an epoch has the key of epoch + r * max_epoch, so that it is
+        augmented in another way.
+        """
+        current, looks = -1, np.empty(0)
+        for epoch, step, positions in self.steps():
+            if epoch != current:
+                current, looks = epoch, epoch + self.max_epoch * _repeats(self._order(epoch))
+            yield list(zip(looks[self._share(step)].tolist(), positions, strict=True))
 
     def steps(self) -> Iterator[tuple[int, int, list[int]]]:
         """Yield (epoch, step, positions) of each batch."""
-        size = self.batch_size // self.world_size
         first_step = self.step
         for epoch in range(self.epoch, self.max_epoch):
-            order = np.random.default_rng((self.seed, ORDER, epoch)).permutation(self.num_samples)
+            order = self._order(epoch)
             for step in range(first_step, self.steps_per_epoch):
-                first = step * self.batch_size + self.rank * size
-                yield epoch, step, order[first : first + size].tolist()
+                yield epoch, step, order[self._share(step)].tolist()
             first_step = 0
+
+    def _share(self, step: int) -> slice:
+        """Return the places of this process's samples of a step in the order of the epoch."""
+        size = self.batch_size // self.world_size
+        first = step * self.batch_size + self.rank * size
+        return slice(first, first + size)
+
+    def _order(self, epoch: int) -> np.ndarray:
+        """Return the samples of an epoch, [n]."""
+        random = np.random.default_rng((self.seed, ORDER, epoch))
+        if self.probabilities is None:
+            return random.permutation(self.num_samples)
+        return random.choice(self.num_samples, self.num_samples, p=self.probabilities)
+
+
+def _repeats(order: np.ndarray) -> np.ndarray:
+    """Return how often the sample at each place of an order came before, [n]."""
+    by_sample = np.argsort(order, kind="stable")
+    in_order = order[by_sample]
+    repeats = np.empty_like(order)
+    repeats[by_sample] = np.arange(len(order)) - np.searchsorted(in_order, in_order)
+    return repeats
 
 
 class _BatchLoader(DataLoader[Batch]):

@@ -100,8 +100,13 @@ def logit_loss(
     return F.kl_div(student, teacher, reduction="batchmean", log_target=True) * temperature**2
 
 
-def classification_loss(logits: Tensor, targets: Tensor) -> Tensor:
-    """Return the cross-entropy of logits [N, K] with target distributions [N, K], batch mean."""
+def classification_loss(
+    logits: Tensor, targets: Tensor, class_weights: Tensor | None = None
+) -> Tensor:
+    """Return the cross-entropy of logits [N, K] with target distributions [N, K], batch mean, each
+    class weighted by `class_weights` [K] if given."""
+    if class_weights is not None:
+        targets = targets * class_weights
     return -(targets * F.log_softmax(_widen(logits), dim=1)).sum(dim=1).mean()
 
 
@@ -121,6 +126,8 @@ class GuidanceLoss:
         temperature: See `logit_loss`.
         standardize: See `logit_loss`.
         logit_weight: Weight of the imitation of logits, 0 to 1; 0 turns it off.
+        class_weights: Weights of the classes in the cross-entropy, [K] on the device of the logits;
+            None weights all equally.
     """
 
     transform: str = "linear"
@@ -129,6 +136,7 @@ class GuidanceLoss:
     temperature: float = 1.0
     standardize: bool = False
     logit_weight: float = 0.0
+    class_weights: Tensor | None = None
 
     def __call__(
         self,
@@ -159,7 +167,7 @@ class GuidanceLoss:
             ValueError: The guide returned no logits to imitate, or another number of maps.
         """
         class_logits, imitating_logits = logits if isinstance(logits, tuple) else (logits, logits)
-        cls = classification_loss(class_logits, targets)
+        cls = classification_loss(class_logits, targets, self.class_weights)
         inter = logit = torch.zeros((), device=cls.device)
         loss = cls
         if self.logit_weight > 0 and factor > 0:

@@ -31,6 +31,7 @@ from lg.builders.training import (
     synchronize_batch_norms,
 )
 from lg.checkpoint import CheckpointFolder, load_weights
+from lg.config.published import published_curve
 from lg.datasets.loader import MODEL
 from lg.device import Precision
 from lg.distributed import World
@@ -68,6 +69,7 @@ def build_run(cfg: CfgNode, data: Splits, world: World, log: RunLog) -> Run:
         device=device,
         split=str(data.test),
         final_split=str(data.final or ""),
+        published=published_curve(cfg),
         steps_per_epoch=loader.steps_per_epoch,
         max_epoch=cfg.OPTIM.MAX_EPOCH,
         batch_size=cfg.TRAIN.BATCH_SIZE,

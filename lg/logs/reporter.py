@@ -8,6 +8,7 @@ import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 
 from lg.device import peak_memory_mb
@@ -16,6 +17,11 @@ from lg.metrics import EvalResult
 
 if TYPE_CHECKING:
     from lg.run import Progress
+
+
+# Points of top-1 below a published curve that are reported: where the known curve is steepest (0.75
+# points per epoch), 7 epochs of training. Less may come from the seed.
+FAR_OFF = 5.0
 
 
 @dataclass
@@ -32,6 +38,7 @@ class Reporter:
         batch_size: Images per step, over all processes.
         inter: Whether features are imitated.
         logit: Whether logits are imitated.
+        published: Published test top-1 in percent by epoch (from 1); empty if unknown.
     """
 
     log: RunLog
@@ -43,6 +50,8 @@ class Reporter:
     batch_size: int
     inter: bool
     logit: bool
+    published: dict[int, float] = field(default_factory=dict)
+    _is_far_off: bool = False  # reported once
     _steps: int = 0
     _started: float = field(default_factory=time.perf_counter)
     _last: float = 0.0
@@ -226,7 +235,23 @@ class Reporter:
         accuracy, highest = 100 - result.top1_err, 100 - best["top1_err"]
         if not self._train_line:  # the run was resumed after the epoch's training
             self._train_line = f"epoch {epoch + 1}/{self.max_epoch}"
+        if not average:
+            self._compare(accuracy, epoch + 1)
         self._train_line += f"  {name} top-1 {accuracy:.2f} % (best {highest:.2f})"
+
+    def _compare(self, accuracy: float, epoch: int) -> None:
+        """Warn once if an epoch (from 1) is far below the published curve."""
+        epochs, published = [*self.published], [*self.published.values()]
+        if not epochs or self._is_far_off or not epochs[0] <= epoch <= epochs[-1]:
+            return
+        expected = float(np.interp(epoch, epochs, published))
+        if accuracy < expected - FAR_OFF:
+            self._is_far_off = True
+            self.log.warn(
+                f"Top-1 of epoch {epoch} is {accuracy:.1f} %; published runs with this model, data "
+                f"and guidance have about {expected:.1f} %. Compare TRAIN.BATCH_SIZE, the OPTIM "
+                "settings, the guide's accuracy and DISTILLATION.TEACHER_BN with theirs."
+            )
 
     def end_epoch(self) -> None:
         """Print the line of the epoch."""

@@ -153,7 +153,7 @@ def build_and_step(cfg: CfgNode) -> None:
     precision.scaler.scale(terms["loss"]).backward()
     optimizer.step()
     if average is not None:
-        average.update(0, warming=False)
+        average.follow(guided.student, 0, warming=False)
 
 
 @pytest.mark.filterwarnings("ignore:DISTILLATION.TEACHER_WEIGHTS is null")

@@ -17,7 +17,6 @@ from lg.models.backbone import Backbone, MapLayout
 from lg.models.key_table import KeyTable
 
 INIT_STD = 0.02  # of the initial weights of linear layers, tokens and positions
-_LARGEST_IMAGE = 4096  # pixels; where the search for a size that fits ends
 
 
 def split_heads(tokens: torch.Tensor, num_heads: int) -> torch.Tensor:
@@ -107,26 +106,19 @@ def stage_sides(
     Raises:
         ValueError: A stage, or its reduced map, is left without a pixel.
     """
-
-    def sides_of(size: int) -> list[int]:
-        sides = []
-        for geometry in zip(kernel, stride, padding, strict=True):
-            size = conv_size(size, *geometry)
-            sides.append(size)
-        return sides
-
-    def fits(size: int) -> bool:
-        least = sr_ratio or [1] * len(kernel)
-        return all(side >= low for side, low in zip(sides_of(size), least, strict=True))
-
-    sides = sides_of(img_size)
-    if not fits(img_size):
+    geometry = list(zip(kernel, stride, padding, strict=True))
+    sides: list[int] = []
+    for one in geometry:
+        sides.append(conv_size(sides[-1] if sides else img_size, *one))
+    smallest = 1  # side of the map that each convolution needs, from the last to the first
+    for (k, s, p), low in reversed(list(zip(geometry, sr_ratio or [1] * len(sides), strict=True))):
+        smallest = max((max(smallest, low) - 1) * s + k - 2 * p, 1)
+    if img_size < smallest:
         maps = ", ".join(f"{max(side, 0)} x {max(side, 0)}" for side in sides)
         limit = f" for sr_ratio {list(sr_ratio)}" if sr_ratio else ""
-        smallest = next(filter(fits, range(1, _LARGEST_IMAGE + 1)), None)
-        advice = f"use an image size of {smallest} or more" if smallest else "no image size fits"
         raise ValueError(
-            f"img_size {img_size} is too small{limit}: the stages get maps of {maps}; {advice}"
+            f"img_size {img_size} is too small{limit}: the stages get maps of {maps}; "
+            f"use an image size of {smallest} or more"
         )
     return sides
 

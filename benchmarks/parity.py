@@ -29,7 +29,6 @@ sys.path.insert(0, str(ROOT))
 import lg  # noqa: E402
 from lg import builders  # noqa: E402
 from lg.guidance import FrozenTeacher  # noqa: E402
-from lg.models.published import published_name  # noqa: E402
 from tests.reference_fill import fill, reference_input  # noqa: E402
 
 REFERENCE = ROOT / "tests" / "reference"
@@ -206,7 +205,7 @@ def groups_equal(name: str) -> bool:
     cfg, guided, _, _ = build(name, "base")
     groups = {
         group["name"]: sorted(
-            published_name(guided.student, own.removeprefix("student."))
+            guided.student.keys.published(own.removeprefix("student.net."))
             for own in group["parameter_names"]
         )
         for group in builders.build_optimizer(cfg, guided).param_groups

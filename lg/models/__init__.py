@@ -8,11 +8,7 @@ from lg.models.convit import convit
 from lg.models.cvt import cvt
 from lg.models.deit import deit
 from lg.models.pit import pit
-from lg.models.published import (
-    load_published_state_dict,
-    published_name,
-    published_state_dict,
-)
+from lg.models.published import load_published_state_dict, published_state_dict
 from lg.models.pvt import pvt
 from lg.models.pvtv2 import pvtv2
 from lg.models.resnet import resnet
@@ -31,7 +27,6 @@ __all__ = [
     "feature_maps",
     "load_published_state_dict",
     "pit",
-    "published_name",
     "published_state_dict",
     "pvt",
     "pvtv2",

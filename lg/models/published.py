@@ -14,25 +14,6 @@ from lg.models.backbone import unwrap
 _SHOWN = 5  # keys named per kind of mismatch
 
 
-def published_name(model: nn.Module, name: str) -> str:
-    """Return the published name of a parameter or buffer.
-
-    Args:
-        model: A `Backbone`, bare or wrapped.
-        name: As in `named_parameters()` of the bare `Backbone`.
-
-    Raises:
-        ValueError: The name is not one of a `Backbone`.
-    """
-    backbone = unwrap(model)
-    if not name.startswith("net."):
-        raise ValueError(
-            f"{name!r} is not the name of a Backbone's parameter: use a name of its "
-            "named_parameters(), which begin with 'net.'"
-        )
-    return backbone.keys.published(name.removeprefix("net."))
-
-
 def published_state_dict(model: nn.Module) -> dict[str, torch.Tensor]:
     """Return the weights under their published names and in the published order.
 

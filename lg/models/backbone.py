@@ -27,8 +27,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -206,34 +207,27 @@ def probe_layouts(
         Layouts in the order in which the modules first ran. The layout is None if the output holds
         no map, or a map that the network overwrites in place. Modules that did not run are absent.
     """
-    outputs: dict[str, Any] = {}
-    versions: dict[str, list[int]] = {}
+    seen: dict[str, tuple[Any, list[int]]] = {}
 
-    def watch(name: str) -> torch.utils.hooks.RemovableHandle:
-        def remember(_module: nn.Module, _inputs: Any, output: Any) -> None:
-            if name not in outputs:
-                outputs[name] = output
-                versions[name] = _versions_of(output)
+    def remember(name: str, _module: nn.Module, _inputs: Any, output: Any) -> None:
+        seen.setdefault(name, (output, _versions_of(output)))
 
-        return net.get_submodule(name).register_forward_hook(remember)
-
-    handles = [watch(name) for name in names]
     # Noise: some normalisations turn a constant image into NaN.
     image = torch.randn((1, *image_shape), generator=torch.Generator().manual_seed(0))
-    try:
+    with ExitStack() as stack:
+        for name in names:
+            hook = net.get_submodule(name).register_forward_hook(partial(remember, name))
+            stack.callback(hook.remove)
         with torch.random.fork_rng(devices=[]), evaluating(net):
             net(image.to(next(net.parameters()).device))
-    finally:
-        for handle in handles:
-            handle.remove()
     prefix = getattr(net, "num_prefix_tokens", 0)
     # If a later module overwrites an output in place, a tap would read the wrong values.
-    shapes = {
-        name: _shapes_of(output) if _versions_of(output) == versions[name] else None
-        for name, output in outputs.items()
+    outputs = {
+        name: output if _versions_of(output) == versions else None
+        for name, (output, versions) in seen.items()
     }
-    layouts = {name: _layout_of(shape, prefix=prefix) for name, shape in shapes.items()}
-    return _settle_cubes(layouts, shapes)
+    layouts = {name: _layout_of(output, prefix=prefix) for name, output in outputs.items()}
+    return _settle_cubes(layouts, outputs)
 
 
 def _versions_of(output: Any) -> list[int]:
@@ -242,36 +236,23 @@ def _versions_of(output: Any) -> list[int]:
     return [item._version for item in items if isinstance(item, torch.Tensor)]
 
 
-def _shapes_of(output: Any) -> Any:
-    """Return the shape of a tensor, or the list of shapes of a tuple (None for other items)."""
-    if isinstance(output, torch.Tensor):
-        return tuple(output.shape)
-    if isinstance(output, (tuple, list)):
-        return [tuple(item.shape) if isinstance(item, torch.Tensor) else None for item in output]
-    return None
-
-
-def _layout_of(shape: Any, *, prefix: int) -> MapLayout | None:
-    """Return the layout that fits the shape(s) of one image's output; None for no map.
+def _layout_of(output: Any, *, prefix: int) -> MapLayout | None:
+    """Return the layout that fits one image's output, or one item of a tuple; None for no map.
 
     The image is square, so its map is square, which tells the layouts apart.
     """
-    if isinstance(shape, list):
-        for item, one in enumerate(shape):
-            layout = _layout_of(one, prefix=prefix) if one is not None else None
-            if layout is not None:
-                return MapLayout(layout.kind, layout.channels, layout.prefix, layout.size, item)
+    if isinstance(output, (tuple, list)):
+        layouts = [_layout_of(item, prefix=prefix) for item in output]
+        found = ((item, layout) for item, layout in enumerate(layouts) if layout is not None)
+        return next((replace(layout, item=item) for item, layout in found), None)
+    if not isinstance(output, torch.Tensor) or output.ndim not in (3, 4) or len(output) != 1:
         return None
-    if shape is None or shape[0] != 1 or 0 in shape:
-        return None
-    if len(shape) == 4:
-        _, first, second, third = shape
-        if second == third:
-            return MapLayout("nchw", first)
-        return MapLayout("nhwc", third) if first == second else None
-    if len(shape) == 3:
-        return _token_layout(*shape[1:], prefix=prefix)
-    return None
+    _, first, second, *rest = output.shape
+    if not rest:
+        return _token_layout(first, second, prefix=prefix)
+    if second == rest[0]:
+        return MapLayout("nchw", first)
+    return MapLayout("nhwc", rest[0]) if first == second else None
 
 
 def _token_layout(num_tokens: int, channels: int, *, prefix: int) -> MapLayout | None:
@@ -286,16 +267,15 @@ def _token_layout(num_tokens: int, channels: int, *, prefix: int) -> MapLayout |
 
 
 def _settle_cubes(
-    layouts: dict[str, MapLayout | None], shapes: dict[str, Any]
+    layouts: dict[str, MapLayout | None], outputs: dict[str, Any]
 ) -> dict[str, MapLayout | None]:
     """Read [1, D, D, D], which fits both image layouts, in the layout of the net's other blocks."""
     cubes = [
         name
-        for name, shape in shapes.items()
-        if isinstance(shape, tuple) and len(shape) == 4 and len(set(shape[1:])) == 1
+        for name, output in outputs.items()
+        if isinstance(output, torch.Tensor) and output.ndim == 4 and len(set(output.shape[1:])) == 1
     ]
-    kinds = [v.kind for n, v in layouts.items() if v is not None and n not in cubes]
-    if "nhwc" in kinds and "nchw" not in kinds:
-        for name in cubes:
-            layouts[name] = MapLayout("nhwc", shapes[name][3])
+    kinds = {v.kind for n, v in layouts.items() if v is not None and n not in cubes} - {"tokens"}
+    if kinds == {"nhwc"}:
+        layouts |= {name: MapLayout("nhwc", outputs[name].shape[3]) for name in cubes}
     return layouts

@@ -98,12 +98,11 @@ def attention_maps(model: nn.Module, images: torch.Tensor, index: int) -> torch.
     recorder = _Recorder()
 
     def look(module: nn.Module, args: tuple, kwargs: dict) -> None:
-        with recorder:
-            module.forward(*args, **kwargs)
-        if isinstance(module, GatedAttention):
-            recorder.found = [module.attention(args[0])]
-        elif isinstance(module, GPSA):
+        if isinstance(module, (GatedAttention, GPSA)):
             recorder.found = [module.get_attention(args[0])]
+        else:
+            with recorder:
+                module.forward(*args, **kwargs)
 
     handle = (gated or block).register_forward_pre_hook(look, with_kwargs=True)
     try:

@@ -53,7 +53,7 @@ class GatedAttention(nn.Module):
         if tokens.is_cuda and not dropped:
             heads = self.mix_results(tokens, value)
         else:
-            heads = self.attn_drop(self.attention(tokens)) @ value
+            heads = self.attn_drop(self.get_attention(tokens)) @ value
         return self.proj_drop(self.proj(heads.transpose(1, 2).flatten(2)))
 
     def mix_results(self, tokens: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
@@ -66,7 +66,7 @@ class GatedAttention(nn.Module):
         position = position.unflatten(2, (len(tokens), -1)).permute(2, 0, 1, 3)
         return torch.lerp(content, position, self._gate().to(content.dtype))
 
-    def attention(self, tokens: torch.Tensor) -> torch.Tensor:
+    def get_attention(self, tokens: torch.Tensor) -> torch.Tensor:
         """Return the attention weights [B, M, N, N] for tokens [B, N, C]; no dropout."""
         query, key = self._query_and_key(tokens)
         content = (self.scale * query @ key.transpose(2, 3)).softmax(dim=-1)

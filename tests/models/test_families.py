@@ -273,7 +273,7 @@ def test_mixing_results_equals_mixing_attentions() -> None:
     nn.init.normal_(layer.gating_param)
     tokens = torch.randn(3, 16, 32)
     value = torch.randn(3, 2, 16, 16)
-    mixed = layer.attention(tokens) @ value
+    mixed = layer.get_attention(tokens) @ value
     torch.testing.assert_close(layer.mix_results(tokens, value), mixed, rtol=0, atol=1e-6)
 
 

@@ -10,8 +10,8 @@ Shapes: B batch, N patch tokens, P class tokens (0 or 1), C channels, H and W th
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from timm.layers import QuickGELU
@@ -30,30 +30,19 @@ from lg.models.layers import (
 )
 from lg.models.pyramid import Block, PatchEmbed, Pyramid, Size, Stage
 
+Geometry = tuple[int, int, int]  # kernel, stride and padding of a convolution or pooling
+
 KEYS = KeyTable(renames=(("stages.{}", "stage{}"),))
 
 
-class DepthwiseProjection(nn.Module):
-    """Depthwise convolution and BatchNorm, the first part of a `dw_bn` projection."""
-
-    def __init__(self, dim: int, *, kernel: int, stride: int, padding: int) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(
-            dim, dim, kernel, stride=stride, padding=padding, groups=dim, bias=False
-        )
-        self.bn = nn.BatchNorm2d(dim)
-
-    def forward(self, features: torch.Tensor) -> torch.Tensor:
-        """Map [B, C, H, W] to a map of the same or a smaller size."""
-        return self.bn(self.conv(features))
-
-
-def _projection(method: str, dim: int, kernel: int, stride: int, padding: int) -> nn.Module:
+def _projection(method: str, dim: int, geometry: Geometry) -> nn.Module:
     """Return the module that a map passes before its linear projection."""
+    kernel, stride, padding = geometry
     if method == "dw_bn":
-        return DepthwiseProjection(dim, kernel=kernel, stride=stride, padding=padding)
+        conv = nn.Conv2d(dim, dim, kernel, stride, padding, groups=dim, bias=False)
+        return nn.Sequential(OrderedDict(conv=conv, bn=nn.BatchNorm2d(dim)))
     if method == "avg":
-        return nn.AvgPool2d(kernel, stride=stride, padding=padding, ceil_mode=True)
+        return nn.AvgPool2d(kernel, stride, padding, ceil_mode=True)
     return nn.Identity()
 
 
@@ -66,11 +55,8 @@ class ConvAttention(nn.Module):
         *,
         num_heads: int,
         method: str,
-        kernel: int,
-        stride_q: int,
-        padding_q: int,
-        stride_kv: int,
-        padding_kv: int,
+        geometry_q: Geometry,
+        geometry_kv: Geometry,
         with_cls_token: bool,
         drop_rate: float,
         attention_drop_rate: float,
@@ -82,9 +68,9 @@ class ConvAttention(nn.Module):
         self.attention_drop_rate = attention_drop_rate
         # Averaging would leave fewer queries than tokens, so that method keeps the queries.
         query_method = "linear" if method == "avg" else method
-        self.conv_proj_q = _projection(query_method, dim, kernel, stride_q, padding_q)
-        self.conv_proj_k = _projection(method, dim, kernel, stride_kv, padding_kv)
-        self.conv_proj_v = _projection(method, dim, kernel, stride_kv, padding_kv)
+        self.conv_proj_q = _projection(query_method, dim, geometry_q)
+        self.conv_proj_k = _projection(method, dim, geometry_kv)
+        self.conv_proj_v = _projection(method, dim, geometry_kv)
         self.proj_q = nn.Linear(dim, dim)
         self.proj_k = nn.Linear(dim, dim)
         self.proj_v = nn.Linear(dim, dim)
@@ -154,31 +140,25 @@ def cvt(
     sides = stage_sides(img_size, patch_size, patch_stride, patch_padding)
     stages = []
     for i, (channels, dim) in enumerate(zip([in_channels, *hidden_dim], hidden_dim, strict=False)):
-        attention: dict[str, Any] = {
-            "num_heads": num_heads[i],
-            "method": qkv_proj_method[i],
-            "kernel": kernel_qkv[i],
-            "stride_q": stride_q[i],
-            "padding_q": padding_q[i],
-            "stride_kv": stride_kv[i],
-            "padding_kv": padding_kv[i],
-            "with_cls_token": with_cls_token[i],
-            "drop_rate": drop_rate[i],
-            "attention_drop_rate": attention_drop_rate[i],
-        }
-        _check_projection(attention, sides[i])
+        geometry_q = (kernel_qkv[i], stride_q[i], padding_q[i])
+        geometry_kv = (kernel_qkv[i], stride_kv[i], padding_kv[i])
+        _check_projection(qkv_proj_method[i], sides[i], geometry_q, geometry_kv)
         embed = PatchEmbed(
-            channels,
-            dim,
-            kernel=patch_size[i],
-            stride=patch_stride[i],
-            padding=patch_padding[i],
-            ln_eps=ln_eps,
+            channels, dim, patch_size[i], patch_stride[i], patch_padding[i], ln_eps=ln_eps
         )
         blocks = [
             Block(
                 dim,
-                ConvAttention(dim, **attention),
+                ConvAttention(
+                    dim,
+                    num_heads=num_heads[i],
+                    method=qkv_proj_method[i],
+                    geometry_q=geometry_q,
+                    geometry_kv=geometry_kv,
+                    with_cls_token=with_cls_token[i],
+                    drop_rate=drop_rate[i],
+                    attention_drop_rate=attention_drop_rate[i],
+                ),
                 mlp_ratio=mlp_ratio[i],
                 act_layer=QuickGELU,
                 ln_eps=ln_eps,
@@ -201,25 +181,22 @@ def cvt(
     )
 
 
-def _check_projection(attention: dict[str, Any], side: int) -> None:
+def _check_projection(method: str, side: int, geometry_q: Geometry, geometry_kv: Geometry) -> None:
     """Reject projections that change the number of queries or leave no keys."""
-    method, kernel = attention["method"], attention["kernel"]
-    stride_q, padding_q = attention["stride_q"], attention["padding_q"]
-    padding_kv = attention["padding_kv"]
-    if method == "linear":
-        return
-    queries = conv_size(side, kernel, stride_q, padding_q)
+    kernel, stride_q, padding_q = geometry_q
+    queries = conv_size(side, *geometry_q)
     if method == "dw_bn" and queries != side:
         raise ValueError(
             f"kernel_qkv {kernel}, stride_q {stride_q} and padding_q {padding_q} turn "
             f"{side} x {side} queries into {queries} x {queries}, which do not fit the residual: "
             "use a stride of 1 and half the (odd) kernel as padding"
         )
+    padding_kv = geometry_kv[2]
     if method == "avg" and padding_kv * 2 > kernel:
         raise ValueError(
             f"padding_kv {padding_kv} is more than half of kernel_qkv {kernel}: lower it"
         )
-    if side + 2 * padding_kv < kernel:
+    if method != "linear" and conv_size(side, *geometry_kv) < 1:
         raise ValueError(
             f"kernel_qkv {kernel} does not fit the {side} x {side} map of a stage: lower it, or "
             "raise padding_kv or img_size"

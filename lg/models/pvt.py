@@ -117,7 +117,7 @@ def pvt(
     ramp = iter(drop_path_ramp(drop_path_rate, sum(depth)))
     stages = []
     for i, (channels, dim) in enumerate(zip([in_channels, *hidden_dim], hidden_dim, strict=False)):
-        embed = PatchEmbed(channels, dim, kernel=patch_size[i], stride=patch_size[i], ln_eps=ln_eps)
+        embed = PatchEmbed(channels, dim, patch_size[i], patch_size[i], ln_eps=ln_eps)
         blocks = [
             Block(
                 dim,
@@ -136,16 +136,15 @@ def pvt(
             )
             for _ in range(depth[i])
         ]
-        stages.append(
-            Stage(
-                embed,
-                blocks,
-                dim=dim,
-                num_patches=sides[i] ** 2,
-                with_cls_token=has_token[i],
-                drop_rate=drop_rate,
-            )
+        stage = Stage(
+            embed,
+            blocks,
+            dim=dim,
+            num_patches=sides[i] ** 2,
+            with_cls_token=has_token[i],
+            drop_rate=drop_rate,
         )
+        stages.append(stage)
     return staged_backbone(
         Pyramid(stages, dim=hidden_dim[-1], num_classes=num_classes, ln_eps=ln_eps),
         family="PVT",

@@ -23,10 +23,10 @@ class PatchEmbed(nn.Module):
         self,
         in_channels: int,
         dim: int,
-        *,
         kernel: int,
         stride: int,
         padding: int = 0,
+        *,
         ln_eps: float,
     ) -> None:
         super().__init__()
@@ -57,9 +57,7 @@ class Block(nn.Module):
         self.norm1 = nn.LayerNorm(dim, eps=ln_eps)
         self.attn = attention
         self.norm2 = nn.LayerNorm(dim, eps=ln_eps)
-        self.mlp = Mlp(
-            dim, hidden_features=int(dim * mlp_ratio), act_layer=act_layer, drop=drop_rate
-        )
+        self.mlp = Mlp(dim, int(dim * mlp_ratio), act_layer=act_layer, drop=drop_rate)
         self.drop_path = DropPath(drop_path_rate)
 
     def forward(self, tokens: torch.Tensor, size: Size) -> torch.Tensor:

@@ -7,10 +7,10 @@ shape changes, the CIFAR form has a 1x1 convolution instead of zero padding.
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable
 from functools import partial
 
-import torch
 from timm.layers import get_act_layer
 from timm.models.resnet import BasicBlock, Bottleneck
 from timm.models.resnet import ResNet as TimmResNet
@@ -51,7 +51,7 @@ HEAD_STD = 0.01  # of the initial weights of the classifier
 Layer = Callable[..., nn.Module]
 
 
-class CifarResNet(nn.Module):
+class CifarResNet(nn.Sequential):
     """The CIFAR form: 3x3 stem of 16 channels, then stages of 16, 32 and 64.
 
     Modules are named as in timm's ResNet, so both forms share one `KeyTable`.
@@ -73,50 +73,34 @@ class CifarResNet(nn.Module):
         act_layer: Layer,
         norm_layer: Layer,
     ) -> None:
-        super().__init__()
-        first, second, third = CIFAR_WIDTHS
-        stage = partial(
-            _cifar_stage, num_blocks=blocks_per_stage, act_layer=act_layer, norm_layer=norm_layer
-        )
-        self.conv1 = nn.Conv2d(in_channels, first, 3, padding=1, bias=False)
-        self.bn1 = norm_layer(first)
-        self.act1 = act_layer(inplace=True)
-        self.layer1 = stage(width_in=first, width=first, stride=1)
-        self.layer2 = stage(width_in=first, width=second, stride=2)
-        self.layer3 = stage(width_in=second, width=third, stride=2)
-        self.global_pool = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(1))
-        self.fc = nn.Linear(third, num_classes)
+        # timm's hints ask for classes; any callable works.
+        block = partial(BasicBlock, act_layer=act_layer, norm_layer=norm_layer)  # type: ignore[arg-type]
 
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """Map images [B, C, H, W] to logits [B, K]."""
-        features = self.act1(self.bn1(self.conv1(images)))
-        features = self.layer3(self.layer2(self.layer1(features)))
-        return self.fc(self.global_pool(features))
+        def stage(width_in: int, width: int) -> nn.Sequential:
+            stride, shortcut = 1, None
+            if width != width_in:
+                conv = nn.Conv2d(width_in, width, 1, stride=2, bias=False)
+                stride, shortcut = 2, nn.Sequential(conv, norm_layer(width))
+            rest = [block(width, width) for _ in range(blocks_per_stage - 1)]
+            return nn.Sequential(block(width_in, width, stride, shortcut), *rest)
+
+        first, second, third = CIFAR_WIDTHS
+        super().__init__(
+            OrderedDict(
+                conv1=nn.Conv2d(in_channels, first, 3, padding=1, bias=False),
+                bn1=norm_layer(first),
+                act1=act_layer(inplace=True),
+                layer1=stage(first, first),
+                layer2=stage(first, second),
+                layer3=stage(second, third),
+                global_pool=nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(1)),
+                fc=nn.Linear(third, num_classes),
+            )
+        )
 
     def get_classifier(self) -> nn.Module:
         """Return the classifier, under the name that timm's models use."""
-        return self.fc
-
-
-def _cifar_stage(
-    *,
-    width_in: int,
-    width: int,
-    stride: int,
-    num_blocks: int,
-    act_layer: Layer,
-    norm_layer: Layer,
-) -> nn.Sequential:
-    """Return `num_blocks` basic blocks, the first with `stride`."""
-    shortcut = None
-    if stride != 1 or width_in != width:
-        shortcut = nn.Sequential(
-            nn.Conv2d(width_in, width, 1, stride=stride, bias=False), norm_layer(width)
-        )
-    # timm's hints ask for classes; any callable works.
-    block = partial(BasicBlock, act_layer=act_layer, norm_layer=norm_layer)  # type: ignore[arg-type]
-    rest = [block(width, width) for _ in range(num_blocks - 1)]
-    return nn.Sequential(block(width_in, width, stride, shortcut), *rest)
+        return self[-1]
 
 
 def resnet(

@@ -111,17 +111,12 @@ def _create_pretrained(
     weights. Otherwise it ignores everything else that is missing, too.
     """
     config = timm.get_pretrained_cfg(name)
-    heads = _names(config and config.classifier)
+    entry: Any = config.classifier if config else None  # one name, several or none
+    heads = [entry] if isinstance(entry, str) else list(entry or ())
     # Files of the authors may name the head otherwise, or have none.
-    known = [n for head in heads for n in _shape(weights, head)[:1]]
-    counts = dict.fromkeys([*known[:1], config.num_classes if config else 1000, 0])
-    overlay: dict[str, Any] = {}
-    convs = _names(config and config.first_conv)
-    if convs and all(_shape(weights, c)[1:2] == (settings["in_chans"],) for c in convs):
-        overlay["first_conv"] = None  # older timm adapts or discards even what fits
+    known = [len(weights[f"{head}.weight"]) for head in heads if f"{head}.weight" in weights]
     reasons = []
-    for count in counts:
-        overlay |= {"state_dict": dict(weights), "num_classes": count}
+    for count in dict.fromkeys([*known[:1], config.num_classes if config else 1000, 0]):
         try:
             with _missing_keys() as missing:
                 net = _create(
@@ -129,7 +124,7 @@ def _create_pretrained(
                     **settings,
                     num_classes=count,
                     pretrained=True,
-                    pretrained_cfg_overlay=overlay,
+                    pretrained_cfg_overlay={"state_dict": dict(weights), "num_classes": count},
                 )
         except _WeightsError as error:
             reasons.append(str(error))
@@ -144,25 +139,11 @@ def _create_pretrained(
         if count != num_classes:
             net.reset_classifier(num_classes)  # type: ignore[operator]
         return net
-    made_for = config.input_size[-1] if config else settings["img_size"]
-    hint = ""
-    if made_for != settings["img_size"]:
-        hint = f", or set img_size {settings['img_size']} to {made_for}, which it is made for"
+    made_for = f" (made for img_size {config.input_size[-1]})" if config else ""
     raise ValueError(
         f"the pretrained weights do not fit timm/{name}: {reasons[0]}. Use the file that timm or "
-        f"the model's authors publish under this name{hint}"
+        f"the model's authors publish under this name{made_for}"
     )
-
-
-def _names(entry: Any) -> list[str]:
-    """Return the module names in an entry of timm's config: one, several or none."""
-    return [entry] if isinstance(entry, str) else list(entry or ())
-
-
-def _shape(weights: Mapping[str, torch.Tensor], module: str) -> tuple[int, ...]:
-    """Return the shape of a module's weight in the file; empty if there is none."""
-    weight = weights.get(f"{module}.weight")
-    return () if weight is None else tuple(weight.shape)
 
 
 @contextmanager
@@ -194,22 +175,21 @@ class _WeightsError(Exception):
 def _create(name: str, **settings: Any) -> nn.Module:
     """Build the model; settings it does not accept are left out if that changes nothing."""
     img_size = settings["img_size"]
-    harmless = {"img_size": True, "drop_rate": not settings["drop_rate"]}
-    harmless["drop_path_rate"] = not settings["drop_path_rate"]
+    optional = ("img_size", "drop_rate", "drop_path_rate")
     # A failed attempt may have drawn weights; the next one must start from the same random state.
     random_state = torch.get_rng_state()
     while True:
         try:
             return timm.create_model(name, **settings)
         except TypeError as error:
-            unknown = next((key for key in harmless if f"'{key}'" in str(error)), None)
-            if unknown is None or unknown not in settings:
+            unknown = next((key for key in optional if f"'{key}'" in str(error)), "")
+            if unknown not in settings:
                 raise
-            if not harmless[unknown]:
+            value = settings.pop(unknown)
+            if value and unknown != "img_size":
                 raise ValueError(
-                    f"{unknown} is {settings[unknown]}, but the model has no such rate: set it to 0"
+                    f"{unknown} is {value}, but the model has no such rate: set it to 0"
                 ) from error
-            del settings[unknown]
             torch.set_rng_state(random_state)
         except (RuntimeError, KeyError, AttributeError) as error:
             if settings.get("pretrained"):
@@ -221,31 +201,22 @@ def _create(name: str, **settings: Any) -> nn.Module:
 
 
 def _size_error(name: str, img_size: int, error: Exception) -> ValueError:
-    """Return the error for an unsupported image size, with the sizes that timm recommends."""
+    """Return the error for an unsupported image size, with the size that timm recommends."""
     config = timm.get_pretrained_cfg(name)
-    known = []
-    if config is not None:
-        known.append(f"it is made for {config.input_size[-1]}")
-        if config.min_input_size:
-            known.append(f"needs {config.min_input_size[-1]} or more")
+    advice = f"it is made for {config.input_size[-1]}" if config else "use another size"
     reason = " ".join(str(error).split())[:200] or type(error).__name__
-    return ValueError(
-        f"img_size {img_size} does not fit timm/{name} ({reason}): "
-        f"{', '.join(known) or 'timm does not recommend a size'}"
-    )
+    return ValueError(f"img_size {img_size} does not fit timm/{name} ({reason}): {advice}")
 
 
 def _find_blocks(net: nn.Module) -> list[str]:
     """Return the names of the outermost modules whose class is a residual block."""
     found: list[str] = []
     for name, module in net.named_modules():
-        inside = bool(found) and name.startswith(f"{found[-1]}.")
         kind = type(module).__name__
-        if inside or not _BLOCK_CLASS.search(kind) or _NO_BLOCK_CLASS.search(kind):
-            continue
-        if any(_NO_BLOCK_PLACE.match(part) for part in name.split(".")):
-            continue
-        if name:
+        is_block = _BLOCK_CLASS.search(kind) and not _NO_BLOCK_CLASS.search(kind)
+        inside = found and name.startswith(f"{found[-1]}.")
+        elsewhere = any(_NO_BLOCK_PLACE.match(part) for part in name.split("."))
+        if name and is_block and not inside and not elsewhere:
             found.append(name)
     return found
 
@@ -264,9 +235,9 @@ def _named_blocks(net: nn.Module, patterns: Sequence[str]) -> list[str]:
     names = [name for name, _ in net.named_modules() if name]
     idle = [p for p in patterns if not any(fits(name, p) for name in names)]
     if idle:
-        shown = ", ".join(p if p.isprintable() else repr(p) for p in idle)
         raise ValueError(
-            f"block_names has {shown}, but the model has no such module. It has {_outline(net)}"
+            f"block_names has {', '.join(idle)}, but the model has no such module. It has "
+            f"{_outline(net)}"
         )
     return [name for name in names if any(fits(name, pattern) for pattern in patterns)]
 

@@ -9,7 +9,7 @@ import torch
 from yacs.config import CfgNode
 
 from lg.builders.data import dataset_facts
-from lg.builders.families import build_family, keys_of, single, with_keys
+from lg.builders.families import build_family, single, with_keys
 from lg.checkpoint import foreign_weights, load_weights, read_checkpoint
 from lg.config.rules import FAMILIES
 from lg.datasets.base import ImageDataset
@@ -95,13 +95,12 @@ def _build_by_type(cfg: CfgNode, *, pretrained: bool) -> Backbone:
 
 def _student_keys(cfg: CfgNode) -> dict[str, str]:
     """Return the config key behind each argument that an error about the student may name."""
+    keys = {"img_size": "MODEL.IMG_SIZE", "block_names": "MODEL.BLOCKS"}
     family = FAMILIES.get(cfg.MODEL.TYPE)
-    own = [(family.section, cfg[family.section])] if family and family.section else []
-    return {
-        "img_size": "MODEL.IMG_SIZE",
-        "block_names": "MODEL.BLOCKS",
-        **keys_of(("TRANSFORMER", cfg.TRANSFORMER), *own),
-    }
+    for section in ("TRANSFORMER", family.section if family else None):
+        if section:
+            keys |= {name.lower(): f"{section}.{name}" for name in cfg[section]}
+    return keys
 
 
 def build_guided(cfg: CfgNode) -> tuple[GuidedStudent, Guide, GuidanceLoss]:

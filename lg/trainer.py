@@ -135,13 +135,13 @@ def train_epoch(run: Run) -> None:
 def test_epoch(run: Run) -> bool:
     """Test the student and its weight average; return whether the better one is the best so far."""
     progress = run.progress
-    # Every process tests the buffers that the main process saves.
-    distributed.broadcast_buffers(run.guided.student)
     models: dict[str, nn.Module] = {"test": run.guided.student}
     if run.average is not None:
         models["ema"] = run.average.module
     errors = {}
     for kind, model in models.items():
+        # Every process tests the buffers that the main process saves.
+        distributed.broadcast_buffers(model)
         started = time.perf_counter()
         result = evaluate(
             model,

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple, TypeVar
+from collections.abc import Iterable
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -37,10 +37,8 @@ from lg.datasets.loader import (
     usable_workers,
 )
 from lg.datasets.scan import drop_unreadable, find_unreadable, skip_message
-from lg.distributed import World, in_turn
+from lg.distributed import World, from_main, in_turn
 from lg.errors import ConfigError, DataError
-
-_Value = TypeVar("_Value")
 
 
 class Splits(NamedTuple):
@@ -254,7 +252,7 @@ def _build_cache(
     """
     if cfg.DATA_LOADER.BACKEND == "workers":
         return None
-    place = _from_main(lambda: _choose_place(cfg, dataset, prepare, world, device))
+    place = from_main(lambda: _choose_place(cfg, dataset, prepare, world, device))
     if place is None:
         return None
     return ImageCache(
@@ -346,21 +344,10 @@ def _prepare(cfg: CfgNode, dataset: ImageDataset, section: str) -> ImageDataset:
     check_num_classes(cfg, dataset, section)
     if cfg.DATA_LOADER.ON_ERROR == "skip":
         threads = usable_workers(cfg.DATA_LOADER.NUM_WORKERS)
-        unreadable = _from_main(lambda: find_unreadable(dataset, num_threads=threads))
+        unreadable = from_main(lambda: find_unreadable(dataset, num_threads=threads))
         if unreadable and (not dist.is_initialized() or dist.get_rank() == 0):
             print(f"Warning: {skip_message(dataset, unreadable)}", file=sys.stderr, flush=True)
         dataset = drop_unreadable(dataset, unreadable)
     if section == "TRAIN":
         check_batch_size(cfg, dataset)
     return dataset
-
-
-def _from_main(make: Callable[[], _Value]) -> _Value:
-    """Call `make` in the main process and return its result in every process."""
-    if not dist.is_initialized():
-        return make()
-    values = [make() if dist.get_rank() == 0 else None]
-    # NCCL sends from GPUs, and no GPU is selected for this process yet.
-    own = torch.device("cuda", dist.get_node_local_rank(dist.get_rank()))
-    dist.broadcast_object_list(values, device=own if dist.get_backend() == "nccl" else None)
-    return values[0]  # type: ignore[return-value]

@@ -15,8 +15,9 @@ import struct
 import sys
 import time
 import uuid
-from collections.abc import Iterator, MutableMapping
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator, MutableMapping
+from datetime import timedelta
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -25,6 +26,12 @@ from torch.distributed.rendezvous import rendezvous
 
 LAUNCHED = "LG_LAUNCHED"  # set in the environment of processes that `lg.distributed.launch` starts
 _FAILURES = "failures"  # key in the store
+# How long processes wait for each other. On the host they wait while the main process downloads,
+# reads images or saves; a lost process is noticed at once, whatever the limit. NCCL notices it by
+# its limit only, and waits no longer than compilation takes in the slowest process.
+HOST_TIMEOUT, NCCL_TIMEOUT = timedelta(hours=6), timedelta(minutes=30)
+
+_Value = TypeVar("_Value")
 
 
 class World(NamedTuple):
@@ -42,6 +49,7 @@ class World(NamedTuple):
 
 
 _store: dist.Store | None = None  # set once this process has joined
+_host: dist.ProcessGroup | None = None  # gloo, beside NCCL; None: the default group is gloo
 
 
 def join(*, backend: str, device: str = "auto") -> World:
@@ -53,17 +61,27 @@ def join(*, backend: str, device: str = "auto") -> World:
         backend: nccl or gloo.
         device: As in `select_device`; processes that do not use GPUs always use gloo.
     """
-    global _store
+    global _store, _host
     if "RANK" not in os.environ:
         return World()
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    local_rank = int(os.environ.get("LOCAL_RANK", rank))
     if not dist.is_initialized():
         on_gpu = device in ("auto", "cuda") and torch.cuda.is_available()
+        by_nccl = on_gpu and backend == "nccl"
         _store = _connect(rank, size)
+        # A process without a GPU of its own is rejected when its device is selected.
+        has_own = by_nccl and local_rank < torch.cuda.device_count()
         dist.init_process_group(
-            backend if on_gpu else "gloo", store=_store, rank=rank, world_size=size
+            "nccl" if by_nccl else "gloo",
+            store=_store,
+            rank=rank,
+            world_size=size,
+            timeout=NCCL_TIMEOUT if by_nccl else HOST_TIMEOUT,
+            device_id=torch.device("cuda", local_rank) if has_own else None,
         )
-    local_rank = int(os.environ.get("LOCAL_RANK", rank))
+        if by_nccl:
+            _host = dist.new_group(backend="gloo", timeout=HOST_TIMEOUT)  # type: ignore[assignment]
     return World(rank, size, local_rank, int(os.environ.get("LOCAL_WORLD_SIZE", size)))
 
 
@@ -227,8 +245,17 @@ def gather_objects(value: Any) -> list[Any]:
     if not dist.is_initialized():
         return [value]
     gathered: list[Any] = [None] * dist.get_world_size()
-    dist.gather_object(value, gathered if dist.get_rank() == 0 else None)
+    dist.gather_object(value, gathered if dist.get_rank() == 0 else None, group=_host)
     return gathered if dist.get_rank() == 0 else []
+
+
+def from_main(make: Callable[[], _Value]) -> _Value:
+    """Call `make` in the main process and return its result in every process."""
+    if not dist.is_initialized():
+        return make()
+    values = [make() if dist.get_rank() == 0 else None]
+    dist.broadcast_object_list(values, group=_host)
+    return values[0]  # type: ignore[return-value]
 
 
 def any_process(flag: bool, device: torch.device) -> bool:
@@ -240,9 +267,9 @@ def any_process(flag: bool, device: torch.device) -> bool:
 
 
 def barrier() -> None:
-    """Wait for all processes."""
+    """Wait for all processes, on the host: GPUs go on working, and nothing waits for them."""
     if dist.is_initialized():
-        dist.barrier()
+        dist.barrier(group=_host)
 
 
 @contextlib.contextmanager

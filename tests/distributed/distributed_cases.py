@@ -19,10 +19,12 @@ from torch.nn.parallel import DistributedDataParallel
 
 import lg
 import lg.distributed.launch
-from lg import builders, distributed
+from lg import builders, distributed, trainer
 from lg.datasets.loader import Batch, TrainBatches
 from lg.device import Precision
 from lg.metrics import TestMeter
+from lg.models import resnet
+from lg.optim import WeightAverage
 from lg.run import Progress
 from lg.step import accumulate_gradients, update_weights
 from tests.test_metrics import SAMPLES, logits_of
@@ -153,6 +155,41 @@ def turns(world: distributed.World) -> list[float]:
     return [started, began, ended]
 
 
+def tested_buffers(world: distributed.World) -> dict[str, Any]:
+    """Test a model with BatchNorm whose statistics differ between processes, and its average."""
+    torch.manual_seed(0)
+    student = resnet(depth=8, img_size=16, num_classes=5)
+    images, labels = torch.randn(200, 3, 16, 16), torch.randint(5, (200,))
+    average = WeightAverage(student, alpha=1e-3, period=1, batch_size=4, max_epoch=1)
+    for number, model in enumerate((student, average.module)):
+        statistics = torch.Generator().manual_seed(10 * world.rank + number)
+        for norm in (m for m in model.modules() if isinstance(m, torch.nn.BatchNorm2d)):
+            norm.running_mean.normal_(generator=statistics)
+    one = Batch(images, labels, torch.arange(200), torch.zeros(200, 5))
+    alone = [error_of(model, one) for model in (student, average.module)]
+    run = SimpleNamespace(
+        guided=SimpleNamespace(student=student),
+        average=average,
+        settings=SimpleNamespace(num_classes=5, log_period=1),
+        precision=Precision(CPU),
+        test_loader=[Batch(*(column[world.rank :: world.size] for column in one))],
+        report=SimpleNamespace(test_epoch=lambda *_, **__: None),
+        progress=Progress(epoch=1),
+        device=CPU,
+        world=world,
+        signals=[],
+    )
+    trainer.test_epoch(run)  # type: ignore[arg-type]
+    return {"alone": alone, "tested": [run.progress.test_err, run.progress.ema_err]}
+
+
+def error_of(model: torch.nn.Module, batch: Batch) -> float:
+    """Return the top-1 error of a model as this process has it."""
+    with torch.no_grad():
+        wrong = model.eval()(batch.images).argmax(dim=1) != batch.labels
+    return 100 * wrong.double().mean().item()
+
+
 def killed(world: distributed.World) -> dict[str, Any]:
     """Kill one process while the others ignore SIGTERM."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -165,7 +202,8 @@ def killed(world: distributed.World) -> dict[str, Any]:
 
 def together(world: distributed.World) -> dict[str, Any]:
     """Run the cases that succeed, in one start."""
-    return {each.__name__: each(world) for each in (gradients, overflow, result, shares)}
+    cases = (gradients, overflow, result, shares, tested_buffers)
+    return {each.__name__: each(world) for each in cases}
 
 
 CASES = {each.__name__: each for each in (together, killed)}

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +87,15 @@ def test_gradients_are_those_of_one_process_on_the_whole_batch(
             assert len(expected["gradients"]) > 20
             for name, value in expected["gradients"].items():
                 torch.testing.assert_close(got["gradients"][name], value, rtol=1e-9, atol=1e-12)
+
+
+def test_the_buffers_of_the_main_process_are_tested(found: list[dict[str, Any]]) -> None:
+    """They are what the checkpoint holds, for the weights and for their average."""
+    main, *others = (each["tested_buffers"] for each in found)
+    assert main["tested"] == pytest.approx(main["alone"])
+    for other in others:
+        assert other["tested"] == main["tested"]
+        assert other["alone"][0] != main["alone"][0] and other["alone"][1] != main["alone"][1]
 
 
 def test_all_processes_skip_a_step_that_overflows_in_one(found: list[dict[str, Any]]) -> None:
@@ -198,6 +208,42 @@ def test_torchrun_resumes_after_a_process_was_killed(trained: Path, tmp_path: Pa
     )
     for name, value in undisturbed["model_state"].items():
         assert torch.equal(value, killed["model_state"][name]), name
+
+
+@pytest.mark.parametrize("backend", ["nccl", "gloo"])
+def test_nccl_gets_its_device_and_the_host_waits_on_gloo(
+    monkeypatch: pytest.MonkeyPatch, backend: str
+) -> None:
+    calls: dict[str, Any] = {}
+    for key, value in {"RANK": "5", "WORLD_SIZE": "6", "LOCAL_RANK": "1"}.items():
+        monkeypatch.setenv(key, value)
+    monkeypatch.setattr(distributed.world, "_connect", lambda rank, size: "store")
+    monkeypatch.setattr(distributed.world, "_store", None)
+    monkeypatch.setattr(distributed.world, "_host", None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(dist, "init_process_group", lambda name, **k: calls.update(k, name=name))
+    monkeypatch.setattr(dist, "new_group", lambda **k: calls.update(host=k) or "host")
+    world = distributed.join(backend=backend)
+    assert (world.rank, world.local_rank, calls["name"]) == (5, 1, backend)
+    by_nccl = backend == "nccl"
+    assert calls["device_id"] == (torch.device("cuda", 1) if by_nccl else None)
+    assert calls.get("host", {}).get("backend") == ("gloo" if by_nccl else None)
+    limits = [calls["timeout"], *([calls["host"]["timeout"]] if by_nccl else [])]
+    assert limits == ([timedelta(minutes=30)] if by_nccl else []) + [timedelta(hours=6)]
+
+    # Whatever waits for the main process waits on the host.
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    groups: list[Any] = []
+    for name in ("barrier", "broadcast_object_list", "gather_object"):
+        monkeypatch.setattr(dist, name, lambda *_, group: groups.append(group))
+    monkeypatch.setattr(dist, "get_rank", lambda: 0)
+    monkeypatch.setattr(dist, "get_world_size", lambda: 6)
+    with in_turn(World(size=6)):
+        pass
+    assert distributed.from_main(lambda: 3) == 3
+    distributed.gather_objects(1)
+    assert groups == ["host" if by_nccl else None] * 4
 
 
 def test_a_world_of_one_process() -> None:

@@ -56,7 +56,7 @@ def accumulate_gradients(
     parts = micro_batches(run, batch, targets)
     for number, (part, target) in enumerate(parts, start=1):
         is_last = number == len(parts)
-        with contextlib.nullcontext() if is_last else _no_sync(run.module):
+        with averaging(run.module, is_last):
             terms, logits = forward(run, part, target)
             run.precision.scaler.scale(terms["loss"] / len(parts)).backward()
         losses.append({name: term.detach() for name, term in terms.items()})
@@ -98,8 +98,8 @@ def update_weights(run: Run) -> None:
     run.optimizer.zero_grad(set_to_none=True)
 
 
-def _no_sync(module: nn.Module) -> AbstractContextManager:
-    """Skip the all-reduce of gradients; the last micro-batch does it for all."""
-    if isinstance(module, DistributedDataParallel):
+def averaging(module: nn.Module, is_last: bool) -> AbstractContextManager:
+    """Average gradients over processes in the backward pass of the last micro-batch only."""
+    if not is_last and isinstance(module, DistributedDataParallel):
         return module.no_sync()
     return contextlib.nullcontext()

@@ -1,7 +1,8 @@
-"""Compile the student with torch.compile, or leave it uncompiled if that fails."""
+"""Compile student and guide with torch.compile, or leave them uncompiled if that fails."""
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable
 from typing import Any
@@ -10,24 +11,28 @@ import torch
 from torch import Tensor, nn
 
 from lg.device import Precision
-from lg.guidance import GuidedStudent
+from lg.guidance import FrozenTeacher, GuidedStudent
+
+_TRIES = 3  # CUDA graphs: the first call runs, the second records, the third replays
 
 
 def compile_student(
     guided: GuidedStudent,
+    guide: Any,
     mode: str,
     *,
     example: Tensor,
     precision: Precision,
     say: Callable[[str], None],
     warn: Callable[[str], None],
-) -> nn.Module:
-    """Compile the forward and backward pass of training and try both on an example.
+) -> tuple[nn.Module, Any]:
+    """Compile the forward and backward pass of training and try both on an example, three times.
 
     The trial does not change weights, statistics or random streams.
 
     Args:
         guided: The student in training, on its device.
+        guide: The guide; a teacher is compiled in the same mode, stored maps are not.
         mode: Of torch.compile; `reduce-overhead` and `max-autotune` use CUDA graphs on GPUs.
         example: [N, 3, S, S], of the shape and type of training images.
         precision: Of the forward pass.
@@ -35,28 +40,52 @@ def compile_student(
         warn: Prints a warning.
 
     Returns:
-        The compiled module over the same weights; `guided` itself, with a warning, if it cannot be
-        compiled.
+        The compiled student and guide over the same weights; `guided` and `guide` themselves, with
+        a warning, if they cannot be compiled.
     """
     started = time.perf_counter()
     compiled: Any = torch.compile(guided, mode=mode, dynamic=False)
+    teacher: Any = None
+    if isinstance(guide, FrozenTeacher):
+        teacher = torch.compile(guide, mode=mode, dynamic=False)
     buffers = {name: buffer.clone() for name, buffer in guided.named_buffers()}
     devices = [example.device] if example.is_cuda else []
     guided.train()
     try:
         with torch.random.fork_rng(devices=devices):
-            with precision.autocast():
-                logits, maps = compiled(example)
-            outputs = [*(logits if isinstance(logits, tuple) else [logits]), *maps]
-            torch.stack([output.float().mean() for output in outputs]).sum().backward()
+            for _ in range(_TRIES):
+                _try_step(compiled, teacher, example, precision)
+                guided.zero_grad(set_to_none=True)  # replays overwrite gradients in graph memory
     except Exception as error:  # compiler back ends raise errors of any type
         reason = str(error).strip().partition("\n")[0][:200] or type(error).__name__
-        warn(f"TRAIN.COMPILE {mode} failed ({reason}): the student runs uncompiled.")
-        return guided
+        warn(f"TRAIN.COMPILE {mode} failed ({reason}): student and guide run uncompiled.")
+        return guided, guide
     finally:
         with torch.no_grad():
             for name, buffer in guided.named_buffers():
                 buffer.copy_(buffers[name])
         guided.zero_grad(set_to_none=True)
     say(f"Compiled the student in {time.perf_counter() - started:.0f} s (TRAIN.COMPILE {mode}).")
-    return compiled
+    return compiled, guide if teacher is None else teacher
+
+
+def _try_step(student: Any, teacher: Any, example: Tensor, precision: Precision) -> None:
+    """Run student and teacher forward, then the student backward, as training does."""
+    with precision.autocast():
+        logits, maps = student(example)
+        if teacher is not None:
+            maps = [*maps, *teacher(example, None, None)[0]]
+    outputs = [*(logits if isinstance(logits, tuple) else [logits]), *maps]
+    torch.stack([output.float().mean() for output in outputs]).sum().backward()
+
+
+def limit_compile_workers(local_size: int) -> None:
+    """Let the processes of this machine share its cores for compilation.
+
+    By default each process starts as many workers as there are cores, 32 at most.
+    TORCHINDUCTOR_COMPILE_THREADS overrides it.
+    """
+    if "TORCHINDUCTOR_COMPILE_THREADS" not in os.environ:
+        from torch._inductor import config
+
+        config.compile_threads = max(1, (config.compile_threads or 1) // local_size)

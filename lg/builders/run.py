@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,7 +12,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from yacs.config import CfgNode
 
-from lg.builders.compiling import compile_student
+from lg.builders.compiling import compile_student, limit_compile_workers
 from lg.builders.data import (
     Splits,
     build_class_weights,
@@ -19,7 +20,7 @@ from lg.builders.data import (
     build_test_loader,
     build_train_loader,
 )
-from lg.builders.models import build_guided, prepare_bank
+from lg.builders.models import Guide, build_guided, prepare_bank
 from lg.builders.training import (
     build_average,
     build_device,
@@ -61,7 +62,7 @@ def build_run(cfg: CfgNode, data: Splits, world: World, log: RunLog) -> Run:
         guide.to(device)
     synchronize_batch_norms(cfg, (guided, guide), world, device)
     precision = build_precision(cfg, device)
-    module = _wrap(cfg, guided, world, device, precision, log)
+    module, called_guide = _wrap(cfg, guided, guide, world, device, precision, log)
     loader = build_train_loader(cfg, data.train, world, device)
     log.info(f"DATA_LOADER.BACKEND {cfg.DATA_LOADER.BACKEND}: {loader}.")
     report = Reporter(
@@ -79,7 +80,7 @@ def build_run(cfg: CfgNode, data: Splits, world: World, log: RunLog) -> Run:
     return Run(
         guided=guided,
         module=module,
-        guide=guide,
+        guide=called_guide,
         loss=replace(loss, class_weights=build_class_weights(cfg, data.train, device)),
         schedule=build_schedule(cfg),
         mixing=build_mixing(cfg),
@@ -102,17 +103,25 @@ def build_run(cfg: CfgNode, data: Splits, world: World, log: RunLog) -> Run:
 def _wrap(
     cfg: CfgNode,
     guided: GuidedStudent,
+    guide: Guide,
     world: World,
     device: torch.device,
     precision: Precision,
     log: RunLog,
-) -> nn.Module:
-    """Compile the student and average gradients over processes, where the config sets that."""
+) -> tuple[nn.Module, Any]:
+    """Compile student and guide and average gradients over processes, where the config sets that.
+
+    Returns:
+        What the training step calls: the module that computes the student, and the guide.
+    """
     module: nn.Module = guided
+    called: Any = guide
     if cfg.TRAIN.COMPILE != "none":
         count = cfg.TRAIN.BATCH_SIZE // (world.size * cfg.TRAIN.ACCUM_STEPS)
-        module = compile_student(
+        limit_compile_workers(world.local_size)
+        module, called = compile_student(
             guided,
+            guide,
             cfg.TRAIN.COMPILE,
             example=torch.zeros(count, 3, cfg.MODEL.IMG_SIZE, cfg.MODEL.IMG_SIZE, device=device),
             precision=precision,
@@ -125,4 +134,4 @@ def _wrap(
         devices = [device.index] if device.type == "cuda" else None
         # Buffers either are constant or belong to each process until it tests (see test_epoch).
         module = DistributedDataParallel(module, device_ids=devices, broadcast_buffers=False)
-    return module
+    return module, called

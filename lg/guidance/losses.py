@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lg.guidance.resize import resize
+
 TRANSFORMS = ("linear", "gram", "attention", "similarity")
 PROJECTED = ("linear", "gram")  # transforms of maps that 1x1 heads bring to the teacher's channels
 
@@ -56,7 +58,7 @@ def imitation_loss(student_map: Tensor, teacher_map: Tensor, transform: str = "l
     both = _widen(student_map), _widen(teacher_map)
     if transform != "gram":
         size = max(m.shape[2] for m in both), max(m.shape[3] for m in both)
-        both = _resize(both[0], size), _resize(both[1], size)
+        both = resize(both[0], size), resize(both[1], size)
     student, teacher = (_transform(m, transform) for m in both)
     return F.mse_loss(student, teacher)
 
@@ -198,12 +200,6 @@ class GuidanceLoss:
 def _widen(tensor: Tensor) -> Tensor:
     """Convert half precision to float32."""
     return tensor if tensor.dtype == torch.float64 else tensor.float()
-
-
-def _resize(feature_map: Tensor, size: tuple[int, int]) -> Tensor:
-    if tuple(feature_map.shape[2:]) == size:
-        return feature_map
-    return F.interpolate(feature_map, size=size, mode="bilinear", align_corners=False)
 
 
 def _transform(feature_map: Tensor, transform: str) -> Tensor:

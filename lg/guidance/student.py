@@ -10,18 +10,7 @@ from torch import Tensor, nn
 
 from lg.guidance.mixture import MixedHeads
 from lg.models.backbone import Backbone
-from lg.models.taps import FeatureTaps
-
-
-class _Tap:
-    """A permanent forward hook, visible to compilation, that stores a block's output on demand."""
-
-    def __init__(self, outputs: dict[int, Any], index: int) -> None:
-        self.outputs, self.index, self.is_active = outputs, index, False
-
-    def __call__(self, _module: nn.Module, _inputs: Any, output: Any) -> None:
-        if self.is_active:
-            self.outputs[self.index] = output
+from lg.models.taps import PermanentTaps
 
 
 class GuidedStudent(nn.Module):
@@ -58,13 +47,9 @@ class GuidedStudent(nn.Module):
         super().__init__()
         if mixed_heads is not None:
             indices = range(len(student.blocks))
-        FeatureTaps(student, indices)  # rejects indices that the model lacks
         self.student = student
         self.indices = tuple(indices)
-        self._outputs: dict[int, Any] = {}
-        self._taps = [_Tap(self._outputs, index) for index in dict.fromkeys(indices)]
-        for tap in self._taps:
-            student.blocks[tap.index].register_forward_hook(tap)
+        self._taps = PermanentTaps(student, indices)
         dims = [student.feature_dims[i] for i in indices] if teacher_dims else []
         self.heads = mixed_heads or nn.ModuleList(
             nn.Conv2d(s, t, 1) for s, t in zip(dims, teacher_dims, strict=True)
@@ -84,16 +69,9 @@ class GuidedStudent(nn.Module):
         """
         if not self.training:
             return self.student(images)
-        if not self.indices:
-            return self.student(images), []
         if not imitate:
             return self._with_idle_heads(self.student(images)), []
-        self._activate_taps(True)
-        logits = self.student(images)
-        # Activation checkpointing runs the blocks again in the backward pass; ignore those outputs.
-        self._activate_taps(False)
-        maps = [self.student.to_map(index, self._outputs[index]) for index in self.indices]
-        self._outputs.clear()
+        logits, maps = self._taps.run(self.student, images)
         if isinstance(self.heads, MixedHeads):
             maps = self.heads(maps)
         elif self.heads:
@@ -120,7 +98,3 @@ class GuidedStudent(nn.Module):
     def mixture(self) -> list[list[float]]:
         """Return the weight of each block for each guide stage; empty without mixed heads."""
         return self.heads.weights().tolist() if isinstance(self.heads, MixedHeads) else []
-
-    def _activate_taps(self, is_active: bool) -> None:
-        for tap in self._taps:
-            tap.is_active = is_active

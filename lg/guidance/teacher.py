@@ -9,12 +9,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from lg.guidance.resize import resize
 from lg.models.backbone import Backbone
-from lg.models.taps import FeatureTaps
+from lg.models.taps import PermanentTaps
 
 
 class FrozenTeacher(nn.Module):
@@ -53,10 +53,9 @@ class FrozenTeacher(nn.Module):
         super().__init__()
         if batch_norm not in ("eval", "batch"):
             raise ValueError(f"batch_norm is {batch_norm!r}; allowed: eval, batch.")
-        FeatureTaps(model, indices)  # rejects indices that the model lacks
         # Convolutions are fastest in channels_last, on CPUs and GPUs.
         self.model = model.requires_grad_(False).to(memory_format=torch.channels_last)
-        self.indices = tuple(indices)
+        self._taps = PermanentTaps(model, indices)
         self.image_size = image_size
         self.batch_norm = batch_norm
         self.with_logits = with_logits
@@ -82,12 +81,9 @@ class FrozenTeacher(nn.Module):
 
         `index` and `view` are for guides that replay stored maps; they are ignored here.
         """
-        size = (self.image_size, self.image_size)
-        if tuple(images.shape[2:]) != size:
-            images = F.interpolate(images, size=size, mode="bilinear", align_corners=False)
-        with FeatureTaps(self.model, self.indices) as taps:
-            logits = self.model(images.contiguous(memory_format=torch.channels_last))
-            maps = taps.maps()
+        images = resize(images, (self.image_size, self.image_size))
+        images = images.contiguous(memory_format=torch.channels_last)
+        logits, maps = self._taps.run(self.model, images)
         return maps, logits if self.with_logits else None
 
 

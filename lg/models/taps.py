@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lg.models.backbone import evaluating, unwrap
+from lg.models.backbone import Backbone, evaluating, unwrap
 
 
 class FeatureTaps:
@@ -76,6 +76,53 @@ class FeatureTaps:
             self._outputs.setdefault(index, output)
 
         return keep
+
+
+class PermanentTaps:
+    """Hooks that stay on chosen blocks, so that compiled code contains them.
+
+    They record only while `run` runs, and cost next to nothing else.
+
+    Args:
+        model: The model.
+        indices: Blocks to tap, counted from 0; any order, repeats allowed.
+
+    Raises:
+        ValueError: An index is out of range.
+    """
+
+    def __init__(self, model: Backbone, indices: Sequence[int]) -> None:
+        model.check_indices(list(indices))
+        self.indices = tuple(indices)
+        self.outputs: dict[int, Any] = {}
+        self._hooks = [_Hook(self.outputs, index) for index in dict.fromkeys(indices)]
+        for hook in self._hooks:
+            model.blocks[hook.index].register_forward_hook(hook)
+
+    def run(self, model: Backbone, images: torch.Tensor) -> tuple[Any, list[torch.Tensor]]:
+        """Return the logits of images [B, C, H, W] and the maps, in the order of the indices."""
+        self._activate(True)
+        logits = model(images)
+        # Activation checkpointing runs the blocks again in the backward pass; ignore those outputs.
+        self._activate(False)
+        maps = [model.to_map(index, self.outputs[index]) for index in self.indices]
+        self.outputs.clear()
+        return logits, maps
+
+    def _activate(self, is_active: bool) -> None:
+        for hook in self._hooks:
+            hook.is_active = is_active
+
+
+class _Hook:
+    """Stores a block's output while it is active."""
+
+    def __init__(self, outputs: dict[int, Any], index: int) -> None:
+        self.outputs, self.index, self.is_active = outputs, index, False
+
+    def __call__(self, _module: nn.Module, _inputs: Any, output: Any) -> None:
+        if self.is_active:
+            self.outputs[self.index] = output
 
 
 def _is_compiled(module: nn.Module) -> bool:

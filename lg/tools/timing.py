@@ -9,6 +9,7 @@ from statistics import mean, median
 
 import numpy as np
 import torch
+from torch import Tensor
 from yacs.config import CfgNode
 
 from lg import builders
@@ -16,7 +17,14 @@ from lg.datasets.loader import MIX, Batch
 from lg.device import synchronize
 from lg.logs.log import RunLog
 from lg.run import Run
-from lg.step import accumulate_gradients, forward, micro_batches, train_step, update_weights
+from lg.step import (
+    accumulate_gradients,
+    averaging,
+    forward,
+    micro_batches,
+    train_step,
+    update_weights,
+)
 from lg.trainer import joined_world
 
 _ROWS = {  # key -> title in the table
@@ -70,11 +78,9 @@ def measure(run: Run, *, warmup: int, repeats: int) -> dict[str, float]:
     def timed(work: Callable[[], object]) -> list[float]:
         seconds = []
         for _ in range(warmup + repeats):
-            synchronize(run.device)
-            started = time.perf_counter()
+            started = _now(run)
             work()
-            synchronize(run.device)
-            seconds.append(time.perf_counter() - started)
+            seconds.append(_now(run) - started)
         return seconds[warmup:]
 
     def step_in_place() -> None:
@@ -88,11 +94,8 @@ def measure(run: Run, *, warmup: int, repeats: int) -> dict[str, float]:
     with torch.no_grad(), run.precision.autocast():
         times = {"test_fw_time": median(timed(lambda: run.guided.student(batch.images)))}
     run.module.train()
-    parts = micro_batches(run, batch, targets)
-    times["train_fw_time"] = median(timed(lambda: [forward(run, *part)[0] for part in parts]))
-    forward_and_backward = median(timed(lambda: accumulate_gradients(run, batch, targets)))
-    times["train_bw_time"] = forward_and_backward - times["train_fw_time"]
-    run.optimizer.zero_grad(set_to_none=True)
+    passes = [time_passes(run, batch, targets) for _ in range(warmup + repeats)][warmup:]
+    times["train_fw_time"], times["train_bw_time"] = map(median, zip(*passes, strict=True))
     times["train_fw_bw_time"] = median(timed(step_in_place))
     for _ in range(run.loader.num_prefetched):
         next_batch()
@@ -101,6 +104,32 @@ def measure(run: Run, *, warmup: int, repeats: int) -> dict[str, float]:
     times["train_step_time"] = median(steps)
     times["train_loader_overhead"] = times["train_step_time"] / times["train_fw_bw_time"] - 1
     return times
+
+
+def time_passes(run: Run, batch: Batch, targets: Tensor) -> tuple[float, float]:
+    """Return the seconds of all forward and of all backward passes of a batch.
+
+    Each forward pass is followed by its backward pass, and the gradients are freed: CUDA graphs
+    keep both in memory that the next forward pass overwrites.
+    """
+    forward_seconds = backward_seconds = 0.0
+    parts = micro_batches(run, batch, targets)
+    for number, part in enumerate(parts, start=1):
+        started = _now(run)
+        with averaging(run.module, number == len(parts)):
+            loss = forward(run, *part)[0]["loss"] / len(parts)
+            between = _now(run)
+            run.precision.scaler.scale(loss).backward()
+        forward_seconds += between - started
+        backward_seconds += _now(run) - between
+    run.optimizer.zero_grad(set_to_none=True)
+    return forward_seconds, backward_seconds
+
+
+def _now(run: Run) -> float:
+    """Return the time in seconds when the device has finished its work."""
+    synchronize(run.device)
+    return time.perf_counter()
 
 
 def report_times(times: dict[str, float], run: Run) -> None:

@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 import torch
 
-from lg.builders.compiling import compile_student
+from lg.builders.compiling import compile_student, limit_compile_workers
 from lg.device import Precision
-from lg.guidance import GuidedStudent
+from lg.guidance import FrozenTeacher, GuidedStudent, NoGuide
 from lg.models import resnet
 
 COMPILE = torch.compile
@@ -26,11 +26,24 @@ def student() -> GuidedStudent:
     return GuidedStudent(model, indices=[2, 0, 2], teacher_dims=[7, 3, 4])
 
 
-def compiled(guided: GuidedStudent, said: list[str], mode: str = "default") -> Any:
+def teacher() -> FrozenTeacher:
+    torch.manual_seed(1)
+    return FrozenTeacher(
+        resnet(depth=8, img_size=8, num_classes=5), indices=[2, 0], image_size=8
+    ).eval()
+
+
+def compiled(
+    guided: GuidedStudent, said: list[str], mode: str = "default", guide: Any = None
+) -> Any:
+    return compiled_pair(guided, guide or NoGuide(), said, mode)[0]
+
+
+def compiled_pair(guided: GuidedStudent, guide: Any, said: list[str], mode: str) -> Any:
     precision = Precision(torch.device("cpu"))
     images = torch.randn(4, 3, 16, 16)
     return compile_student(
-        guided, mode, example=images, precision=precision, say=said.append, warn=said.append
+        guided, guide, mode, example=images, precision=precision, say=said.append, warn=said.append
     )
 
 
@@ -88,16 +101,79 @@ def test_a_student_that_cannot_be_compiled_runs_uncompiled(monkeypatch: pytest.M
     guided, said = student(), []
     assert compiled(guided, said, "max-autotune") is guided
     assert said == [
-        "TRAIN.COMPILE max-autotune failed (no compiler here): the student runs uncompiled."
+        "TRAIN.COMPILE max-autotune failed (no compiler here): student and guide run uncompiled."
     ]
+
+
+def test_a_capture_that_fails_in_the_third_call_falls_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """CUDA graphs are recorded in the second call and replayed in the third."""
+    calls: list[str] = []
+
+    def captured(module: Any, **_: Any) -> Any:
+        def call(*args: Any) -> Any:
+            name = type(module).__name__
+            calls.append(name)
+            assert all(p.grad is None for p in guided.parameters())
+            if calls.count(name) == 3 and name == failing:
+                raise RuntimeError("capture failed")
+            return module(*args)
+
+        return call
+
+    monkeypatch.setattr(torch, "compile", captured)
+    for failing in ("GuidedStudent", "FrozenTeacher", "none"):
+        calls.clear()
+        guided, guide, said = student(), teacher(), []
+        pair = compiled_pair(guided, guide, said, "reduce-overhead")
+        assert calls.count("GuidedStudent") == 3
+        assert (pair == (guided, guide)) == (failing != "none")
+        assert ("capture failed" in said[0]) == (failing != "none")
+
+
+def test_a_compiled_guide_gives_the_same_maps_and_compiles_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    compilations: list[int] = []
+
+    def counted(module: Any, **_: Any) -> Any:
+        def backend(graph: Any, _: Any) -> Any:
+            compilations.append(1)
+            return graph
+
+        return COMPILE(module, backend=backend, fullgraph=True)
+
+    monkeypatch.setattr(torch, "compile", counted)
+    guide = teacher()
+    images, index, view = torch.randn(4, 3, 16, 16), torch.arange(4), torch.rand(4, 5)
+    expected, _ = guide(images, index, view)
+    called = compiled_pair(student(), guide, [], "default")[1]
+    before = len(compilations)
+    found, logits = called(images, index, view)
+    assert len(compilations) == before == 2 and logits is None
+    for mine, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(mine, theirs)
+
+
+def test_processes_share_the_cores_for_compilation(monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch._inductor import config
+
+    monkeypatch.setattr(config, "compile_threads", 16)
+    monkeypatch.setenv("TORCHINDUCTOR_COMPILE_THREADS", "16")
+    limit_compile_workers(8)
+    assert config.compile_threads == 16
+    monkeypatch.delenv("TORCHINDUCTOR_COMPILE_THREADS")
+    limit_compile_workers(8)
+    assert config.compile_threads == 2
+    limit_compile_workers(8)
+    assert config.compile_threads == 1
 
 
 def test_taps_keep_nothing_between_passes() -> None:
     guided = student().train()
     guided(torch.randn(2, 3, 16, 16))
-    assert guided._outputs == {}
+    assert guided._taps.outputs == {}
     guided.eval()(torch.randn(2, 3, 16, 16))
-    assert guided._outputs == {}
+    assert guided._taps.outputs == {}
 
 
 @pytest.mark.slow

@@ -137,7 +137,17 @@ class TokensToToken(nn.Module):
 
 def _soft_split(features: torch.Tensor, kernel: int, stride: int, padding: int) -> torch.Tensor:
     """Return the windows of a map [B, C, H, W] as tokens [B, N, C kernel^2]."""
-    return F.unfold(features, kernel, stride=stride, padding=padding).transpose(1, 2)
+    if not features.is_cuda:
+        return F.unfold(features, kernel, stride=stride, padding=padding).transpose(1, 2)
+    # There `F.unfold` launches a kernel for every image.
+    return _windows(features, kernel, stride, padding)
+
+
+def _windows(features: torch.Tensor, kernel: int, stride: int, padding: int) -> torch.Tensor:
+    """Return what `_soft_split` returns; on CPUs the gradient takes twice as long."""
+    padded = F.pad(features, (padding, padding, padding, padding))
+    windows = padded.unfold(2, kernel, stride).unfold(3, kernel, stride)  # [B, C, h, w, k, k]
+    return windows.permute(0, 2, 3, 1, 4, 5).flatten(3).flatten(1, 2)
 
 
 class T2TViT(nn.Module):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import os
+import platform
 import resource
 import sys
 from contextlib import AbstractContextManager
@@ -63,6 +65,30 @@ def allow_tf32(allowed: bool) -> None:
     torch.backends.cudnn.allow_tf32 = allowed
 
 
+def make_deterministic(enabled: bool) -> None:
+    """Set whether torch uses only operations that give the same bits each time.
+
+    Call it before the first computation on a GPU. An operation that has no such form raises an
+    error on GPUs.
+    """
+    if enabled:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(enabled)
+    torch.backends.cudnn.deterministic = enabled
+
+
+def computes_in_bf16(device: torch.device) -> bool:
+    """Return whether the hardware multiplies bf16 numbers; others convert them, which is slow."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    if device.type != "cpu":
+        return False
+    if platform.machine().lower() in ("x86_64", "amd64"):
+        # torch's own check also accepts processors on which oneDNN emulates bf16.
+        return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
 class Precision:
     """Full or mixed precision: the autocast context and, for fp16, the loss scaler.
 
@@ -78,23 +104,22 @@ class Precision:
         Args:
             device: Where the forward pass runs.
             mixed: Whether precision is mixed.
-            dtype: bf16, fp16 or auto: bf16 if the hardware computes in it, else fp16.
+            dtype: bf16, fp16 or auto: bf16 if the hardware computes in it, else fp16 on GPUs and
+                full precision on CPUs.
 
         Raises:
             ValueError: fp16 on a CPU.
         """
         self.device = device
         self.dtype: torch.dtype | None = None
-        if mixed:
-            if dtype == "auto":
-                native = device.type == "cpu" or (
-                    device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
-                )
-                dtype = "bf16" if native else "fp16"
-            if dtype == "fp16" and device.type == "cpu":
-                raise ValueError(
-                    "TRAIN.AMP_DTYPE is fp16, which CPUs do not support: set it to bf16 or auto."
-                )
+        on_cpu = device.type == "cpu"
+        if mixed and dtype == "auto":
+            dtype = "bf16" if computes_in_bf16(device) else "fp32" if on_cpu else "fp16"
+        if mixed and dtype == "fp16" and on_cpu:
+            raise ValueError(
+                "TRAIN.AMP_DTYPE is fp16, which CPUs do not support: set it to bf16 or auto."
+            )
+        if mixed and dtype != "fp32":
             self.dtype = torch.bfloat16 if dtype == "bf16" else torch.float16
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype == torch.float16)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import subprocess
 import sys
@@ -10,7 +11,10 @@ from typing import Any
 import pytest
 import torch
 
-from lg.device import Precision, peak_memory_mb, select_device, synchronize
+import lg
+from lg.builders.training import build_device, build_precision, precision_note
+from lg.device import Precision, computes_in_bf16, peak_memory_mb, select_device, synchronize
+from lg.distributed import World
 
 CPU = torch.device("cpu")
 
@@ -64,7 +68,33 @@ def dtype_inside(precision: Precision) -> torch.dtype:
         return (torch.ones(2, 2) @ torch.ones(2, 2)).dtype
 
 
-def test_precision_on_a_cpu() -> None:
+def pretend_cpu(monkeypatch: pytest.MonkeyPatch, *, bf16: bool, amx: bool = False) -> None:
+    """Simulate an x86 processor with or without instructions for bf16."""
+    monkeypatch.setattr(platform, "machine", lambda: "x86_64")
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: bf16)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+
+
+def test_a_cpu_that_emulates_bf16_stays_in_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
+    for bf16, amx in ((False, False), (True, False), (False, True)):
+        pretend_cpu(monkeypatch, bf16=bf16, amx=amx)
+        assert computes_in_bf16(CPU) == (bf16 or amx)
+    pretend_cpu(monkeypatch, bf16=False)
+    automatic, forced = (Precision(CPU, mixed=True, dtype=name) for name in ("auto", "bf16"))
+    assert (str(automatic), dtype_inside(automatic)) == ("fp32", torch.float32)
+    assert (str(forced), dtype_inside(forced)) == ("bf16", torch.bfloat16)
+    notes = []
+    for dtype in ("auto", "bf16"):
+        opts = ["TRAIN.MIXED_PRECISION", "True", "TRAIN.AMP_DTYPE", dtype, "DEVICE", "cpu"]
+        cfg = lg.load_config("configs/digits/vit_digits_base.yaml", opts)
+        notes.append(precision_note(cfg, build_precision(cfg, CPU)))
+    assert "training in fp32 (set TRAIN.AMP_DTYPE bf16" in notes[0] and notes[1] == ""
+    full = lg.load_config("configs/digits/vit_digits_base.yaml", ["DEVICE", "cpu"])
+    assert precision_note(full, build_precision(full, CPU)) == ""
+
+
+def test_precision_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    pretend_cpu(monkeypatch, bf16=True)
     full = Precision(CPU)
     assert (str(full), full.dtype, dtype_inside(full)) == ("fp32", None, torch.float32)
     for name in ("auto", "bf16"):
@@ -101,6 +131,23 @@ def test_auto_is_bf16_if_the_gpu_computes_in_it(
     precision = Precision(torch.device("cuda", 0), mixed=True, dtype=dtype)
     assert str(precision) == wanted
     assert made == [("cuda", wanted == "fp16")]  # only fp16 scales the loss
+
+
+def test_determinism_is_set_and_unset(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", False)
+    opts = ["CUDNN.BENCHMARK", "False", "DEVICE", "cpu", "TRAIN.DETERMINISTIC"]
+    config = "configs/digits/vit_digits_base.yaml"
+    try:
+        build_device(lg.load_config(config, [*opts, "True"]), World())
+        assert torch.are_deterministic_algorithms_enabled() and torch.backends.cudnn.deterministic
+        assert not torch.is_deterministic_algorithms_warn_only_enabled()
+        assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+    finally:
+        build_device(lg.load_config(config, [*opts, "False"]), World())
+        os.environ.pop("CUBLAS_WORKSPACE_CONFIG", None)
+    assert not torch.are_deterministic_algorithms_enabled()
+    assert not torch.backends.cudnn.deterministic
 
 
 def test_peak_memory_is_in_mb_and_never_falls() -> None:

@@ -395,7 +395,8 @@ def test_config_errors_are_raised_before_anything_is_built(
 
 
 def test_bf16_trains_in_bf16(tmp_path: Path, guide_file: Path) -> None:
-    trainer.train(config(tmp_path, guide_file, TRAIN__MIXED_PRECISION=True, OPTIM__MAX_EPOCH=1))
+    mixed = {"TRAIN__MIXED_PRECISION": True, "TRAIN__AMP_DTYPE": "bf16"}
+    trainer.train(config(tmp_path, guide_file, **mixed, OPTIM__MAX_EPOCH=1))
     exact = config(tmp_path / "exact", guide_file, OPTIM__MAX_EPOCH=1)
     trainer.train(exact)
     losses = [

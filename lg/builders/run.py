@@ -29,6 +29,7 @@ from lg.builders.training import (
     build_precision,
     build_schedule,
     build_settings,
+    precision_note,
     synchronize_batch_norms,
 )
 from lg.checkpoint import CheckpointFolder, load_weights
@@ -62,6 +63,8 @@ def build_run(cfg: CfgNode, data: Splits, world: World, log: RunLog) -> Run:
         guide.to(device)
     synchronize_batch_norms(cfg, (guided, guide), world, device)
     precision = build_precision(cfg, device)
+    if note := precision_note(cfg, precision):
+        log.warn(note)
     module, called_guide = _wrap(cfg, guided, guide, world, device, precision, log)
     loader = build_train_loader(cfg, data.train, world, device)
     log.info(f"DATA_LOADER.BACKEND {cfg.DATA_LOADER.BACKEND}: {loader}.")

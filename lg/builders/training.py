@@ -12,7 +12,13 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from yacs.config import CfgNode
 
 from lg.config import dump_config
-from lg.device import Precision, allow_tf32, reuse_memory, select_device
+from lg.device import (
+    Precision,
+    allow_tf32,
+    make_deterministic,
+    reuse_memory,
+    select_device,
+)
 from lg.distributed import World, in_turn
 from lg.errors import ConfigError
 from lg.guidance import GuidanceSchedule, GuidedStudent
@@ -88,12 +94,13 @@ def build_average(cfg: CfgNode, student: Backbone) -> WeightAverage | None:
 
 
 def build_device(cfg: CfgNode, world: World) -> torch.device:
-    """Select the device of this process; set TF32 and how freed memory is used.
+    """Select the device of this process; set TF32, determinism and how freed memory is used.
 
     Raises:
         ConfigError: The device is not available.
     """
     allow_tf32(cfg.TRAIN.TF32)
+    make_deterministic(cfg.TRAIN.DETERMINISTIC)
     if cfg.TRAIN.REUSE_MEMORY:
         reuse_memory()
     try:
@@ -144,6 +151,16 @@ def build_precision(cfg: CfgNode, device: torch.device) -> Precision:
         return Precision(device, mixed=cfg.TRAIN.MIXED_PRECISION, dtype=cfg.TRAIN.AMP_DTYPE)
     except ValueError as error:
         raise ConfigError(str(error)) from None
+
+
+def precision_note(cfg: CfgNode, precision: Precision) -> str:
+    """Return why TRAIN.MIXED_PRECISION has no effect here; empty if it has."""
+    if not cfg.TRAIN.MIXED_PRECISION or precision.dtype is not None:
+        return ""
+    return (
+        "TRAIN.MIXED_PRECISION is True, but this CPU only emulates bf16, which is slower than "
+        "fp32: training in fp32 (set TRAIN.AMP_DTYPE bf16 to use bf16 nevertheless)."
+    )
 
 
 def build_settings(cfg: CfgNode) -> Settings:

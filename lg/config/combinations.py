@@ -281,6 +281,17 @@ def _training(cfg: CfgNode) -> Iterator[Fault]:
             "its CUDA graphs overwrite the gradients that TRAIN.ACCUM_STEPS adds up: set this to "
             "default, or that to 1.",
         )
+    if train.DETERMINISTIC and cfg.CUDNN.BENCHMARK:
+        yield (
+            "TRAIN.DETERMINISTIC",
+            "CUDNN.BENCHMARK may choose other algorithms at each start: set that False.",
+        )
+    if train.DETERMINISTIC and train.COMPILE == "max-autotune":
+        yield (
+            "TRAIN.DETERMINISTIC",
+            "TRAIN.COMPILE max-autotune may choose other kernels at each start: set that to "
+            "default.",
+        )
     num_parts = cfg.NUM_GPUS * train.ACCUM_STEPS
     if train.BATCH_SIZE % num_parts != 0:
         yield (

@@ -147,7 +147,8 @@ DEFAULTS: dict[str, Any] = {
         "BATCH_SIZE": 128,  # images per optimiser step, over all processes
         "AUTO_RESUME": True,  # resume from the last checkpoint in OUT_DIR
         "WEIGHTS": "",  # path or URL of weights to start from
-        # True: bf16 if the hardware supports it, else fp16 with loss scaling
+        # True: bf16 if the hardware computes in it; if not, GPUs use fp16 with loss scaling, CPUs
+        # fp32
         "MIXED_PRECISION": False,
         "LABEL_SMOOTHING": 0.0,  # [0, 1)
         # alpha of Beta(alpha, alpha), >= 0; 0: off. If CutMix is on as well, one of the two is
@@ -157,9 +158,10 @@ DEFAULTS: dict[str, Any] = {
         # True: random resized crop, RandAugment, random erasing; False: padded crop
         "STRONG_AUGMENTATION": True,
         "AMP_DTYPE": "auto",  # (+) auto | bf16 | fp16; needs MIXED_PRECISION
-        # (+) none, or a mode of torch.compile: default | reduce-overhead | max-autotune (the last
-        # two use CUDA graphs on GPUs). Compiling delays the first step. max-autotune may choose
-        # other kernels at each start, so resuming is not bit-exact
+        # (+) none, or the mode in which torch.compile compiles student and guide: default |
+        # reduce-overhead | max-autotune (the last two use CUDA graphs on GPUs). Compiling delays
+        # the first step. max-autotune may choose other kernels at each start, so resuming is not
+        # bit-exact
         "COMPILE": "none",
         # (+) keep freed memory for the next step: on CPUs, hierarchical models train up to 1.7
         # times as fast, with up to 13 % more memory (Linux)
@@ -167,6 +169,9 @@ DEFAULTS: dict[str, Any] = {
         # (+) round the factors of float32 products, also in image resizing, to TF32 on hardware
         # that supports it: faster, with 10 instead of 23 bits of mantissa
         "TF32": False,
+        # (+) use only operations that give the same bits each time: slower, for bit-exact resume
+        # on GPUs; needs CUDNN.BENCHMARK False. CPUs are bit-exact without it
+        "DETERMINISTIC": False,
         # (+) fraction of the training set to use, stratified by class and fixed by RNG_SEED, (0, 1]
         "FRACTION": 1.0,
         # (+) fraction of the training images (after FRACTION) to hold out, stratified by class and
@@ -184,7 +189,7 @@ DEFAULTS: dict[str, Any] = {
         # (+) micro-batches per batch, to save memory; must divide BATCH_SIZE
         "ACCUM_STEPS": 1,
         # (+) several GPUs: BatchNorm uses the statistics of the whole batch, not of each process's
-        # share
+        # share; every BatchNorm then waits for all processes
         "SYNC_BN": False,
         "HFLIP": 0.5,  # (+) probability of a horizontal flip, [0, 1]; use 0 for digits or letters
         "KEEP_CHECKPOINTS": 2,  # (+) number of latest checkpoints to keep, >= 1

@@ -255,6 +255,16 @@ BROKEN: list[tuple[str, dict[str, Any], str]] = [
         {"TRAIN.COMPILE": "max-autotune", "TRAIN.ACCUM_STEPS": 2},
         "set this to default",
     ),
+    ("TRAIN.DETERMINISTIC", {"TRAIN.DETERMINISTIC": True}, "CUDNN.BENCHMARK may choose"),
+    (
+        "TRAIN.DETERMINISTIC",
+        {
+            "TRAIN.DETERMINISTIC": True,
+            "CUDNN.BENCHMARK": False,
+            "TRAIN.COMPILE": "max-autotune",
+        },
+        "set that to default",
+    ),
     (
         "TRAIN.BATCH_SIZE",
         {"NUM_GPUS": 2, "TRAIN.ACCUM_STEPS": 3},

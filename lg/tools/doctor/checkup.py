@@ -31,7 +31,13 @@ from lg.builders.data import (
 )
 from lg.builders.models import build_guided, build_model, build_teacher
 from lg.builders.run import build_run
-from lg.builders.training import build_device, build_precision, check_training, check_world
+from lg.builders.training import (
+    build_device,
+    build_precision,
+    check_training,
+    check_world,
+    precision_note,
+)
 from lg.checkpoint import load_weights, read_checkpoint
 from lg.datasets.base import EMPTY_CLASS, MISSING, UNTRAINED_CLASS, ImageDataset
 from lg.datasets.loader import usable_workers
@@ -119,12 +125,15 @@ def _check_device(cfg: CfgNode, found: Findings) -> None:
         build_device(cfg, World(local_rank=cfg.NUM_GPUS - 1))  # the last process needs a GPU too
         device = build_device(cfg, World())
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+        precision = build_precision(cfg, device)
         text = (
-            f"{name} (DEVICE {cfg.DEVICE}), {build_precision(cfg, device)} (TRAIN.MIXED_PRECISION "
+            f"{name} (DEVICE {cfg.DEVICE}), {precision} (TRAIN.MIXED_PRECISION "
             f"{cfg.TRAIN.MIXED_PRECISION}), images read in parallel: "
             f"{usable_workers(workers) or 1} (DATA_LOADER.NUM_WORKERS {workers})."
         )
         found.add(Finding(FACT, DEVICE, text))
+        if note := precision_note(cfg, precision):
+            found.add(Finding(NOTE, DEVICE, note))
         if device.type == "cpu" and cfg.DEVICE == "auto":
             text = "no GPU found: training runs on the CPU (set DEVICE cpu to silence this)."
             found.add(Finding(NOTE, DEVICE, text))

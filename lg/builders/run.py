@@ -135,6 +135,8 @@ def _wrap(
         # The warning is about 1x1 convolutions and single tokens, whose layout costs nothing here.
         warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
         devices = [device.index] if device.type == "cuda" else None
-        # Buffers either are constant or belong to each process until it tests (see test_epoch).
-        module = DistributedDataParallel(module, device_ids=devices, broadcast_buffers=False)
+        module = DistributedDataParallel(module, device_ids=devices)
+        # Buffers are constant, or each process's own until it tests (see test_epoch). Set here
+        # because newer versions of torch renamed the argument.
+        module.broadcast_buffers = False
     return module, called

@@ -51,3 +51,12 @@ def test_sync_bn_is_rejected_where_it_cannot_take_effect() -> None:
     assert all(
         type(each) is nn.BatchNorm2d for each in student.modules() if isinstance(each, _BatchNorm)
     )
+
+
+def test_buffers_are_not_sent_before_each_forward_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither ConViT's distances nor BatchNorm statistics: each test sends those it needs."""
+    monkeypatch.setattr(builders.run, "DistributedDataParallel", lambda *_, **__: nn.Identity())
+    cfg = lg.load_config(CONFIGS / "digits/vit_digits_base.yaml", ["DEVICE", "cpu"])
+    args = nn.Linear(2, 2), None, World(size=2), CPU, None, None
+    module, _ = builders.run._wrap(cfg, *args)
+    assert module.broadcast_buffers is False

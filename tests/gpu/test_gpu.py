@@ -22,6 +22,7 @@ from lg.datasets.loader import Batch
 from lg.device import Precision
 from lg.distributed import World
 from lg.guidance import FrozenTeacher
+from lg.run import Progress
 from lg.signals import Interrupted
 from lg.step import train_step
 from tests.test_trainer import CONFIGS, assert_same, config, final_state, stats, stop_after
@@ -157,6 +158,8 @@ def test_a_training_step_never_waits_for_the_device(name: str) -> None:
         guided=guided,
         guide=guide.to(device),
         loss=loss,
+        schedule=builders.build_schedule(cfg),
+        progress=Progress(),
         mixing=builders.build_mixing(cfg),
         precision=Precision(device),
         optimizer=builders.build_optimizer(cfg, guided),

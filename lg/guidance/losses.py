@@ -109,7 +109,8 @@ def classification_loss(
     class weighted by `class_weights` [K] if given."""
     if class_weights is not None:
         targets = targets * class_weights
-    return -(targets * F.log_softmax(_widen(logits), dim=1)).sum(dim=1).mean()
+    # reduction="mean" sums all elements at once, which rounds differently.
+    return F.cross_entropy(_widen(logits), targets, reduction="none").mean()
 
 
 @dataclass(frozen=True, kw_only=True)

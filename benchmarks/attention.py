@@ -12,11 +12,8 @@ attention.json.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import copy
-import json
-import platform
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -33,6 +30,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 import lg  # noqa: E402
+from benchmarks.report import make_parser, write_json  # noqa: E402
 from lg.device import select_device, synchronize  # noqa: E402
 from lg.models.attention import attention_weights  # noqa: E402
 
@@ -48,9 +46,7 @@ MODELS = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser(__doc__)
     parser.add_argument("--models", nargs="+", choices=MODELS, default=[*MODELS])
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--repeats", type=int, default=9, help="timed steps of each (default 9)")
@@ -72,14 +68,7 @@ def main() -> None:
             f"{spread(row['naive_all']):<18}{row['ratio']:>10.3f}",
             flush=True,
         )
-    about = {
-        "hardware": torch.cuda.get_device_name() if device.type == "cuda" else platform.processor(),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "batch_size": args.batch_size,
-    }
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps({**about, "rows": rows}, indent=2))
+    write_json(args.out, device=device.type, batch_size=args.batch_size, rows=rows)
 
 
 def spread(seconds: list[float]) -> str:

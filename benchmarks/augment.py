@@ -12,7 +12,6 @@ of any pixel. Then report the time that augmentation takes per image.
 
 from __future__ import annotations
 
-import argparse
 import sys
 import time
 from pathlib import Path
@@ -27,6 +26,7 @@ from timm.data.auto_augment import NAME_TO_OP
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from benchmarks.report import make_parser  # noqa: E402
 from lg.augment.batched import BatchTransform, draw_crops  # noqa: E402
 from lg.augment.operations import FILL  # noqa: E402
 from lg.augment.randaugment import OPERATIONS, Draws, draw, randaugment  # noqa: E402
@@ -52,9 +52,7 @@ WHOLE = ("PosterizeIncreasing", "SolarizeIncreasing", "SolarizeAdd")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser(__doc__)
     parser.add_argument("--dataset", default="cifar100", help="a dataset of lg (default cifar100)")
     parser.add_argument("--root", default="data", help="folder of the datasets")
     parser.add_argument("--image-size", type=int, default=224)

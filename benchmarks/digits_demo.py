@@ -11,8 +11,6 @@ instead of repeated. Print a table; write curves.png and results.json next to th
 
 from __future__ import annotations
 
-import argparse
-import json
 import os
 import statistics
 import subprocess
@@ -23,6 +21,10 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
+
+from benchmarks.report import make_parser, write_json  # noqa: E402
+from lg.logs.log import read_json_lines  # noqa: E402
+
 MODELS = {
     "r-8_digits": "ResNet-8, the guide",
     "vit_digits_base": "transformer, plain",
@@ -32,9 +34,7 @@ OFFLINE = {"vit_digits_ours_offline": "the same, offline"}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser(__doc__)
     parser.add_argument("--seeds", type=int, default=1, help="number of seeds (default 1)")
     parser.add_argument("--offline", action="store_true", help="add offline guidance")
     parser.add_argument("--out", type=Path, default=Path("work_dirs/digits_demo"))
@@ -50,7 +50,7 @@ def main() -> None:
     print(table(runs))
     args.out.mkdir(parents=True, exist_ok=True)
     plot(runs, args.out / "curves.png")
-    write_json(runs, seconds, args.out / "results.json")
+    write_json(args.out / "results.json", seconds=seconds, runs=runs)
     print(
         f"\nCurves: {args.out / 'curves.png'}; numbers: {args.out / 'results.json'}. "
         f"Took {seconds:.0f} s."
@@ -59,8 +59,6 @@ def main() -> None:
 
 def train(name: str, *, seed: int, out: Path) -> dict[str, Any]:
     """Train one config and return its size and its test accuracies from the log."""
-    from lg.logs.log import read_json_lines
-
     folder = (out / f"seed{seed}").resolve()
     guide = str(folder / "r-8_digits" / "model.pyth")
     settings = ["OUT_DIR", str(folder / name), "RNG_SEED", str(seed), "DEVICE", "cpu"]
@@ -136,25 +134,6 @@ def plot(runs: dict[int, dict[str, Any]], path: Path) -> None:
     axes.grid(alpha=0.3)
     figure.savefig(path, dpi=120)
     plt.close(figure)
-
-
-def write_json(runs: dict[int, dict[str, Any]], seconds: float, path: Path) -> None:
-    """Write the results with the hardware and the versions they were measured with."""
-    import platform
-
-    import timm
-    import torch
-
-    setting = {
-        "cores": os.cpu_count(),
-        "machine": platform.machine(),
-        "torch": torch.__version__,
-        "timm": timm.__version__,
-        "python": platform.python_version(),
-    }
-    path.write_text(
-        json.dumps({"setting": setting, "seconds": seconds, "runs": runs}, indent=1, default=float)
-    )
 
 
 if __name__ == "__main__":

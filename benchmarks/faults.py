@@ -13,12 +13,9 @@ anything was lost. Takes about ten minutes on two cores.
 
 from __future__ import annotations
 
-import argparse
 import collections
 import itertools
-import json
 import os
-import platform
 import random
 import shutil
 import signal
@@ -35,6 +32,7 @@ import torch  # noqa: E402
 
 from benchmarks import fault_files  # noqa: E402
 from benchmarks import fault_runs as runs  # noqa: E402
+from benchmarks.report import make_parser, write_json  # noqa: E402
 
 LOADERS = list(itertools.product(("device", "workers"), (0, 2)))
 COUNTS = {"start-up": 1, "step": 16, "log": 60, "save": 6, "test": 8, "precompute": 1}
@@ -179,9 +177,7 @@ def signals(bench: Bench, count: int) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser(__doc__)
     parser.add_argument("--kills", type=int, default=100, help="number of kills (default 100)")
     parser.add_argument("--only-kills", action="store_true", help="skip the other faults")
     parser.add_argument("--seed", type=int, default=1)
@@ -210,15 +206,14 @@ def main() -> int:
     for fault, number in bench.rejected.items():
         print(f"{fault}: {number} of {bench.rows[fault]['tries']} rejected, the others harmless.")
     print(f"Killed runs died in: {died}. {seconds:,.0f} s, seed {args.seed}.")
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    facts = {"torch": torch.__version__, "python": platform.python_version(), "seed": args.seed}
-    facts |= {
-        "seconds": round(seconds),
-        "died_in": dict(bench.died_in),
-        "rejected": dict(bench.rejected),
-        "rows": bench.rows,
-    }
-    args.out.write_text(json.dumps(facts, indent=1))
+    write_json(
+        args.out,
+        seed=args.seed,
+        seconds=round(seconds),
+        died_in=bench.died_in,
+        rejected=bench.rejected,
+        rows=bench.rows,
+    )
     return int(any(row["lost"] for row in bench.rows.values()))
 
 

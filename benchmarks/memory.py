@@ -3,16 +3,15 @@
 
     python benchmarks/memory.py --cfg configs/deit/deit-ti_c100_ours.yaml
 
-For each guided config, measure the peak over a few steps on one fixed batch, each variant in a
+For each guided config, measure the peak over a few steps on the same images, each variant in a
 separate process: `plain`, the model with torch's AdamW and cross-entropy in a few lines of eager
-code; `unguided` and `guided`, this project's training step. Reports resident memory on a CPU and
-allocated memory on a GPU.
+code; `unguided` and `guided`, this project's training step; if DISTILLATION.FEATURE_FILE is set
+with --opts, also `offline`, with other stored features in each step, and `in memory`, with all of
+them on the device. Reports resident memory on a CPU and allocated memory on a GPU.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 import multiprocessing
 import sys
 import tempfile
@@ -24,33 +23,33 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.throughput import ONLINE, UNGUIDED, train_step  # noqa: E402
+from benchmarks.report import make_parser, write_json  # noqa: E402
+from benchmarks.throughput import ONLINE, STORED, UNGUIDED, train_step  # noqa: E402
 
 WAYS = {"plain": [*UNGUIDED, "TRAIN.REUSE_MEMORY", "False"], "unguided": UNGUIDED, "guided": ONLINE}
+OFFLINE = {"offline": STORED, "in memory": [*STORED, "DISTILLATION.FEATURE_PLACE", "device"]}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser(__doc__)
     parser.add_argument("--cfg", nargs="+", required=True, help="guided configs")
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--repeats", type=int, default=3, help="processes per variant")
     parser.add_argument("--out", type=Path, default=Path("work_dirs/memory.json"))
     parser.add_argument("--opts", nargs="*", default=[], metavar="KEY VALUE", help="overrides")
     args = parser.parse_args()
-    print(f"{'peak memory, MB':<28}" + "".join(f"{way:>10}" for way in WAYS))
+    ways = WAYS | (OFFLINE if "DISTILLATION.FEATURE_FILE" in args.opts else {})
+    print(f"{'peak memory, MB':<28}" + "".join(f"{way:>10}" for way in ways))
     results = {}
     for config in args.cfg:
-        found: dict[str, list[int]] = {way: [] for way in WAYS}
+        found: dict[str, list[int]] = {way: [] for way in ways}
         for _ in range(args.repeats):
-            for way, extra in WAYS.items():
+            for way, extra in ways.items():
                 found[way].append(measured(config, [*args.opts, *extra], way, args.steps))
         cells = "".join(f"{median_high(values):>10}" for values in found.values())
         print(f"{Path(config).stem:<28}{cells}", flush=True)
         results[Path(config).stem] = found
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps({"opts": args.opts, "megabytes": results}, indent=1))
+    write_json(args.out, opts=args.opts, megabytes=results)
 
 
 def measured(config: str, opts: list[str], way: str, steps: int) -> int:
@@ -109,6 +108,7 @@ def our_steps(cfg: Any, images: Any, labels: Any, steps: int) -> None:
     import torch
 
     from lg import builders
+    from lg.augment.view import View
     from lg.datasets.loader import Batch
     from lg.distributed import World
     from lg.logs.log import RunLog
@@ -116,9 +116,11 @@ def our_steps(cfg: Any, images: Any, labels: Any, steps: int) -> None:
     data = builders.fetch_data(cfg, World())
     run = builders.build_run(cfg, data, World(), RunLog(cfg.OUT_DIR, enabled=False))
     run.module.train()
-    batch = Batch(images, labels, torch.arange(len(labels)), torch.zeros(len(labels), 5))
+    view = View().tensor().expand(len(labels), -1)
+    indices = torch.from_numpy(data[0].indices)
     for _ in range(steps):
-        train_step(run, batch)
+        index = indices[torch.randperm(len(indices))[: len(labels)]]
+        train_step(run, Batch(images, labels, index, view))
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ difference exceeds its limit (LIMITS below).
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 import warnings
@@ -27,6 +26,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 import lg  # noqa: E402
+from benchmarks.report import make_parser, write_json  # noqa: E402
 from lg import builders  # noqa: E402
 from lg.guidance import FrozenTeacher  # noqa: E402
 from tests.reference_fill import fill, reference_input  # noqa: E402
@@ -92,27 +92,20 @@ class Parity:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("models", nargs="*", help=f"some of {', '.join(MODELS)} (default: all)")
+    parser = make_parser(__doc__)
+    parser.add_argument("models", nargs="*", choices=MODELS, default=[*MODELS])
     parser.add_argument("--out", type=Path, default=Path("work_dirs/parity.json"))
     args = parser.parse_args()
-    unknown = [name for name in args.models if name not in MODELS]
-    if unknown:
-        parser.error(f"unknown: {', '.join(unknown)}; choose from {', '.join(MODELS)}")
     print(
         f"{'model':<14}{'parameters':>11}  {'keys':<6}{'groups':<8}{'logits':>9}{'features':>10}"
         f"{'linear':>10}{'attention':>11}{'similarity':>12}{'steps':>9}{'guided':>9}"
     )
     rows = []
-    for name in args.models or MODELS:
+    for name in args.models:
         rows.append(measure(name))
         print(line(rows[-1]), flush=True)
     print("\nlogits, features: absolute; losses by transform, first three steps: relative.")
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    versions = {"torch": torch.__version__, "numpy": np.__version__, "limits": LIMITS}
-    args.out.write_text(json.dumps({**versions, "rows": [asdict(r) for r in rows]}, indent=2))
+    write_json(args.out, limits=LIMITS, rows=[asdict(r) for r in rows])
     missed = [row.model for row in rows if not row.holds()]
     sys.exit(f"beyond the limits: {', '.join(missed)}" if missed else 0)
 

@@ -12,7 +12,6 @@ cells of each map, as the published code does. Writes replay.json.
 from __future__ import annotations
 
 import argparse
-import json
 import random
 import sys
 from pathlib import Path
@@ -26,6 +25,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 import lg  # noqa: E402
+from benchmarks.report import make_parser, write_json  # noqa: E402
 from lg import builders  # noqa: E402
 from lg.augment.recipe import TestTransform  # noqa: E402
 from lg.augment.view import View, padded_crop, random_resized_crop  # noqa: E402
@@ -41,9 +41,7 @@ BATCH = 32
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser(__doc__)
     parser.add_argument("--cfg", required=True, help="config of the teacher")
     parser.add_argument("--ckpt", help="default: model.pyth in the config's OUT_DIR")
     parser.add_argument("--bank", required=True, type=Path)
@@ -87,9 +85,7 @@ def main() -> None:
         print(f"{name:<22}" + "".join(f"{100 * x:>9.2f}%" for x in mine))
         if name != "whole image":
             print(f"{'  in whole cells':<22}" + "".join(f"{100 * x:>9.2f}%" for x in cells))
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    about = {"bank": str(args.bank), "images": args.images, "torch": torch.__version__}
-    args.out.write_text(json.dumps({**about, "relative_rms": results}, indent=2))
+    write_json(args.out, bank=str(args.bank), images=args.images, relative_rms=results)
 
 
 def in_cells(view: Tensor, side: int) -> Tensor:

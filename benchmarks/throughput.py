@@ -39,8 +39,14 @@ from statistics import median, quantiles
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from benchmarks.report import make_parser, write_json  # noqa: E402
+
 UNGUIDED = ["DISTILLATION.ENABLE_INTER", "False", "DISTILLATION.OFFLINE", "False"]
+UNGUIDED += ["CNN.DEPTH", "56"]  # the default, as no guide reads it
 ONLINE = ["DISTILLATION.OFFLINE", "False", "DISTILLATION.TEACHER_WEIGHTS", "None"]
+STORED = ["DISTILLATION.OFFLINE", "True"]
 
 
 def main() -> None:
@@ -56,14 +62,11 @@ def main() -> None:
             for root, found in compare(args, config, opts).items():
                 results.append({"name": name, "checkout": root, **found})
                 print(row(results[-1], header=len(results) == 1), flush=True)
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps({"opts": args.opts, "results": results}, indent=1))
+    write_json(args.out, opts=args.opts, results=results)
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser(__doc__)
     parser.add_argument("--cfg", nargs="+", required=True, help="guided configs")
     parser.add_argument("--against", nargs="*", default=[], help="other checkouts")
     parser.add_argument(
@@ -198,7 +201,7 @@ def prepare(
     folder = tempfile.mkdtemp()
     kinds = {"unguided": UNGUIDED, "guided": ONLINE}
     if lg.load_config(config, opts).DISTILLATION.FEATURE_FILE:
-        kinds["offline"] = ["DISTILLATION.OFFLINE", "True"]
+        kinds["offline"] = STORED
     for kind, extra in kinds.items():
         cfg = lg.load_config(config, [*opts, *extra, "OUT_DIR", folder])
         data = lg.builders.fetch_data(cfg, World())
@@ -265,8 +268,6 @@ def describe(cfg: Any, run: Any) -> dict[str, Any]:
         "compile": cfg.TRAIN.COMPILE,
         "backend": type(run.loader).__name__,
         "device": torch.cuda.get_device_name() if on_gpu else platform.processor(),
-        "threads": torch.get_num_threads(),
-        "versions": {"torch": torch.__version__, "python": platform.python_version()},
         "step_flops": 6 * macs,  # 2 per MAC; the backward pass costs twice the forward pass
         "matrix_flops": matrix_rate(run.device, run.precision.dtype or torch.float32),
     }

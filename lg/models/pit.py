@@ -81,13 +81,8 @@ def pit(
         attn_drop_rate=attention_drop_rate,
     )
     net.pos_drop.p = drop_rate  # older timm misspells its argument
-    names = [f"transformers.{i}.blocks.{j}" for i, n in enumerate(depth) for j in range(n)]
-    for index, name in enumerate(names):
-        rate = drop_path_rate * index / len(names)
-        block = net.get_submodule(name)
-        block.drop_path1, block.drop_path2 = DropPath(rate), DropPath(rate)
     set_norm_eps(net, ln_eps)
-    return staged_backbone(
+    backbone = staged_backbone(
         net,
         family="PiT",
         keys=KEYS,
@@ -97,3 +92,7 @@ def pit(
         prefix=[1] * len(depth),
         stages="transformers",
     )
+    for index, block in enumerate(backbone.blocks):
+        rate = drop_path_rate * index / len(backbone.blocks)
+        block.drop_path1, block.drop_path2 = DropPath(rate), DropPath(rate)
+    return backbone

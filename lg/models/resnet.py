@@ -150,10 +150,13 @@ def resnet(
             base_width=width_per_group,
             act_layer=act_layer,
             norm_layer=norm_layer,
+            zero_init_last=False,
         )
         widths = [width * block.expansion for width in IMAGENET_WIDTHS]
-        if stride_1x1:
-            _move_strides(net)
+        for module in net.modules():
+            if stride_1x1 and isinstance(module, Bottleneck):
+                # The original paper has the stride on the first 1x1 convolution, timm on the 3x3.
+                module.conv1.stride, module.conv2.stride = module.conv2.stride, module.conv1.stride
     else:
         blocks_per_stage, rest = divmod(depth - 2, 6)
         assert blocks_per_stage > 0 and rest == 0, f"no ResNet has depth {depth}"
@@ -178,26 +181,14 @@ def resnet(
     )
 
 
-def _move_strides(net: nn.Module) -> None:
-    """Move the stride of each bottleneck from its 3x3 to its first 1x1 convolution.
-
-    The original paper has the stride on the 1x1, timm on the 3x3; the weights have equal shapes.
-    """
-    for module in net.modules():
-        if isinstance(module, Bottleneck):
-            module.conv1.stride, module.conv2.stride = module.conv2.stride, module.conv1.stride
-
-
 def _initialise(net: nn.Module, *, zero_init_final_bn_gamma: bool) -> None:
-    """Draw the initial weights: convolutions by fan-out, the classifier small, BatchNorm at one."""
+    """Draw the initial weights: convolutions by fan-out, the classifier small."""
     for module in net.modules():
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
         elif isinstance(module, nn.Linear):
             nn.init.normal_(module.weight, std=HEAD_STD)
             nn.init.zeros_(module.bias)
-        elif isinstance(module, nn.BatchNorm2d):
-            nn.init.ones_(module.weight)
     if zero_init_final_bn_gamma:
         for module in net.modules():
             if isinstance(module, (BasicBlock, Bottleneck)):

@@ -75,8 +75,8 @@ def main() -> None:
 def run(args: argparse.Namespace, cfg: CfgNode) -> None:
     """Compute the features that the arguments specify."""
     from lg import builders
-    from lg.augment.recipe import TestTransform
-    from lg.datasets.loader import TestSamples, test_loader
+    from lg.augment.batched import BatchTestTransform
+    from lg.datasets.loader import Samples, test_loader
     from lg.distributed import World
     from lg.guidance import FrozenTeacher
     from lg.guidance.bank_file import bank_folder
@@ -92,7 +92,7 @@ def run(args: argparse.Namespace, cfg: CfgNode) -> None:
     print(check_space(folder, provenance, len(dataset)), flush=True)
     if text := advice(cfg, provenance, len(dataset)):
         print(text, flush=True)
-    samples = TestSamples(dataset, TestTransform(image_size=provenance.image_size))
+    samples = Samples(dataset, BatchTestTransform(image_size=provenance.image_size))
     precompute(
         FrozenTeacher(
             model, indices=provenance.layers, image_size=provenance.teacher_image_size

@@ -27,9 +27,10 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.report import make_parser  # noqa: E402
-from lg.augment.batched import BatchTransform, draw_crops  # noqa: E402
+from lg.augment.batched import BatchTransform  # noqa: E402
+from lg.augment.draws import CROP_UNIFORMS, draw_crops  # noqa: E402
 from lg.augment.operations import FILL  # noqa: E402
-from lg.augment.randaugment import OPERATIONS, Draws, draw, randaugment  # noqa: E402
+from lg.augment.randaugment import OPERATIONS, UNIFORMS, Draws, draw, randaugment  # noqa: E402
 from lg.augment.resample import crop_and_resize, resize_together  # noqa: E402
 from lg.datasets import build_dataset  # noqa: E402
 
@@ -68,7 +69,7 @@ def main() -> None:
         **crops(photographs, args.image_size, rng),
     }.items():
         print(f"{name:<32}{mean:>9.4f}{largest:>9}")
-    seconds = cost(photographs, args.image_size, rng)
+    seconds = cost(photographs, args.image_size)
     print(f"{1e3 * seconds:.2f} ms per image, {torch.get_num_threads()} threads, batches of 32")
 
 
@@ -76,7 +77,7 @@ def operations(photographs: list, size: int, rng: np.random.Generator) -> dict[s
     """Return the mean and largest difference of every operation at its worst magnitude."""
     square = [ImageOps.fit(p, (size, size), Image.Resampling.BICUBIC) for p in photographs]
     images = torch.from_numpy(np.stack(square)).permute(0, 3, 1, 2).contiguous()
-    drawn = draw(20_000, rng=rng, layers=1, probability=1.0)
+    drawn = draw(rng.random((20_000, 1, UNIFORMS)), probability=1.0)
     found = {}
     for number, name in enumerate(OPERATIONS):
         levels = [0.0]
@@ -101,7 +102,7 @@ def operations(photographs: list, size: int, rng: np.random.Generator) -> dict[s
 def crops(photographs: list, size: int, rng: np.random.Generator) -> dict[str, Any]:
     """Return the mean and largest difference of random resized crops, for both resizers."""
     heights, widths = (np.array([getattr(p, n) for p in photographs]) for n in ("height", "width"))
-    boxes = draw_crops(heights, widths, rng)
+    boxes = draw_crops(heights, widths, rng.random((len(heights), CROP_UNIFORMS)))
     images = [torch.from_numpy(np.array(p)) for p in photographs]
     wanted = [
         np.asarray(p.crop((x, y, x + w, y + h)).resize((size, size), Image.Resampling.BICUBIC))
@@ -119,16 +120,15 @@ def crops(photographs: list, size: int, rng: np.random.Generator) -> dict[str, A
     return found
 
 
-def cost(photographs: list, size: int, rng: np.random.Generator) -> float:
+def cost(photographs: list, size: int) -> float:
     """Return the median seconds per image of the strong recipe, decoding not included."""
     transform = BatchTransform(image_size=size, strong=True)
     batch = [photographs[i % len(photographs)] for i in range(32)]
     images = [torch.from_numpy(np.array(transform.prepare(p))) for p in batch]
-    heights, widths = (np.array([image.shape[i] for image in images]) for i in (0, 1))
     seconds = []
-    for _ in range(25):
+    for epoch in range(25):
         started = time.perf_counter()
-        transform.apply(images, transform.draw(heights, widths, rng))
+        transform(images, epochs=[epoch] * len(images), index=range(len(images)))
         seconds.append((time.perf_counter() - started) / len(images))
     return median(seconds[3:])
 

@@ -12,9 +12,9 @@ cells of each map, as the published code does. Writes replay.json.
 from __future__ import annotations
 
 import argparse
-import random
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,17 +27,21 @@ sys.path.insert(0, str(ROOT))
 import lg  # noqa: E402
 from benchmarks.report import make_parser, write_json  # noqa: E402
 from lg import builders  # noqa: E402
-from lg.augment.recipe import TestTransform  # noqa: E402
-from lg.augment.view import View, padded_crop, random_resized_crop  # noqa: E402
+from lg.augment.batched import BatchTestTransform, BatchTransform, normalise  # noqa: E402
+from lg.augment.resample import crop_and_resize  # noqa: E402
+from lg.augment.view import View  # noqa: E402
+from lg.datasets.loader import Samples  # noqa: E402
 from lg.guidance import FeatureBank, FrozenTeacher  # noqa: E402
 from lg.guidance.replay import replay  # noqa: E402
 
-VIEWS = {
-    "whole image": lambda image, size: (image.resize((size, size), 3), View()),
-    "random resized crop": lambda image, size: random_resized_crop(image, size, hflip=0.5),
-    "padded crop": lambda image, size: padded_crop(image, size, hflip=0.5),
-}
 BATCH = 32
+
+
+class OnlyCrops(BatchTransform):
+    """The strong recipe without changes of the pixels."""
+
+    def apply(self, images: Any, draws: Any) -> Tensor:
+        return normalise(crop_and_resize(images, draws.box, self.image_size, draws.flip))
 
 
 def main() -> None:
@@ -59,19 +63,19 @@ def main() -> None:
     builders.prepare_bank(cfg, bank, dataset, torch.device("cpu"))
     assert bank.provenance is not None, "--bank must have a provenance"
     size = bank.provenance.image_size
-    finish = TestTransform(image_size=size).finish
+    transforms = {
+        "whole image": BatchTestTransform(image_size=size),
+        "random resized crop": OnlyCrops(image_size=size, strong=True),
+        "padded crop": BatchTransform(image_size=size, strong=False),
+    }
     rows = np.linspace(0, len(dataset) - 1, args.images).astype(int)
     results = {}
-    for name, draw in VIEWS.items():
-        random.seed(0)
-        torch.manual_seed(0)
+    for name, transform in transforms.items():
+        samples = Samples(dataset, transform)
         sums = torch.zeros(3, len(layers), dtype=torch.float64)  # errors of both replays, maps
         for first in tqdm(range(0, len(rows), BATCH), desc=name, leave=False):
             part = rows[first : first + BATCH]
-            drawn = [draw(dataset.image(int(row)), size) for row in part]
-            images = torch.stack([finish(image) for image, _ in drawn])
-            view = torch.stack([v.tensor() for _, v in drawn])
-            index = torch.from_numpy(dataset.indices[part])
+            images, _, index, view = samples.__getitems__([(0, row) for row in part.tolist()])
             online, _ = teacher(images)
             stored, _ = bank(images, index, view)
             whole, _ = bank(images, index, View().tensor().expand(len(part), -1))

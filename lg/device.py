@@ -8,6 +8,7 @@ import os
 import platform
 import resource
 import sys
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 
 import numpy as np
@@ -140,6 +141,23 @@ def to_device(values: Tensor | np.ndarray, device: torch.device) -> Tensor:
     if device.type == "cuda" and values.device.type == "cpu":
         values = values.pin_memory()
     return values.to(device, non_blocking=True)
+
+
+def to_device_together(arrays: Sequence[np.ndarray], device: torch.device) -> list[Tensor]:
+    """Copy arrays from host memory to a device in one transfer, without waiting for it."""
+    tensors = [torch.from_numpy(np.ascontiguousarray(array)) for array in arrays]
+    if device.type != "cuda" or not tensors:
+        return [tensor.to(device) for tensor in tensors]
+    ends = np.cumsum([-(-tensor.nbytes // 16) * 16 for tensor in tensors])  # aligned for any type
+    starts = [0, *ends[:-1]]
+    buffer = np.empty(ends[-1], np.uint8)
+    for tensor, start in zip(tensors, starts, strict=True):
+        buffer[start : start + tensor.nbytes] = tensor.numpy().reshape(-1).view(np.uint8)
+    moved = to_device(buffer, device)
+    return [
+        moved[start : start + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
+        for tensor, start in zip(tensors, starts, strict=True)
+    ]
 
 
 def synchronize(device: torch.device) -> None:

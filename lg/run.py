@@ -162,7 +162,7 @@ class Run:
             "scaler_state": self.precision.scaler.state_dict(),
             "schedule_state": self.schedule.state(),
             "rng_state": random_states,
-            "sampler_state": {**position, "backend": self.loader.backend},
+            "sampler_state": position,
             "meter_state": self.meter.state(),
             "progress": progress,
         }

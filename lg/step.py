@@ -29,8 +29,8 @@ def train_step(
     Returns:
         The mean losses (scalars) and the student's hits [N, 2], top-1 and top-5.
     """
-    # Mix images and targets. The draws depend on seed and position alone, so resume is exact.
-    random = np.random.default_rng((run.settings.seed, MIX, epoch, step, run.world.rank))
+    # Mix images and targets. Seed and position determine the draws, the same in every process.
+    random = np.random.default_rng((run.settings.seed, MIX, epoch, step))
     images, targets = run.mixing(batch.images, batch.labels, random)
     # Forward and backward; student and guide see the same images.
     losses, hits = accumulate_gradients(run, batch._replace(images=images), targets)

@@ -318,13 +318,6 @@ def _differences(run: Run, state: Mapping[str, Any]) -> Iterator[str]:
             f"Processes changed from {processes} to {run.world.size}: the result is not "
             "bit-identical."
         )
-    backend = state["sampler_state"].get("backend", run.loader.backend)
-    if backend != run.loader.backend:
-        yield (
-            f"Resuming with images from DATA_LOADER.BACKEND {run.loader.backend} instead of "
-            f"{backend}, which draws other augmentations: the result is not bit-identical. Set "
-            f"DATA_LOADER.BACKEND {backend} to avoid this."
-        )
 
 
 @contextlib.contextmanager

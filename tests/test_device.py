@@ -8,12 +8,20 @@ import subprocess
 import sys
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 import lg
 from lg.builders.training import build_device, build_precision, precision_note
-from lg.device import Precision, computes_in_bf16, peak_memory_mb, select_device, synchronize
+from lg.device import (
+    Precision,
+    computes_in_bf16,
+    peak_memory_mb,
+    select_device,
+    synchronize,
+    to_device_together,
+)
 from lg.distributed import World
 
 CPU = torch.device("cpu")
@@ -186,3 +194,29 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
     limit = 0.8 if platform.libc_ver()[0] == "glibc" else 1.1
     assert faults[0] > 11 * 2**14 or limit > 1, faults
     assert faults[1] < limit * faults[0], faults
+
+
+def test_arrays_of_all_types_are_copied_in_one_transfer(monkeypatch: pytest.MonkeyPatch) -> None:
+    copied = []
+
+    def copy(values: np.ndarray, device: torch.device) -> torch.Tensor:
+        copied.append(device)
+        return torch.from_numpy(values.copy())
+
+    monkeypatch.setattr("lg.device.to_device", copy)
+    rng = np.random.default_rng(0)
+    arrays = [
+        rng.random((3, 5)),
+        rng.random(7) < 0.5,
+        np.empty((0, 1, 256), np.uint8),
+        rng.integers(0, 9, (2, 3)).T,
+        rng.random((5, 1, 2)).astype(np.float32),
+        np.arange(5, dtype=np.uint8),
+    ]
+    moved = to_device_together(arrays, torch.device("cuda"))
+    assert len(copied) == 1
+    for array, tensor in zip(arrays, moved, strict=True):
+        assert tensor.numpy().dtype == array.dtype and np.array_equal(tensor.numpy(), array)
+    assert to_device_together([], torch.device("cuda")) == []
+    for array, tensor in zip(arrays, to_device_together(arrays, torch.device("cpu")), strict=True):
+        assert np.array_equal(tensor.numpy(), array)

@@ -14,8 +14,8 @@ import torch
 import lg
 import precompute_feature
 from lg import builders, trainer
-from lg.augment.recipe import TestTransform
-from lg.datasets.loader import TestSamples
+from lg.augment.batched import BatchTestTransform
+from lg.datasets.loader import Samples
 from lg.errors import BankError, ConfigError
 from lg.guidance import FeatureBank
 from lg.signals import Interrupted
@@ -104,10 +104,8 @@ def test_whole_images_have_the_same_loss_offline_as_online(
         torch.manual_seed(3)
         guided, guide, loss = lg.build_guided(cfg)
         dataset = builders.build_train_data(cfg)
-        samples = TestSamples(dataset, TestTransform(image_size=16))
-        batch = [
-            torch.stack(column) for column in zip(*map(samples.__getitem__, range(9)), strict=True)
-        ]
+        samples = Samples(dataset, BatchTestTransform(image_size=16))
+        batch = samples.__getitems__([(0, row) for row in range(9)])
         logits, maps = guided.train()(batch[0])
         targets = torch.eye(10)[batch[1]]
         terms = loss(logits, maps, targets, *guide(batch[0], batch[2], batch[3]))

@@ -127,39 +127,35 @@ def straight(tmp_path_factory: pytest.TempPathFactory, guide_file: Path) -> Path
     return out_dir
 
 
-@pytest.fixture(scope="module")
-def straight_by_workers(tmp_path_factory: pytest.TempPathFactory, guide_file: Path) -> Path:
-    out_dir = tmp_path_factory.mktemp("workers")
-    trainer.train(config(out_dir, guide_file, DATA_LOADER__BACKEND="workers"))
-    return out_dir
-
-
 # After the first step, within an epoch, before and at its end, before the last step.
 @pytest.mark.parametrize(("steps", "workers"), [(1, 0), (2, 2), (3, 0), (4, 2), (6, 0), (11, 2)])
-@pytest.mark.parametrize("backend", ["device", "workers"])
+@pytest.mark.parametrize(
+    "backends", [("device", "device"), ("device", "workers"), ("workers", "auto")]
+)
 def test_resume_is_exact(
     steps: int,
     workers: int,
-    backend: str,
-    request: pytest.FixtureRequest,
+    backends: tuple[str, str],
+    straight: Path,
     tmp_path: Path,
     guide_file: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    name = "straight" if backend == "device" else "straight_by_workers"
-    straight: Path = request.getfixturevalue(name)
-    loader = {"DATA_LOADER__NUM_WORKERS": workers, "DATA_LOADER__BACKEND": backend}
-    cfg = config(tmp_path, guide_file, **loader)
+    """A resumed run may also read its images in another way."""
+    first, second = (
+        config(tmp_path, guide_file, DATA_LOADER__NUM_WORKERS=workers, DATA_LOADER__BACKEND=backend)
+        for backend in backends
+    )
     with monkeypatch.context() as patch:
         stop_after(patch, steps)
         with pytest.raises(Interrupted) as stop:
-            trainer.train(cfg)
+            trainer.train(first)
     assert stop.value.code == 128 + signal.SIGTERM
     torch.manual_seed(99)  # another process has another random state
-    trainer.train(cfg)
+    trainer.train(second)
     expected, state = final_state(straight), final_state(tmp_path)
     for either in (expected, state):
-        either.pop("cfg")  # NUM_WORKERS differs, and auto selects device
+        either.pop("cfg")  # DATA_LOADER differs
     assert state["guidance_state"] and state["ema_state"]
     assert_same(state, expected)
     assert_same(stats(tmp_path), stats(straight))
@@ -208,14 +204,17 @@ def test_resume_after_a_stop_within_a_test_is_exact(
     assert_same(final_state(tmp_path), final_state(straight))
 
 
-def test_another_data_backend_is_warned_about(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+def test_less_free_memory_changes_nothing(
+    straight: Path,
+    tmp_path: Path,
+    guide_file: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    trainer.train(config(tmp_path, None, OPTIM__MAX_EPOCH=1))
     monkeypatch.setattr("lg.builders.data.free_memory", lambda device: 0)
-    trainer.train(config(tmp_path, None, OPTIM__MAX_EPOCH=2))
-    warning = "Resuming with images from DATA_LOADER.BACKEND workers instead of device, which draws"
-    assert warning in capsys.readouterr().err
+    trainer.train(config(tmp_path, guide_file))
+    assert "images are read and augmented by" in capsys.readouterr().out
+    assert_same(final_state(tmp_path), final_state(straight))
 
 
 def test_another_seed_gives_another_run(straight: Path, tmp_path: Path, guide_file: Path) -> None:
@@ -332,6 +331,12 @@ def test_a_batch_that_the_processes_cannot_divide_is_rejected(tmp_path: Path) ->
     check_world(cfg, World(size=3))
     with pytest.raises(ConfigError, match=r"BATCH_SIZE is 30; with 4 processes .* multiple of 8"):
         check_world(cfg, World(size=4))
+    mixed = config(tmp_path, None, TRAIN__MIXUP_ALPHA=0.8)
+    check_world(mixed, World(size=3))
+    with pytest.raises(
+        ConfigError, match=r"BATCH_SIZE is 30; mixup .* 2 processes .* multiple of 4"
+    ):
+        check_world(mixed, World(size=2))
 
 
 def test_the_checkpoint_of_another_model_is_rejected(straight: Path, guide_file: Path) -> None:

@@ -1,14 +1,15 @@
-"""Transform batches on any device.
+"""Transform batches on any device: the one definition of the training and the test recipe.
 
-The host draws the parameters of a whole batch from the distributions of timm and torchvision; the
-pixels stay on the device. The order is that of `lg.augment.recipe`: a random view, RandAugment,
-normalisation, random erasing.
+The host draws the parameters of a batch (`lg.augment.draws`); the pixels stay on the device. The
+strong recipe is a random resized crop (bicubic), a flip, RandAugment (`rand-m9-mstd0.5-inc1` of
+timm), normalisation and, with probability 1/4, a box erased with normal noise. The plain recipe is
+a resize, a shift by up to an eighth of the side over black, a flip and normalisation.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple
+import functools
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import torch
@@ -17,34 +18,26 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor
 
 from lg.augment import randaugment
+from lg.augment.draws import Draws, draw_plain, draw_strong, uniforms
+from lg.augment.operations import colours
 from lg.augment.resample import crop_and_resize
-from lg.augment.view import LARGEST_ASPECT, SMALLEST_AREA, padding
-from lg.device import to_device
+from lg.augment.view import LARGEST_ASPECT, SMALLEST_AREA, View
+from lg.device import to_device_together
 
-_ATTEMPTS = 10  # draws of a box before the fallback, as in torchvision and timm
-_ERASE_PROBABILITY = 0.25
-_ERASED_AREA = (0.02, 1 / 3)
-_ERASED_ASPECT = (0.3, 1 / 0.3)
-
-
-class Draws(NamedTuple):
-    """Random parameters of N images, in host memory."""
-
-    box: np.ndarray  # [N, 4], top, left, height, width in pixels
-    flip: np.ndarray  # [N], bool
-    operations: randaugment.Draws | None  # of RandAugment
-    erased: np.ndarray  # [N, 4], boxes in the result; height 0 erases nothing
-    noise: int  # seed of the noise in the erased boxes
+_NUM_NOISES = 2**20
 
 
 class BatchTransform:
-    """Training transform of batches, with the distributions of `TrainTransform`."""
+    """Training transform of batches.
 
-    def __init__(self, *, image_size: int, strong: bool, hflip: float = 0.5) -> None:
-        self.image_size, self.strong, self.hflip = image_size, strong, hflip
+    What an image looks like depends on the seed, the epoch and its index alone.
+    """
+
+    def __init__(self, *, image_size: int, strong: bool, hflip: float = 0.5, seed: int = 0) -> None:
+        self.image_size, self.strong, self.hflip, self.seed = image_size, strong, hflip, seed
 
     def prepare(self, image: Image.Image) -> Image.Image:
-        """Resize an image for the cache.
+        """Resize an image as far as it is the same in every epoch.
 
         The plain recipe starts with a resize, which is applied here once. The strong recipe takes
         crops of any size: an image is shrunk only as far as its smallest crop, at the most extreme
@@ -52,144 +45,128 @@ class BatchTransform:
         """
         size = self.image_size
         if not self.strong:
-            return image.resize((size, size), Image.Resampling.BICUBIC)
+            return _resized(image, (size, size))
         needed = size / (SMALLEST_AREA / LARGEST_ASPECT) ** 0.5  # square root of the area
         scale = needed / (image.width * image.height) ** 0.5
         if scale >= 1:
             return image
-        sides = (max(1, round(side * scale)) for side in image.size)
-        return image.resize(tuple(sides), Image.Resampling.BICUBIC)
+        width, height = (max(1, round(side * scale)) for side in image.size)
+        return _resized(image, (width, height))
 
-    def draw(self, heights: np.ndarray, widths: np.ndarray, rng: np.random.Generator) -> Draws:
-        """Draw the parameters of N cached images, given their sizes [N] in pixels."""
-        count, size = len(heights), self.image_size
-        flip = rng.random(count) < self.hflip
-        if not self.strong:
-            most = padding(size)
-            corner = rng.integers(-most, most + 1, (count, 2))
-            box = np.concatenate([corner, np.full((count, 2), size)], axis=1)
-            return Draws(box, flip, None, np.zeros((count, 4), np.int64), 0)
-        return Draws(
-            draw_crops(heights, widths, rng),
-            flip,
-            randaugment.draw(count, rng=rng),
-            draw_erased(count, size, rng),
-            int(rng.integers(2**62)),
-        )
+    def __call__(
+        self, images: Tensor | Sequence[Tensor], *, epochs: Iterable[int], index: Iterable[int]
+    ) -> tuple[Tensor, Tensor]:
+        """Transform N prepared images.
+
+        Args:
+            images: [H, W, 3] each, uint8, on any device.
+            epochs: Of each image, counted from 0.
+            index: Positions of the images in the full data set.
+
+        Returns:
+            [N, 3, S, S], float32, normalised, on the same device; the views [N, 5] in host memory,
+            see `lg.augment.view.View`.
+        """
+        heights, widths = (np.array([image.shape[i] for image in images]) for i in (0, 1))
+        draws = self.draw(heights, widths, uniforms(self.seed, epochs, index))
+        return self.apply(images, draws), draws.views(heights, widths)
+
+    def draw(self, heights: np.ndarray, widths: np.ndarray, numbers: np.ndarray) -> Draws:
+        """Turn `uniforms` of N prepared images into draws, given their sizes [N] in pixels."""
+        if self.strong:
+            return draw_strong(heights, widths, numbers, size=self.image_size, hflip=self.hflip)
+        return draw_plain(numbers, size=self.image_size, hflip=self.hflip)
 
     def apply(self, images: Tensor | Sequence[Tensor], draws: Draws) -> Tensor:
-        """Transform cached images ([H, W, 3], uint8) to [N, 3, S, S], float32, normalised."""
-        size = self.image_size
+        """Transform prepared images with given draws to [N, 3, S, S], float32, normalised."""
         if draws.operations is None:
-            assert isinstance(images, Tensor), "the plain recipe caches images of one size"
+            assert isinstance(images, Tensor), "the plain recipe prepares images of one size"
             return normalise(_shift(images, draws))
-        pixels = crop_and_resize(images, draws.box, size, draws.flip)
+        pixels = crop_and_resize(images, draws.box, self.image_size, draws.flip)
         pixels = randaugment.randaugment(pixels, draws.operations)
         return erase(normalise(pixels), draws.erased, draws.noise)
 
 
 class BatchTestTransform:
-    """Test transform of batches: the whole image, resized and normalised."""
+    """Test transform of batches: the whole image, resized (bicubic) to S x S and normalised."""
 
     def __init__(self, *, image_size: int) -> None:
         self.image_size = image_size
 
     def prepare(self, image: Image.Image) -> Image.Image:
-        """Resize an image for the cache if it is larger than the result or very elongated."""
+        """Resize an image if it is larger than the result or very elongated."""
         size = self.image_size
         if image.width * image.height <= size * size and max(image.size) <= 4 * size:
             return image
-        return image.resize((size, size), Image.Resampling.BICUBIC)
+        return _resized(image, (size, size))
 
-    def apply(self, images: Tensor | Sequence[Tensor]) -> Tensor:
-        """Transform cached images ([H, W, 3], uint8) to [N, 3, S, S], float32, normalised."""
+    def __call__(
+        self, images: Tensor | Sequence[Tensor], *, epochs: Iterable[int], index: Iterable[int]
+    ) -> tuple[Tensor, Tensor]:
+        """Transform as `BatchTransform` does; epochs and index do not matter."""
+        size, view = self.image_size, View().tensor().expand(len(images), -1)
+        if isinstance(images, Tensor) and images.shape[1:3] == (size, size):
+            return normalise(images.permute(0, 3, 1, 2).contiguous()), view
         boxes = np.array([[0, 0, *image.shape[:2]] for image in images])
         flip = np.zeros(len(boxes), dtype=bool)
-        return normalise(crop_and_resize(images, boxes, self.image_size, flip))
+        return normalise(crop_and_resize(images, boxes, size, flip)), view
 
 
-def views(draws: Draws, heights: np.ndarray, widths: np.ndarray) -> Tensor:
-    """Return the drawn views [N, 5] of images of these sizes, see `lg.augment.view.View`."""
-    sizes = np.stack([heights, widths, heights, widths], axis=1)
-    columns = np.concatenate([draws.box / sizes, draws.flip[:, None]], axis=1)
-    return torch.from_numpy(columns.astype(np.float32))
-
-
-def draw_crops(heights: np.ndarray, widths: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Draw boxes [N, 4] of random resized crops as torchvision does.
-
-    A box covers 8 to 100 % of the area at an aspect ratio of 3/4 to 4/3 (uniform logarithm) and a
-    uniform position. The first of ten attempts that fits into the image is used, or else the
-    largest central box of an allowed ratio.
-    """
-    shape = (_ATTEMPTS, len(heights))
-    area = heights * widths * rng.uniform(SMALLEST_AREA, 1, shape)
-    edge = np.log(LARGEST_ASPECT)
-    aspect = np.exp(rng.uniform(-edge, edge, shape))
-    height, width = np.rint(np.sqrt(area / aspect)), np.rint(np.sqrt(area * aspect))
-    fits = (height > 0) & (height <= heights) & (width > 0) & (width <= widths)
-    # If none fits: the whole image, cropped to an allowed ratio.
-    last_height = np.minimum(heights, np.rint(widths * LARGEST_ASPECT))
-    last_width = np.minimum(widths, np.rint(heights * LARGEST_ASPECT))
-    height, width = _first(fits, (height, width), (last_height, last_width))
-    place = rng.random((2, len(heights)))
-    central = ~fits.any(axis=0)
-    place[:, central] = 0.5
-    room = np.stack([heights - height, widths - width])
-    corner = np.floor(place * (room + ~central))
-    return np.stack([*corner, height, width], axis=1).astype(np.int64)
-
-
-def draw_erased(count: int, size: int, rng: np.random.Generator) -> np.ndarray:
-    """Draw boxes [N, 4] of random erasing as timm does; height 0 erases nothing.
-
-    With probability 1/4 a box covers 2 to 33 % of the area at an aspect ratio of 0.3 to 3.3
-    (uniform logarithm). The first of ten attempts that is smaller than the image in both directions
-    is used.
-    """
-    shape = (_ATTEMPTS, count)
-    area = size * size * rng.uniform(*_ERASED_AREA, shape)
-    low, high = np.log(_ERASED_ASPECT)
-    aspect = np.exp(rng.uniform(low, high, shape))
-    height, width = np.rint(np.sqrt(area * aspect)), np.rint(np.sqrt(area / aspect))
-    fits = (height < size) & (width < size)
-    height, width = _first(fits, (height, width), (np.zeros(count), np.zeros(count)))
-    height[rng.random(count) >= _ERASE_PROBABILITY] = 0
-    room = np.stack([size - height, size - width])
-    corner = np.floor(rng.random((2, count)) * (room + 1))
-    return np.stack([*corner, height, width], axis=1).astype(np.int64)
+def _resized(image: Image.Image, size: tuple[int, int]) -> Image.Image:
+    return image if image.size == size else image.resize(size, Image.Resampling.BICUBIC)
 
 
 def normalise(pixels: Tensor) -> Tensor:
     """Normalise uint8 [N, 3, S, S] to float32 with ImageNet's mean and standard deviation."""
-    device = pixels.device
-    mean, std = (
-        to_device(torch.tensor(x)[:, None, None], device)
-        for x in (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
-    )
-    return pixels.float().div_(255).sub_(mean).div_(std)
+    mean = tuple(255 * value for value in IMAGENET_DEFAULT_MEAN)
+    std = tuple(255 * value for value in IMAGENET_DEFAULT_STD)
+    return (pixels - colours(mean, pixels.device)).div_(colours(std, pixels.device))
 
 
-def erase(images: Tensor, boxes: np.ndarray, seed: int) -> Tensor:
-    """Fill boxes [N, 4] of images [N, 3, S, S] with normal noise, in place."""
-    generator = torch.Generator(images.device).manual_seed(seed)
-    for image, (top, left, height, width) in zip(images, boxes.tolist(), strict=True):
+def erase(images: Tensor, boxes: np.ndarray, noise: np.ndarray) -> Tensor:
+    """Fill boxes with normal noise, on a CPU in place.
+
+    Args:
+        images: [N, 3, S, S].
+        boxes: [N, 4], top, left, height, width; height 0 erases nothing.
+        noise: [N], 0 to 1, selects the noise of each image: the same in any batch, on any device.
+    """
+    choices = noise_images(images.shape[3], images.device)
+    number = (noise * _NUM_NOISES).astype(np.int64)
+    if images.is_cuda:
+        return erase_together(images, boxes, choices, number)
+    for image, choice, box in zip(images, number.tolist(), boxes.tolist(), strict=True):
+        top, left, height, width = box
         if height:
-            noise = torch.randn(3, height, width, generator=generator, device=images.device)
-            image[:, top : top + height, left : left + width] = noise
+            place = (slice(None), slice(top, top + height), slice(left, left + width))
+            image[place] = choices[choice][place]
     return images
 
 
-def _first(
-    fits: np.ndarray, attempts: Sequence[np.ndarray], fallbacks: Sequence[np.ndarray]
-) -> list[np.ndarray]:
-    """Select from attempts [A, N] the first that fits, [N], or else the fallback."""
-    number, found = fits.argmax(axis=0), fits.any(axis=0)
-    columns = np.arange(fits.shape[1])
-    return [
-        np.where(found, attempt[number, columns], fallback)
-        for attempt, fallback in zip(attempts, fallbacks, strict=True)
-    ]
+def erase_together(
+    images: Tensor, boxes: np.ndarray, choices: Tensor, number: np.ndarray
+) -> Tensor:
+    """Compute `erase` with a few kernel launches per batch instead of per image."""
+    first, last = boxes[:, None, :2], boxes[:, None, :2] + boxes[:, None, 2:]
+    steps = np.arange(images.shape[3])[:, None]
+    inside = (steps >= first) & (steps < last)  # [N, S, 2], of rows and of columns
+    arrays = [number, inside[:, None, :, None, 0], inside[:, None, None, :, 1]]
+    chosen, rows, columns = to_device_together(arrays, images.device)
+    return torch.where(rows & columns, choices[chosen], images)
+
+
+@functools.lru_cache(maxsize=4)
+def noise_images(size: int, device: torch.device) -> Tensor:
+    """Return 2^20 images [3, size, size] of normal noise: windows of one row of numbers.
+
+    Taking noise from memory costs less than drawing it, and gives the same values on all devices.
+    """
+    plane = size * size
+    values = np.random.Generator(np.random.Philox(0)).standard_normal(
+        _NUM_NOISES + 3 * plane, dtype=np.float32
+    )
+    row = torch.from_numpy(values).to(device)
+    return row.as_strided((_NUM_NOISES, 3, size, size), (1, plane, size, 1))
 
 
 def _shift(images: Tensor, draws: Draws) -> Tensor:
@@ -198,8 +175,7 @@ def _shift(images: Tensor, draws: Draws) -> Tensor:
     steps = np.arange(size)
     down = draws.box[:, :1] + steps
     along = draws.box[:, 1:2] + np.where(draws.flip[:, None], steps[::-1], steps)
-    rows = to_device(down, device)[:, :, None]
-    columns = to_device(along, device)[:, None, :]
+    rows, columns = to_device_together([down[:, :, None], along[:, None, :]], device)
     number = torch.arange(len(images), device=device)[:, None, None]
     taken = images[number, rows.clamp(0, size - 1), columns.clamp(0, size - 1)]
     inside = (rows >= 0) & (rows < size) & (columns >= 0) & (columns < size)

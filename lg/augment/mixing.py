@@ -9,10 +9,13 @@ from torch import Tensor
 
 
 class Mixing:
-    """Convert labels to target distributions and optionally mix the batch with a permutation of it.
+    """Convert labels to target distributions and optionally mix pairs of neighbouring images.
 
     If both alphas are above 0, each batch uses mixup or CutMix with equal probability. All draws
-    come from the given generator, on the host.
+    come from the given generator, on the host, and hold for the whole batch. Images 0 and 1 are
+    mixed with each other, 2 and 3, and so on: the order of a batch is random, and so the result
+    does not depend on how a batch is split over processes. A last image without a neighbour is
+    mixed with itself.
 
     Source: mixup: arXiv 1710.09412; CutMix: arXiv 1905.04899; smoothing: arXiv 1512.00567.
     """
@@ -45,18 +48,22 @@ class Mixing:
         if alpha == 0:
             return images, targets
         share = float(rng.beta(alpha, alpha))  # of the original image
-        order = torch.from_numpy(rng.permutation(len(images))).to(images.device, non_blocking=True)
         if cutmix:
-            images, share = _paste_box(images, images[order], share, rng)
+            images, share = _paste_box(images, share, rng)
         else:
-            images = torch.lerp(images[order], images, share)
-        return images, torch.lerp(targets[order], targets, share)
+            images = torch.lerp(_partners(images), images, share)
+        return images, torch.lerp(_partners(targets), targets, share)
 
 
-def _paste_box(
-    images: Tensor, others: Tensor, share: float, rng: np.random.Generator
-) -> tuple[Tensor, float]:
-    """Paste one box of `others`, about 1 - share of the area, into `images`.
+def _partners(values: Tensor) -> Tensor:
+    """Return values [N, ...] with neighbours exchanged: 1, 0, 3, 2, ..."""
+    even = len(values) // 2 * 2
+    exchanged = values[:even].unflatten(0, (even // 2, 2)).flip(1).flatten(0, 1)
+    return exchanged if even == len(values) else torch.cat([exchanged, values[even:]])
+
+
+def _paste_box(images: Tensor, share: float, rng: np.random.Generator) -> tuple[Tensor, float]:
+    """Paste one box of their partners, about 1 - share of the area, into images.
 
     Returns:
         The images and the true share of the originals.
@@ -67,6 +74,6 @@ def _paste_box(
     y, x = int(rng.integers(height)), int(rng.integers(width))
     top, bottom = max(y - half_height, 0), min(y + half_height, height)
     left, right = max(x - half_width, 0), min(x + half_width, width)
-    images = images.clone()
-    images[:, :, top:bottom, left:right] = others[:, :, top:bottom, left:right]
-    return images, 1 - (bottom - top) * (right - left) / (height * width)
+    pasted = images.clone()
+    pasted[:, :, top:bottom, left:right] = _partners(images[:, :, top:bottom, left:right])
+    return pasted, 1 - (bottom - top) * (right - left) / (height * width)

@@ -1,14 +1,19 @@
 """The operations of RandAugment on uint8 tensors, in five kinds, with the pixel values of Pillow.
 
-Results are truncated, not rounded, and uncovered areas are filled. Each kind takes images
-[n, 3, S, S] of uint8, which it may overwrite, the names of their operations (in the order of KINDS)
-and their levels [n], float64, and returns uint8 of the same shape. Copies to the device are
-asynchronous; nothing is read back.
+Results are truncated, not rounded, and uncovered areas are filled. A kind has two functions. On the
+host, `prepare` turns the names of operations (in the order of KINDS), their levels [n], float64,
+and the side into arrays; on the device, `apply` gets images [n, 3, S, S] of uint8, which it may
+overwrite, the names and the copied arrays, and returns uint8 of the same shape. Nothing is read
+back from the device.
 
 Letters in shapes: n samples of one kind, S side, P = S * S pixels.
 """
 
 from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -16,17 +21,24 @@ import torch.nn.functional as F
 from timm.data import IMAGENET_DEFAULT_MEAN
 from torch import Tensor
 
-from lg.device import to_device
-
 FILL = tuple(round(255 * mean) for mean in IMAGENET_DEFAULT_MEAN)
 LUMA = (19595.0, 38470.0, 7471.0)  # of 65536; float32 represents their sums exactly
 # Float32 may fall just below a whole number that Pillow's double reaches; both are truncated.
 SLACK = 1e-4
 
 
-def _colours(images: Tensor, values: tuple[float, ...]) -> Tensor:
-    """Return one value per channel as [3, 1, 1], float32."""
-    return to_device(np.array(values, dtype=np.float32)[:, None, None], images.device)
+class Kind(NamedTuple):
+    """Operations that are applied together."""
+
+    names: tuple[str, ...]
+    prepare: Callable[[list[str], np.ndarray, int], list[np.ndarray]]
+    apply: Callable[..., Tensor]  # (images, names, *arrays)
+
+
+@functools.lru_cache
+def colours(values: tuple[float, ...], device: torch.device) -> Tensor:
+    """Return one value per channel as [3, 1, 1], float32. Do not modify the result."""
+    return torch.tensor(values, device=device)[:, None, None]
 
 
 def _bytes(values: Tensor) -> Tensor:
@@ -37,22 +49,30 @@ def _bytes(values: Tensor) -> Tensor:
 # Kind 1: a lookup table of 256 values per channel.
 
 
-def _by_table(images: Tensor, names: list[str], level: np.ndarray) -> Tensor:
+# In the order of KINDS: operations that depend on the image come first.
+_FROM_IMAGES = ("AutoContrast", "Equalize", "ContrastIncreasing")
+
+
+def _prepare_tables(names: list[str], level: np.ndarray, size: int) -> list[np.ndarray]:
+    """Return the factors of ContrastIncreasing and the tables that do not depend on images."""
+    first, last = (sum(name in some for name in names) for some in (_FROM_IMAGES[:2], _FROM_IMAGES))
+    fixed = [_fixed_table(*x) for x in zip(names[last:], level[last:], strict=True)]
+    factor = level[first:last, None, None].astype(np.float32)
+    return [factor, np.array(fixed, dtype=np.uint8).reshape(len(fixed), 1, 256)]
+
+
+def _by_table(images: Tensor, names: list[str], factor: Tensor, fixed: Tensor) -> Tensor:
     index = images.flatten(2).long()
-    # In the order of KINDS: three operations that depend on the image, then the rest.
-    first, second, third = np.cumsum(
-        [names.count(n) for n in ("AutoContrast", "Equalize", "ContrastIncreasing")]
-    ).tolist()
+    first, second, third = np.cumsum([names.count(name) for name in _FROM_IMAGES]).tolist()
     tables = []
     if first > 0:
         tables.append(_autocontrast_tables(images[:first]))
     if second > first:
         tables.append(_equalize_tables(index[first:second]))
     if third > second:
-        tables.append(_contrast_tables(images[second:third], level[second:third]))
+        tables.append(_contrast_tables(images[second:third], factor))
     if third < len(names):
-        fixed = np.stack([_fixed_table(*x) for x in zip(names[third:], level[third:], strict=True)])
-        tables.append(to_device(fixed, images.device)[:, None].expand(-1, 3, -1))
+        tables.append(fixed.expand(-1, 3, -1))
     return torch.cat(tables).gather(2, index).view_as(images)
 
 
@@ -81,10 +101,10 @@ def _autocontrast_tables(images: Tensor) -> Tensor:
     low, high = (x[..., None].double() for x in images.flatten(2).aminmax(dim=2))
     values = torch.arange(256, device=images.device, dtype=torch.float64)
     # `255 / tensor` would multiply by a reciprocal, which sometimes rounds differently.
-    scale = torch.full_like(low, 255).div_((high - low).clamp(min=1))
-    stretched = (values * scale + -low * scale).clamp_(0, 255)
-    single = (high == low).double()
-    return (stretched * (1 - single) + values * single).to(torch.uint8)
+    scale = torch.full_like(low, 255).div_((high - low).clamp_(min=1))
+    stretched = (values * scale).sub_(low * scale)
+    # If there is one value only, it became 0.
+    return stretched.add_(low * (high == low)).clamp_(0, 255).to(torch.uint8)
 
 
 def _equalize_tables(index: Tensor) -> Tensor:
@@ -104,20 +124,18 @@ def _equalize_tables(index: Tensor) -> Tensor:
     return torch.where(step > 0, levels, values).to(torch.uint8)
 
 
-def _contrast_tables(images: Tensor, factor: np.ndarray) -> Tensor:
+def _contrast_tables(images: Tensor, factor: Tensor) -> Tensor:
     """Return tables [n, 3, 256], uint8, that scale the distance to the rounded mean brightness."""
     pixels = images.shape[2] * images.shape[3]
     total = _luma(images.float()).sum((2, 3), keepdim=True, dtype=torch.float64)
     grey = (total / pixels + 0.5).floor().float()[..., 0]
     values = torch.arange(256, device=images.device, dtype=torch.float32)
-    return _bytes(_blend(grey, values, to_device(factor[:, None, None], images.device))).expand(
-        -1, 3, -1
-    )
+    return _bytes(_blend(grey, values, factor)).expand(-1, 3, -1)
 
 
 def _luma(pixels: Tensor) -> Tensor:
     """Return the brightness [n, 1, S, S] of [n, 3, S, S]; both are whole numbers in float32."""
-    weighted = (pixels * _colours(pixels, LUMA)).sum(1, keepdim=True)
+    weighted = (pixels * colours(LUMA, pixels.device)).sum(1, keepdim=True)
     return weighted.add_(32768).mul_(1 / 65536).floor_()
 
 
@@ -126,20 +144,22 @@ def _blend(start: Tensor, end: Tensor, factor: Tensor) -> Tensor:
 
     `lerp` fuses the steps, which sometimes moves a result across a whole number.
     """
-    return (end - start).mul_(factor.float()).add_(start)
+    return (end - start).mul_(factor).add_(start)
 
 
 # Kinds 2 and 3: blends with gray and with a smoothed image.
 
 
-def _color(images: Tensor, names: list[str], factor: np.ndarray) -> Tensor:
+def _prepare_blend(names: list[str], level: np.ndarray, size: int) -> list[np.ndarray]:
+    return [level[:, None, None, None].astype(np.float32)]
+
+
+def _color(images: Tensor, names: list[str], factor: Tensor) -> Tensor:
     pixels = images.float()
-    return _bytes(
-        _blend(_luma(pixels), pixels, to_device(factor[:, None, None, None], images.device))
-    )
+    return _bytes(_blend(_luma(pixels), pixels, factor))
 
 
-def _sharpness(images: Tensor, names: list[str], factor: np.ndarray) -> Tensor:
+def _sharpness(images: Tensor, names: list[str], factor: Tensor) -> Tensor:
     """Blend with Pillow's SMOOTH, (1 1 1; 1 5 1; 1 1 1) / 13, which does not change the border."""
     if images.shape[3] < 3:
         return images
@@ -151,8 +171,7 @@ def _sharpness(images: Tensor, names: list[str], factor: np.ndarray) -> Tensor:
     total.add_(inner, alpha=4)
     # Rounding in float32 is exact: (total + 6.5) / 13 is never a whole number.
     smooth = total.float().add_(6.5).mul_(1 / 13).floor_()
-    blended = _blend(smooth, inner.float(), to_device(factor[:, None, None, None], images.device))
-    images[:, :, 1:-1, 1:-1] = _bytes(blended)
+    images[:, :, 1:-1, 1:-1] = _bytes(_blend(smooth, inner.float(), factor))
     return images
 
 
@@ -178,37 +197,51 @@ def _filled(values: Tensor, inside: Tensor) -> Tensor:
 
     On a CPU, arithmetic is several times faster than `where`.
     """
-    fill = _colours(values, FILL).view(1, 3, *[1] * (values.dim() - 2))
+    fill = colours(FILL, values.device).view(1, 3, *[1] * (values.dim() - 2))
     return _bytes(values.sub_(fill).mul_(inside).add_(fill).add_(SLACK))
 
 
-def _shift(images: Tensor, names: list[str], level: np.ndarray) -> Tensor:
+def _prepare_shift(names: list[str], level: np.ndarray, size: int) -> list[np.ndarray]:
+    """Return offsets to interpolate, whole shifts, and the columns that are inside, per row."""
+    is_shear = np.array([name.startswith("Shear") for name in names])
+    # [n, S]: horizontal offset, in pixels, of the source of each row. Beyond the side everything is
+    # filled, so larger offsets are clipped.
+    shift = level[:, None] * np.where(is_shear[:, None], np.arange(size) + 0.5, size)
+    shift = shift.clip(-size - 1, size + 1)
+    whole = np.floor(shift)
+    first, last = np.ceil(-0.5 - shift), np.ceil(size - 0.5 - shift)
+    offset = (shift - whole).astype(np.float32)[:, None, :, None]
+    bounds = np.stack([first, last]).astype(np.int64)[:, :, None, :, None]
+    return [offset, _starts(whole.astype(np.int64), size), bounds]
+
+
+def _starts(shift: np.ndarray, size: int) -> np.ndarray:
+    """Return the positions [n * 3 * S] in `_windows` of rows shifted by whole pixels [n, S]."""
+    width, margin = size + 4, size + 2
+    rows = np.arange(len(shift) * 3 * size).reshape(len(shift), 3, size)
+    return (margin + 1 + width * rows + shift[:, None]).ravel()
+
+
+def _shift(
+    images: Tensor, names: list[str], offset: Tensor, starts: Tensor, bounds: Tensor
+) -> Tensor:
     """Shear or translate along rows; operations along columns, the last ones, are transposed."""
     size = images.shape[3]
     along_rows = sum(name.endswith(("X", "XRel")) for name in names)
     images[along_rows:] = images[along_rows:].mT.clone()
-    centres = np.arange(size) + 0.5
-    is_shear = np.array([name.startswith("Shear") for name in names])
-    # [n, S]: horizontal offset, in pixels, of the source of each row. Beyond the side everything is
-    # filled, so larger offsets are clipped.
-    shift = level[:, None] * np.where(is_shear[:, None], centres, size)
-    shift = shift.clip(-size - 1, size + 1)
-    whole = np.floor(shift)
-    offset = to_device((shift - whole).astype(np.float32)[:, None, :, None], images.device)
     weights = _cubic(offset)
-    windows = _windows(images, whole.astype(np.int64)).float()
+    windows = _windows(images, starts).float()
     values = windows[..., :size] * weights[0]
     for tap in range(1, 4):
         values.addcmul_(windows[..., tap : tap + size], weights[tap])
-    source = centres + shift[..., None]
-    is_inside = ((source >= 0) & (source < size)).astype(np.float32)
-    inside = to_device(is_inside[:, None], images.device)
-    moved = _filled(values, inside)
+    columns = torch.arange(size, device=images.device)
+    inside = (columns >= bounds[0]) & (columns < bounds[1])
+    moved = _filled(values, inside.float())
     moved[along_rows:] = moved[along_rows:].mT.clone()
     return moved
 
 
-def _windows(images: Tensor, shift: np.ndarray) -> Tensor:
+def _windows(images: Tensor, starts: Tensor) -> Tensor:
     """Return [n, 3, S, S + 3], uint8: the four taps of each pixel, rows shifted by whole pixels.
 
     All rows, with repeated ends, are in one buffer, and one `index_select` on an overlapping view
@@ -222,66 +255,69 @@ def _windows(images: Tensor, shift: np.ndarray) -> Tensor:
     rows[..., 2:-2] = images
     rows[..., :2] = images[..., :1]
     rows[..., -2:] = images[..., -1:]
-    first = margin + 1 + width * np.arange(count * 3 * size).reshape(count, 3, size)
-    starts = to_device((first + shift[:, None]).ravel(), images.device)
     view = buffer.as_strided((len(buffer) - width + 2, width - 1), (1, 1))
     return view.index_select(0, starts).view(count, 3, size, width - 1)
 
 
-def _rotate(images: Tensor, names: list[str], degrees: np.ndarray) -> Tensor:
-    """Rotate counterclockwise about the centre."""
-    count, _, size, _ = images.shape
-    device = images.device
+def _prepare_rotate(names: list[str], degrees: np.ndarray, size: int) -> list[np.ndarray]:
+    """Return the source of each pixel in double precision, as a term of its column and of its row.
+
+    Both have x and y in their first dimension.
+    """
     angle = -np.radians(degrees % 360)[:, None]
     cosine, sine = np.cos(angle).round(15), np.sin(angle).round(15)
     centres, middle = np.arange(size) + 0.5, size / 2
-    # The source of a pixel, in double precision: a term of its column plus a term of its row.
-    x_column, y_column = cosine * centres, -sine * centres
-    x_row = sine * centres + (middle - middle * (cosine + sine))
-    y_row = cosine * centres + (middle - middle * (cosine - sine))
-    x = to_device(x_column[:, None, :], device) + to_device(x_row[:, :, None], device)
-    y = to_device(y_column[:, None, :], device) + to_device(y_row[:, :, None], device)
-    inside = ((x >= 0) & (x < size) & (y >= 0) & (y < size)).float().view(count, 1, -1)
-    (column, across), (row, down) = (_split(p.view(count, 1, -1), size) for p in (x, y))
+    of_column = np.stack([cosine * centres, -sine * centres])
+    of_row = np.stack(
+        [
+            sine * centres + (middle - middle * (cosine + sine)),
+            cosine * centres + (middle - middle * (cosine - sine)),
+        ]
+    )
+    return [of_column[:, :, None, :], of_row[:, :, :, None]]
+
+
+def _rotate(images: Tensor, names: list[str], of_column: Tensor, of_row: Tensor) -> Tensor:
+    """Rotate counterclockwise about the centre."""
+    count, _, size, _ = images.shape
+    source = (of_column + of_row).view(2, count, 1, -1)  # x and y
+    is_inside = (source >= 0) & (source < size)
+    # The first of four taps, in an image padded by 2, and the offset from it.
+    source = source.clamp_(0, size).sub_(0.5)
+    whole = source.floor()
+    offset = (source - whole).float()
+    column, row = whole.long().add_(1)
     width = size + 4
     planes = F.pad(images.float(), (2, 2, 2, 2), mode="replicate").flatten(2)
     last = 3 * width + 3
     index = row.mul_(width).add_(column).expand(-1, 3, -1)
-    across_weights, values = _cubic(across), torch.zeros_like(planes[..., : size * size])
-    for j, weight in enumerate(_cubic(down)):
+    weights = _cubic(offset)
+    values = torch.zeros_like(planes[..., : size * size])
+    for j in range(4):
         line = torch.zeros_like(values)
         for i in range(4):
             first = j * width + i
             taps = planes[..., first : planes.shape[2] - last + first].gather(2, index)
-            line.addcmul_(taps, across_weights[i])
-        values.addcmul_(line, weight)
-    return _filled(values, inside).view_as(images)
+            line.addcmul_(taps, weights[i][0])
+        values.addcmul_(line, weights[j][1])
+    return _filled(values, (is_inside[0] & is_inside[1]).float()).view_as(images)
 
 
-def _split(position: Tensor, size: int) -> tuple[Tensor, Tensor]:
-    """Return the index of the first of four taps, in an image padded by 2, and the offset."""
-    position = position.clamp(0, size) - 0.5
-    whole = position.floor()
-    return (whole + 1).long(), (position - whole).float()
-
-
-# Operations that are applied together, and the function that applies them.
 KINDS = (
-    (
+    Kind(
         (
-            "AutoContrast",
-            "Equalize",
-            "ContrastIncreasing",
+            *_FROM_IMAGES,
             "Invert",
             "PosterizeIncreasing",
             "SolarizeIncreasing",
             "SolarizeAdd",
             "BrightnessIncreasing",
         ),
+        _prepare_tables,
         _by_table,
     ),
-    (("ColorIncreasing",), _color),
-    (("SharpnessIncreasing",), _sharpness),
-    (("ShearX", "TranslateXRel", "ShearY", "TranslateYRel"), _shift),
-    (("Rotate",), _rotate),
+    Kind(("ColorIncreasing",), _prepare_blend, _color),
+    Kind(("SharpnessIncreasing",), _prepare_blend, _sharpness),
+    Kind(("ShearX", "TranslateXRel", "ShearY", "TranslateYRel"), _prepare_shift, _shift),
+    Kind(("Rotate",), _prepare_rotate, _rotate),
 )

@@ -8,14 +8,16 @@ Letters in shapes: L layers, N samples of a batch, S side.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
 import torch
+from scipy.special import ndtri
 from torch import Tensor
 
-from lg.augment.operations import KINDS
-from lg.device import to_device
+from lg.augment.operations import KINDS, Kind
+from lg.device import to_device_together
 
 OPERATIONS = (  # in timm's order
     "AutoContrast",
@@ -35,6 +37,7 @@ OPERATIONS = (  # in timm's order
     "TranslateYRel",
 )
 TOP_MAGNITUDE = 10.0
+UNIFORMS = 4  # random numbers per sample and layer
 
 
 class Draws(NamedTuple):
@@ -52,31 +55,28 @@ class Draws(NamedTuple):
 
 
 def draw(
-    count: int,
+    numbers: np.ndarray,
     *,
-    rng: np.random.Generator,
     magnitude: float = 9.0,
     spread: float = 0.5,
-    layers: int = 2,
     probability: float = 0.5,
 ) -> Draws:
-    """Draw the operations of `count` samples.
+    """Draw the operations of each sample, with replacement.
 
     Args:
-        count: Number of samples.
-        rng: The generator.
+        numbers: [N, L, UNIFORMS], independent and uniform between 0 and 1, exclusive.
         magnitude: Mean of the magnitude, 0 to 10.
         spread: Standard deviation of the magnitude, which is clipped to 0 to 10.
-        layers: Operations per sample, drawn with replacement.
         probability: Probability that a drawn operation is applied.
 
     Source: arXiv 1909.13719; magnitudes and levels as in timm.data.auto_augment.
     """
-    shape = (layers, count)
-    operation = rng.integers(len(OPERATIONS), size=shape)
-    applied = rng.random(shape) < probability
-    strength = rng.normal(magnitude, spread, shape).clip(0, TOP_MAGNITUDE) / TOP_MAGNITUDE
-    sign = np.where(rng.random(shape) < 0.5, -1.0, 1.0)
+    choice, chance, normal, side = numbers.T  # [L, N] each
+    shape = choice.shape
+    operation = (choice * len(OPERATIONS)).astype(np.int64)
+    applied = chance < probability
+    strength = (magnitude + spread * ndtri(normal)).clip(0, TOP_MAGNITUDE) / TOP_MAGNITUDE
+    sign = np.where(side < 0.5, -1.0, 1.0)
     level = np.zeros(shape)
     for number, name in enumerate(OPERATIONS):
         at = operation == number
@@ -129,15 +129,34 @@ def randaugment(images: Tensor, draws: Draws) -> Tensor:
             "images: both must be [L, N], as from `draw`"
         )
     images = images.clone(memory_format=torch.contiguous_format)
-    for operation, level in zip(draws.operation, draws.level, strict=True):
-        for kind, apply in KINDS:
-            place = np.full(len(OPERATIONS) + 1, len(kind))  # the last entry is for -1
-            place[[OPERATIONS.index(name) for name in kind]] = np.arange(len(kind))
-            order = place[operation]
-            chosen = np.argsort(order, kind="stable")[: np.count_nonzero(order < len(kind))]
-            if len(chosen) > 0:
-                index = to_device(chosen, images.device)
-                picked = images.index_select(0, index)
-                names = [kind[k] for k in order[chosen]]
-                images.index_copy_(0, index, apply(picked, names, level[chosen]))
+    groups = [
+        group
+        for layer in zip(draws.operation, draws.level, strict=True)
+        for group in _groups(*layer, size)
+    ]
+    moved = iter(to_device_together([a for group in groups for a in group.arrays], images.device))
+    for group in groups:
+        index, *arguments = (next(moved) for _ in group.arrays)
+        picked = images.index_select(0, index)
+        images.index_copy_(0, index, group.kind.apply(picked, group.names, *arguments))
     return images
+
+
+class _Group(NamedTuple):
+    """The samples of one kind in one layer."""
+
+    kind: Kind
+    names: list[str]
+    arrays: list[np.ndarray]  # their positions in the batch; what the kind needs
+
+
+def _groups(operation: np.ndarray, level: np.ndarray, size: int) -> Iterator[_Group]:
+    """Sort the samples of a layer into kinds, in the order of their names."""
+    for kind in KINDS:
+        place = np.full(len(OPERATIONS) + 1, len(kind.names))  # the last entry is for -1
+        place[[OPERATIONS.index(name) for name in kind.names]] = np.arange(len(kind.names))
+        order = place[operation]
+        chosen = np.argsort(order, kind="stable")[: np.count_nonzero(order < len(kind.names))]
+        if len(chosen) > 0:
+            names = [kind.names[k] for k in order[chosen]]
+            yield _Group(kind, names, [chosen, *kind.prepare(names, level[chosen], size)])

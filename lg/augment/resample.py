@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lg.device import to_device
+from lg.device import to_device, to_device_together
 
 # On a GPU, images up to this side (pixels) are resized together by matrix products, with a few
 # kernel launches per batch instead of per image. On a CPU, a loop is three times as fast.
@@ -32,7 +32,9 @@ def crop_and_resize(
     """
     if isinstance(images, Tensor) and images.is_cuda and max(images.shape[1:3]) <= MATRIX_SIDE:
         return resize_together(images, boxes, size, flip)
-    out = torch.empty(len(images), 3, size, size, dtype=torch.uint8, device=images[0].device)
+    if images[0].is_cuda:
+        return resize_one_by_one(images, boxes, size, flip)
+    out = torch.empty(len(images), 3, size, size, dtype=torch.uint8)
     for row, (image, box, mirrored) in enumerate(zip(images, boxes.tolist(), flip, strict=True)):
         resized = _resize(image, box, size)
         out[row] = resized.flip(2) if mirrored else resized
@@ -45,19 +47,33 @@ def _resize(image: Tensor, box: Sequence[int], size: int) -> Tensor:
     crop = image[top : top + height, left : left + width].permute(2, 0, 1)[None]
     if crop.is_cuda:  # the GPU filter does not support uint8
         crop = crop.float()
-    out = F.interpolate(crop, size=(size, size), mode="bicubic", antialias=True)[0]
-    return out.round_().clamp_(0, 255) if crop.is_cuda else out
+    if height == width == size:
+        return crop[0]
+    return F.interpolate(crop, size=(size, size), mode="bicubic", antialias=True)[0]
+
+
+def resize_one_by_one(
+    images: Tensor | Sequence[Tensor], boxes: np.ndarray, size: int, flip: np.ndarray
+) -> Tensor:
+    """Compute `crop_and_resize` with two kernel launches per image; the rest is done together."""
+    resized = [_resize(image, box, size) for image, box in zip(images, boxes.tolist(), strict=True)]
+    out = torch.stack(resized).round_().clamp_(0, 255).to(torch.uint8)
+    mirrored = to_device(flip[:, None, None, None], out.device)
+    return torch.where(mirrored, out.flip(3), out)
 
 
 def resize_together(images: Tensor, boxes: np.ndarray, size: int, flip: np.ndarray) -> Tensor:
     """Compute `crop_and_resize` of images of one size by matrix products."""
     count, height, width, channels = images.shape
     device = images.device
-    box = to_device(boxes.astype(np.float32), device)
-    mirrored = to_device(flip, device)
-    rows = cubic_matrices(box[:, 0], box[:, 2], height, size)
-    columns = cubic_matrices(box[:, 1], box[:, 3], width, size)
-    columns = torch.where(mirrored[:, None, None], columns.flip(1), columns)
+    box, mirrored = to_device_together([boxes.astype(np.float32), flip[:, None, None]], device)
+    start, length = box[:, :2].mT.flatten(), box[:, 2:].mT.flatten()  # of rows, then of columns
+    if height == width:
+        rows, columns = cubic_matrices(start, length, height, size).chunk(2)
+    else:
+        rows = cubic_matrices(start[:count], length[:count], height, size)
+        columns = cubic_matrices(start[count:], length[count:], width, size)
+    columns = torch.where(mirrored, columns.flip(1), columns)
     # Pillow resizes the rows first and rounds in between.
     pixels = images.permute(0, 3, 1, 2).reshape(count, channels * height, width).float()
     across = torch.bmm(pixels, columns.mT).round_().clamp_(0, 255)

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import random
 from typing import NamedTuple
 
 import torch
-from PIL import Image, ImageOps
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor
-from torchvision.transforms import InterpolationMode, RandomResizedCrop
-from torchvision.transforms import functional as TF
 
 # Limits of random resized crops: share of the area, and width / height (or its inverse).
 SMALLEST_AREA = 0.08
@@ -37,50 +33,6 @@ class View(NamedTuple):
 def padding(size: int) -> int:
     """Return the width of the black border that the plain recipe adds to a size x size image."""
     return size // 8
-
-
-def random_resized_crop(image: Image.Image, size: int, *, hflip: float) -> tuple[Image.Image, View]:
-    """Crop 8 to 100 % of the area at an aspect ratio of 3/4 to 4/3; resize it (bicubic), then flip.
-
-    Draws from the global `random` and torch generators.
-
-    Args:
-        image: An image of any size.
-        size: Side of the result in pixels.
-        hflip: Probability of the flip.
-    """
-    top, left, height, width = RandomResizedCrop.get_params(
-        image, scale=[SMALLEST_AREA, 1.0], ratio=[1 / LARGEST_ASPECT, LARGEST_ASPECT]
-    )
-    flip = random.random() < hflip
-    view = View(
-        top / image.height, left / image.width, height / image.height, width / image.width, flip
-    )
-    image = TF.resized_crop(
-        image, top, left, height, width, [size, size], InterpolationMode.BICUBIC
-    )
-    return (ImageOps.mirror(image) if flip else image), view
-
-
-def padded_crop(image: Image.Image, size: int, *, hflip: float) -> tuple[Image.Image, View]:
-    """Resize (bicubic) to size x size, pad each side with size/8 of black, crop to size, then flip.
-
-    Draws from the global `random` generator.
-
-    Args:
-        image: An image of any size.
-        size: Side of the result in pixels.
-        hflip: Probability of the flip.
-    """
-    most = padding(size)
-    top, left = random.randint(-most, most), random.randint(-most, most)
-    flip = random.random() < hflip
-    image = image.resize((size, size), Image.Resampling.BICUBIC).crop(
-        (left, top, left + size, top + size)
-    )
-    return (ImageOps.mirror(image) if flip else image), View(
-        top / size, left / size, 1.0, 1.0, flip
-    )
 
 
 def plain_views(size: int, *, shifts: int, mirrored: bool) -> list[View]:

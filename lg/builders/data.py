@@ -14,7 +14,6 @@ from yacs.config import CfgNode
 
 from lg.augment.batched import BatchTestTransform, BatchTransform
 from lg.augment.mixing import Mixing
-from lg.augment.recipe import TestTransform, TrainTransform
 from lg.datasets import build_dataset
 from lg.datasets.base import (
     MISSING,
@@ -29,10 +28,9 @@ from lg.datasets.cached_loader import CachedTestLoader, CachedTrainLoader
 from lg.datasets.image_folder import splits_of
 from lg.datasets.loader import (
     Batch,
-    TestSamples,
+    Samples,
     TrainBatches,
     TrainLoader,
-    TrainSamples,
     test_loader,
     usable_workers,
 )
@@ -190,7 +188,6 @@ def build_train_loader(
     cfg: CfgNode, dataset: ImageDataset, world: World, device: torch.device
 ) -> TrainLoader | CachedTrainLoader:
     """Build the loader of this process's share of augmented training batches."""
-    recipe = _recipe(cfg)
     batches = TrainBatches(
         num_samples=len(dataset),
         batch_size=cfg.TRAIN.BATCH_SIZE,
@@ -200,14 +197,12 @@ def build_train_loader(
         world_size=world.size,
         weights=_balance(cfg, dataset)[dataset.labels] if cfg.TRAIN.BALANCE == "sampling" else None,
     )
-    batch_transform = BatchTransform(**recipe)
-    cache = _build_cache(cfg, dataset, batch_transform.prepare, world, device)
+    transform = _train_transform(cfg)
+    cache = _build_cache(cfg, dataset, transform.prepare, world, device)
     if cache is not None:
-        return CachedTrainLoader(
-            cache, batch_transform, batches, device=_augmentation_device(device)
-        )
+        return CachedTrainLoader(cache, transform, batches, device=_augmentation_device(device))
     return TrainLoader(
-        TrainSamples(dataset, TrainTransform(**recipe), seed=cfg.RNG_SEED),
+        Samples(dataset, transform),
         batches,
         num_workers=cfg.DATA_LOADER.NUM_WORKERS,
         pin_memory=cfg.DATA_LOADER.PIN_MEMORY,
@@ -219,16 +214,13 @@ def build_test_loader(
     cfg: CfgNode, dataset: ImageDataset, world: World, device: torch.device
 ) -> DataLoader[Batch] | CachedTestLoader:
     """Build the loader of this process's share of test batches."""
-    size = cfg.MODEL.IMG_SIZE
     share = {"batch_size": cfg.TEST.BATCH_SIZE, "rank": world.rank, "world_size": world.size}
-    batch_transform = BatchTestTransform(image_size=size)
-    cache = _build_cache(cfg, dataset, batch_transform.prepare, world, device)
+    transform = BatchTestTransform(image_size=cfg.MODEL.IMG_SIZE)
+    cache = _build_cache(cfg, dataset, transform.prepare, world, device)
     if cache is not None:
-        return CachedTestLoader(
-            cache, batch_transform, device=_augmentation_device(device), **share
-        )
+        return CachedTestLoader(cache, transform, device=_augmentation_device(device), **share)
     return test_loader(
-        TestSamples(dataset, TestTransform(image_size=size)),
+        Samples(dataset, transform),
         num_workers=cfg.DATA_LOADER.NUM_WORKERS,
         pin_memory=cfg.DATA_LOADER.PIN_MEMORY,
         timeout=cfg.DATA_LOADER.TIMEOUT,
@@ -236,11 +228,13 @@ def build_test_loader(
     )
 
 
-def _recipe(cfg: CfgNode) -> dict[str, Any]:
-    """Return the arguments of the training transforms."""
-    train = cfg.TRAIN
-    strong, hflip = train.STRONG_AUGMENTATION, train.HFLIP
-    return {"image_size": cfg.MODEL.IMG_SIZE, "strong": strong, "hflip": hflip}
+def _train_transform(cfg: CfgNode) -> BatchTransform:
+    return BatchTransform(
+        image_size=cfg.MODEL.IMG_SIZE,
+        strong=cfg.TRAIN.STRONG_AUGMENTATION,
+        hflip=cfg.TRAIN.HFLIP,
+        seed=cfg.RNG_SEED,
+    )
 
 
 def _build_cache(

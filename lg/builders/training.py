@@ -212,7 +212,8 @@ def fetch_weights(cfg: CfgNode, world: World) -> None:
 
 
 def check_world(cfg: CfgNode, world: World) -> None:
-    """Check that the batch divides over the processes; torchrun may have set their number.
+    """Check that the batch, and pairs to mix, divide over the processes; torchrun may have set
+    their number.
 
     Raises:
         ConfigError: It does not.
@@ -222,6 +223,12 @@ def check_world(cfg: CfgNode, world: World) -> None:
         raise ConfigError(
             f"TRAIN.BATCH_SIZE is {cfg.TRAIN.BATCH_SIZE}; with {world.size} processes and "
             f"TRAIN.ACCUM_STEPS {cfg.TRAIN.ACCUM_STEPS} it must be a multiple of {shares}."
+        )
+    mixed = cfg.TRAIN.MIXUP_ALPHA > 0 or cfg.TRAIN.CUTMIX_ALPHA > 0
+    if mixed and world.size > 1 and cfg.TRAIN.BATCH_SIZE % (2 * world.size):
+        raise ConfigError(
+            f"TRAIN.BATCH_SIZE is {cfg.TRAIN.BATCH_SIZE}; mixup and CutMix mix pairs of images, so "
+            f"with {world.size} processes it must be a multiple of {2 * world.size}."
         )
 
 

@@ -207,7 +207,8 @@ DEFAULTS: dict[str, Any] = {
         # 1); limited to the number of CPU cores
         "NUM_WORKERS": 8,
         # (+) workers: processes read and augment images; device: images are decoded once, kept in
-        # memory, and augmented in batches on the training device; auto: device if the images fit
+        # memory, and augmented on the training device; auto: device if the images fit. The images
+        # are the same (on a GPU, up to rounding)
         "BACKEND": "auto",
         # (+) unreadable images. stop: the first one ends the run, with its path in the error; skip:
         # all images are checked at the start, and unreadable ones are left out with a warning
@@ -258,6 +259,7 @@ DEFAULTS: dict[str, Any] = {
 FREE_ON_RESUME = (
     "OUT_DIR",
     "DATA_LOADER.NUM_WORKERS",
+    "DATA_LOADER.BACKEND",
     "DATA_LOADER.TIMEOUT",
     "DATA_LOADER.PIN_MEMORY",
     "DATA_LOADER.DOWNLOAD",

@@ -52,7 +52,9 @@ class ImageCache:
         """Start decoding the images that are not cached."""
         for position in positions:
             if self._images[position] is None:
-                self._images[position] = self._threads.submit(self._decode, position)
+                self._images[position] = self._threads.submit(
+                    read_prepared, self.dataset, self._prepare, position
+                )
 
     def take(self, positions: Sequence[int]) -> list[Tensor]:
         """Return images on the device of the cache.
@@ -82,8 +84,10 @@ class ImageCache:
             self._images[position] = image = to_device(decoded, self.device)
         return image
 
-    def _decode(self, position: int) -> Tensor:
-        return torch.from_numpy(np.array(self._prepare(self.dataset.image(position))))
+
+def read_prepared(dataset: ImageDataset, prepare: Prepare, position: int) -> Tensor:
+    """Read an image and convert it into the form that is cached: [H, W, 3], uint8."""
+    return torch.from_numpy(np.array(prepare(dataset.image(position))))
 
 
 def cache_bytes(dataset: ImageDataset, prepare: Prepare) -> int:

@@ -1,22 +1,16 @@
-"""Make batches from cached images and augment them together, on the GPU if there is one.
-
-The draws of a batch depend on (seed, epoch, step, rank) alone, so that a run which resumes in the
-middle of an epoch gets the same batches.
-"""
+"""Make batches from cached images, on the GPU if there is one."""
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from lg.augment.batched import BatchTestTransform, BatchTransform, views
-from lg.augment.view import View
+from lg.augment.batched import BatchTestTransform, BatchTransform
 from lg.datasets.cache import ImageCache
-from lg.datasets.loader import SAMPLE, Batch, TrainBatches, rank_batches
+from lg.datasets.loader import Batch, Keys, TrainBatches, Transform, make_batch, rank_batches, stack
 from lg.device import to_device
 from lg.errors import DataError
 
@@ -29,7 +23,6 @@ class CachedTrainLoader:
     On a GPU the next batch is made on a separate stream during the training step.
     """
 
-    backend = "device"  # value of DATA_LOADER.BACKEND
     num_prefetched = 1
 
     def __init__(
@@ -57,7 +50,9 @@ class CachedTrainLoader:
     def start(self, epoch: int, step: int) -> None:
         """Set the position of the next batch; `next` continues from there through all epochs."""
         self.batches.start(epoch, step)
-        batches = (self._make(*due) for due in self._decode_ahead())
+        batches = (
+            _make(self.cache, self.transform, keys, self.device) for keys in self._decode_ahead()
+        )
         self._iterator = self._make_ahead(batches) if self.device.type == "cuda" else batches
 
     def close(self) -> None:
@@ -92,20 +87,12 @@ class CachedTrainLoader:
             yield batch
             batch = following
 
-    def _make(self, epoch: int, step: int, positions: list[int]) -> Batch:
-        images = self.cache.take(positions)
-        heights, widths = (np.array([image.shape[i] for image in images]) for i in (0, 1))
-        key = (self.batches.seed, SAMPLE, epoch, step, self.batches.rank)
-        draws = self.transform.draw(heights, widths, np.random.default_rng(key))
-        pixels = self.transform.apply(_stack(images, self.device), draws)
-        return _batch(self.cache, positions, pixels, views(draws, heights, widths))
-
-    def _decode_ahead(self) -> Iterator[tuple[int, int, list[int]]]:
-        """Yield (epoch, step, positions) of each batch while the next images are decoded."""
-        ahead: deque[tuple[int, int, list[int]]] = deque()
-        for due in self.batches.steps():
-            self.cache.prefetch(due[2])
-            ahead.append(due)
+    def _decode_ahead(self) -> Iterator[Keys]:
+        """Yield the keys of each batch while the next images are decoded."""
+        ahead: deque[Keys] = deque()
+        for keys in self.batches:
+            self.cache.prefetch([position for _, position in keys])
+            ahead.append(keys)
             if len(ahead) > _LOOKAHEAD:
                 yield ahead.popleft()
         yield from ahead
@@ -137,20 +124,17 @@ class CachedTestLoader:
         self.cache.close()
 
     def __iter__(self) -> Iterator[Batch]:
-        for number, positions in enumerate(self._batches):
+        for number, keys in enumerate(self._batches):
             for later in self._batches[number : number + 1 + _LOOKAHEAD]:
-                self.cache.prefetch(later)
-            pixels = self.transform.apply(_stack(self.cache.take(positions), self.device))
-            yield _batch(self.cache, positions, pixels, View().tensor().expand(len(positions), -1))
+                self.cache.prefetch([position for _, position in later])
+            yield _make(self.cache, self.transform, keys, self.device)
 
 
-def _stack(images: list[Tensor], device: torch.device) -> Tensor | list[Tensor]:
-    """Copy images to a device, as one tensor if they have the same size."""
-    if len({image.shape for image in images}) == 1:
-        return to_device(torch.stack(images), device)
-    return [to_device(image, device) for image in images]
-
-
-def _batch(cache: ImageCache, positions: list[int], pixels: Tensor, view: Tensor) -> Batch:
-    labels = to_device(cache.dataset.labels[positions], pixels.device)
-    return Batch(pixels, labels, torch.from_numpy(cache.dataset.indices[positions]), view)
+def _make(cache: ImageCache, transform: Transform, keys: Keys, device: torch.device) -> Batch:
+    """Copy images to a device, as one tensor if they have the same size, and transform them."""
+    images = stack(cache.take([position for _, position in keys]))
+    if isinstance(images, Tensor):
+        images = to_device(images, device)
+    else:
+        images = [to_device(image, device) for image in images]
+    return make_batch(cache.dataset, transform, images, keys)

@@ -1,37 +1,37 @@
 """Load batches with worker processes.
 
-The random draws of a sample depend on (seed, epoch, index) alone, and the samples of a batch on
-(seed, epoch, step). So batches are the same for any number of workers, and for a run that resumes
-in the middle of an epoch.
+What an image looks like depends on (seed, epoch, index) alone, and the images of a batch on
+(seed, epoch, step). So batches are the same for any backend and number of workers, and for a run
+that resumes in the middle of an epoch.
 """
 
 from __future__ import annotations
 
-import contextlib
 import os
-import random
 import signal
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from lg.augment.view import View
+from lg.augment.batched import BatchTestTransform, BatchTransform
 from lg.datasets.base import ImageDataset
+from lg.datasets.cache import read_prepared
+from lg.device import to_device
 from lg.errors import DataError
 
-# Second entry of every seed, so that no two uses share a random stream.
-ORDER, SAMPLE, MIX, MODEL = 1, 2, 3, 4
+# Second entry of the seeds of `default_rng`, so that no two uses share a random stream.
+ORDER, MIX, MODEL = 1, 3, 4
 
-Transform = Callable[[Image.Image], tuple[Tensor, View]]
+Transform = BatchTransform | BatchTestTransform
+Keys = list[tuple[int, int]]  # of the samples of a batch: (epoch, position in the data set)
 
 
 class Batch(NamedTuple):
-    """N samples of one process; or, without the first dimension, one sample."""
+    """N samples of one process."""
 
     images: Tensor  # [N, 3, S, S], normalised
     labels: Tensor  # [N], int64
@@ -47,47 +47,39 @@ class Batch(NamedTuple):
         return self._replace(images=images, labels=labels)
 
 
-class _Samples(Dataset[Batch]):
-    """Samples whose DataError is returned in place of the batch.
-
-    If a worker raised it, torch would add the worker's traceback to its message.
-    """
-
-    def __getitems__(self, keys: Sequence[Any]) -> list[Batch] | DataError:
-        """Return the samples of a batch; called by the DataLoader."""
-        try:
-            return [self[key] for key in keys]
-        except DataError as error:
-            return error
-
-
-class TrainSamples(_Samples):
-    """Augmented samples with keys (epoch, position)."""
-
-    def __init__(self, dataset: ImageDataset, transform: Transform, *, seed: int) -> None:
-        self.dataset, self.transform, self.seed = dataset, transform, seed
-
-    def __getitem__(self, key: tuple[int, int]) -> Batch:
-        epoch, position = key
-        image = self.dataset.image(position)
-        with _seeded((self.seed, SAMPLE, epoch, position)):
-            pixels, view = self.transform(image)
-        return _sample(self.dataset, position, pixels, view)
-
-
-class TestSamples(_Samples):
-    """Test samples with their positions as keys."""
-
-    __test__ = False  # not a test case
+class Samples(Dataset[Batch]):
+    """Reads and transforms the images of a batch at once."""
 
     def __init__(self, dataset: ImageDataset, transform: Transform) -> None:
         self.dataset, self.transform = dataset, transform
 
-    def __len__(self) -> int:
-        return len(self.dataset)
+    def __getitems__(self, keys: Keys) -> Batch | DataError:
+        """Return a batch; called by the DataLoader.
 
-    def __getitem__(self, position: int) -> Batch:
-        return _sample(self.dataset, position, *self.transform(self.dataset.image(position)))
+        A DataError is returned: if a worker raised it, torch would add the worker's traceback to
+        its message.
+        """
+        try:
+            images = [read_prepared(self.dataset, self.transform.prepare, i) for _, i in keys]
+        except DataError as error:
+            return error
+        return make_batch(self.dataset, self.transform, stack(images), keys)
+
+
+def make_batch(
+    dataset: ImageDataset, transform: Transform, images: Tensor | Sequence[Tensor], keys: Keys
+) -> Batch:
+    """Transform prepared images to a batch on their device."""
+    epochs, positions = map(list, zip(*keys, strict=True))
+    index = dataset.indices[positions]
+    pixels, view = transform(images, epochs=epochs, index=index)
+    labels = to_device(dataset.labels[positions], pixels.device)
+    return Batch(pixels, labels, torch.from_numpy(index), view)
+
+
+def stack(images: list[Tensor]) -> Tensor | list[Tensor]:
+    """Join images into one tensor if they have the same size."""
+    return torch.stack(images) if len({image.shape for image in images}) == 1 else images
 
 
 class TrainBatches:
@@ -135,25 +127,19 @@ class TrainBatches:
     def __len__(self) -> int:
         return (self.max_epoch - self.epoch) * self.steps_per_epoch - self.step
 
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        """Yield the keys (epoch, position) of each batch.
+    def __iter__(self) -> Iterator[Keys]:
+        """Yield the keys of each batch.
 
         The r-th repeat of a sample in an epoch has the key of epoch + r * max_epoch, so that it is
         augmented in another way.
         """
-        current, looks = -1, np.empty(0)
-        for epoch, step, positions in self.steps():
-            if epoch != current:
-                current, looks = epoch, epoch + self.max_epoch * _repeats(self._order(epoch))
-            yield list(zip(looks[self._share(step)].tolist(), positions, strict=True))
-
-    def steps(self) -> Iterator[tuple[int, int, list[int]]]:
-        """Yield (epoch, step, positions) of each batch."""
         first_step = self.step
         for epoch in range(self.epoch, self.max_epoch):
             order = self._order(epoch)
+            looks = epoch + self.max_epoch * _repeats(order)
             for step in range(first_step, self.steps_per_epoch):
-                yield epoch, step, order[self._share(step)].tolist()
+                own = self._share(step)
+                yield list(zip(looks[own].tolist(), order[own].tolist(), strict=True))
             first_step = 0
 
     def _share(self, step: int) -> slice:
@@ -207,11 +193,9 @@ class TrainLoader:
     An unreadable sample raises a DataError when its batch is due.
     """
 
-    backend = "workers"  # value of DATA_LOADER.BACKEND
-
     def __init__(
         self,
-        samples: TrainSamples,
+        samples: Samples,
         batches: TrainBatches,
         *,
         num_workers: int,
@@ -259,7 +243,7 @@ class TrainLoader:
 
 
 def test_loader(
-    samples: TestSamples,
+    samples: Samples,
     *,
     batch_size: int,
     num_workers: int,
@@ -271,7 +255,7 @@ def test_loader(
 ) -> DataLoader[Batch]:
     """Create the loader of one process's test batches; see `rank_batches` and `TrainLoader`."""
     batches = rank_batches(
-        len(samples), batch_size=batch_size, rank=rank, world_size=world_size, first=first
+        len(samples.dataset), batch_size=batch_size, rank=rank, world_size=world_size, first=first
     )
     return _data_loader(samples, num_workers, pin_memory, timeout, batch_sampler=batches)
 
@@ -281,14 +265,14 @@ test_loader.__test__ = False  # type: ignore[attr-defined]
 
 def rank_batches(
     count: int, *, batch_size: int, rank: int, world_size: int, first: int = 0
-) -> list[list[int]]:
-    """Return the batches of one process, of the positions from `first` to `count` in order.
+) -> list[Keys]:
+    """Return the test batches of one process, of the positions from `first` to `count` in order.
 
     Each position belongs to exactly one process.
     """
-    positions = range(first + rank, count, world_size)
+    keys = [(0, position) for position in range(first + rank, count, world_size)]
     size = max(1, batch_size // world_size)
-    return [list(positions[i : i + size]) for i in range(0, len(positions), size)]
+    return [keys[i : i + size] for i in range(0, len(keys), size)]
 
 
 def usable_workers(wanted: int) -> int:
@@ -308,7 +292,7 @@ def _data_loader(
         batch_sampler=batch_sampler,  # type: ignore[arg-type]
         num_workers=num_workers,
         pin_memory=pin_memory and torch.cuda.is_available(),
-        collate_fn=_collate,
+        collate_fn=_as_is,  # the samples come as a batch
         persistent_workers=num_workers > 0,
         timeout=timeout if num_workers else 0,
         worker_init_fn=_init_worker,
@@ -316,34 +300,11 @@ def _data_loader(
     )
 
 
-def _collate(samples: list[Batch] | DataError) -> Batch | DataError:
-    if isinstance(samples, DataError):
-        return samples
-    return Batch(*(torch.stack(column) for column in zip(*samples, strict=True)))
+def _as_is(batch: Any) -> Batch | DataError:
+    return batch
 
 
 def _init_worker(worker: int) -> None:
     """Use one thread per worker, and let SIGTERM end it even if the main process handles that."""
     torch.set_num_threads(1)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-
-
-def _sample(dataset: ImageDataset, position: int, pixels: Tensor, view: View) -> Batch:
-    label, index = int(dataset.labels[position]), int(dataset.indices[position])
-    return Batch(pixels, torch.tensor(label), torch.tensor(index), view.tensor())
-
-
-@contextlib.contextmanager
-def _seeded(key: tuple[int, ...]) -> Iterator[None]:
-    """Seed the global generators, which augmentation draws from, and restore their states after."""
-    state = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    words = np.random.SeedSequence(key).generate_state(4)
-    random.seed(int(words[0]))
-    np.random.seed(words[1])
-    torch.default_generator.manual_seed(int(words[2]) << 32 | int(words[3]))
-    try:
-        yield
-    finally:
-        random.setstate(state[0])
-        np.random.set_state(state[1])
-        torch.set_rng_state(state[2])

@@ -78,6 +78,21 @@ def test_the_share_of_cutmix_is_the_pasted_area(height: int, side: int) -> None:
     assert min(areas) < 0.15 and max(areas) > 0.35
 
 
+@pytest.mark.parametrize("alphas", [(1.0, 0.0), (0.0, 1.0)])
+def test_neighbours_are_mixed_and_a_last_image_alone_is_not(alphas: tuple[float, float]) -> None:
+    mixing = Mixing(num_classes=7, mixup_alpha=alphas[0], cutmix_alpha=alphas[1])
+    for number in range(10):
+        images = flat_images(9)[:7]
+        mixed, targets = mixing(images, torch.arange(7), rng(number))
+        share = float(targets[0, 0])
+        wanted = torch.zeros(7, 7)
+        wanted[range(6), range(6)], wanted[range(6), [1, 0, 3, 2, 5, 4]] = share, 1 - share
+        wanted[6, 6] = 1
+        torch.testing.assert_close(targets, wanted)
+        torch.testing.assert_close(mixed.mean((1, 2, 3)), wanted @ torch.arange(7.0))
+        assert torch.equal(mixed[6], images[6])
+
+
 def test_mixup_and_cutmix_are_equally_likely() -> None:
     mixing = Mixing(num_classes=3, mixup_alpha=1.0, cutmix_alpha=1.0)
     kinds = {"whole": 0, "blend": 0, "box": 0}

@@ -9,11 +9,12 @@ import pytest
 import torch
 from PIL import Image
 from scipy.stats import ks_2samp
+from timm.data import create_transform
 from timm.data.auto_augment import LEVEL_TO_ARG, NAME_TO_OP, rand_augment_transform
 
+from lg.augment import randaugment as module
 from lg.augment.operations import FILL, KINDS
-from lg.augment.randaugment import OPERATIONS, Draws, draw, randaugment
-from lg.augment.recipe import TrainTransform
+from lg.augment.randaugment import OPERATIONS, UNIFORMS, Draws, randaugment
 
 ENHANCE = (0.1, 0.19, 0.83, 1.0, 1.81, 1.9)
 MOVE = (0.0, 0.9, -0.9123, 1.0, -1.0)  # fractions of the maximum
@@ -52,6 +53,10 @@ def fixed(name: str, level: float, count: int) -> Draws:
     return Draws(np.full((1, count), OPERATIONS.index(name)), np.full((1, count), float(level)))
 
 
+def draw(count: int, *, rng: np.random.Generator, layers: int = 2, **options: float) -> Draws:
+    return module.draw(rng.random((count, layers, UNIFORMS)), **options)
+
+
 def by_timm(images: torch.Tensor, name: str, level: float) -> torch.Tensor:
     arguments = () if name not in LEVELS else (int(level) if name in WHOLE else level,)
     done = []
@@ -65,8 +70,13 @@ def by_timm(images: torch.Tensor, name: str, level: float) -> torch.Tensor:
 
 
 def timm_operations(size: int) -> list:
-    parts = TrainTransform(image_size=size, strong=True).finish.transforms
-    (augment,) = [t for part in parts for t in part.transforms if hasattr(t, "ops")]
+    recipe = create_transform(
+        input_size=size,
+        is_training=True,
+        auto_augment="rand-m9-mstd0.5-inc1",
+        interpolation="bicubic",
+    )
+    (augment,) = [t for t in recipe.transforms if hasattr(t, "ops")]
     assert augment.num_layers == 2 and augment.choice_weights is None
     return augment.ops
 
@@ -77,7 +87,7 @@ def test_operations_equal_those_of_the_recipe() -> None:
     for op in operations:
         assert op.kwargs == {"fillcolor": FILL, "resample": Image.Resampling.BICUBIC}
         assert (op.prob, op.magnitude, op.magnitude_std) == (0.5, 9, 0.5)
-    assert sorted(name for kind, _ in KINDS for name in kind) == sorted(OPERATIONS)
+    assert sorted(name for kind in KINDS for name in kind.names) == sorted(OPERATIONS)
 
 
 @pytest.mark.parametrize("size", [96, 32, 9])

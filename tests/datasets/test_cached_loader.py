@@ -15,10 +15,11 @@ import torch
 from PIL import Image
 
 from lg.augment.batched import BatchTestTransform, BatchTransform, normalise
-from lg.datasets.base import ImageDataset
+from lg.augment.mixing import Mixing
+from lg.datasets.base import DatasetSubset, ImageDataset
 from lg.datasets.cache import ImageCache, cache_bytes, free_memory
 from lg.datasets.cached_loader import CachedTestLoader, CachedTrainLoader
-from lg.datasets.loader import Batch, TrainBatches
+from lg.datasets.loader import MIX, Batch, Samples, TrainBatches, TrainLoader
 from lg.errors import DataError
 
 CPU = torch.device("cpu")
@@ -50,7 +51,7 @@ class Counted(ImageDataset):
 def train_loader(
     dataset: Counted, *, strong: bool = True, rank: int = 0, world_size: int = 1, seed: int = 3
 ) -> CachedTrainLoader:
-    transform = BatchTransform(image_size=12, strong=strong)
+    transform = BatchTransform(image_size=12, strong=strong, seed=seed)
     cache = ImageCache(dataset, transform.prepare, device=CPU, num_threads=2)
     batches = TrainBatches(
         num_samples=len(dataset),
@@ -123,13 +124,87 @@ def test_labels_and_indices_match_the_images() -> None:
             torch.testing.assert_close(overlap, source)
 
 
-def test_processes_split_the_batches_and_draw_independently() -> None:
-    whole = all_batches(train_loader(Counted()))
-    halves = [all_batches(train_loader(Counted(), rank=r, world_size=2)) for r in (0, 1)]
-    for step, batch in enumerate(whole):
-        parts = [half[step] for half in halves]
-        assert torch.equal(torch.cat([part.index for part in parts]), batch.index)
-        assert not torch.equal(parts[0].view, parts[1].view)
+# --- One seed, one experiment ------------------------------------------------------------------
+
+
+def by_workers(
+    dataset: Counted, num_workers: int, *, strong: bool, epoch: int = 0, step: int = 0, **share: int
+) -> list[Batch]:
+    samples = Samples(dataset, BatchTransform(image_size=12, strong=strong, seed=3))
+    batches = TrainBatches(num_samples=len(dataset), batch_size=8, seed=3, max_epoch=3, **share)
+    loader = TrainLoader(samples, batches, num_workers=num_workers, pin_memory=False)
+    loader.start(epoch, step)
+    return [next(loader) for _ in range(len(batches))]
+
+
+@pytest.mark.parametrize("strong", [False, True])
+@pytest.mark.parametrize("many_sizes", [False, True])
+def test_batches_do_not_depend_on_backend_or_workers(
+    strong: bool, many_sizes: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lg.datasets.loader.usable_workers", lambda wanted: wanted)
+    dataset = Counted(many_sizes=many_sizes)
+    cached = all_batches(train_loader(dataset, strong=strong))
+    for workers in (0, 1, 2):
+        assert_same(by_workers(dataset, workers, strong=strong), cached)
+    assert_same(by_workers(dataset, 0, strong=strong, epoch=1, step=1), cached[3:])
+
+
+def test_batches_do_not_depend_on_the_number_of_processes() -> None:
+    whole = all_batches(train_loader(Counted(many_sizes=True)))
+    for world_size in (2, 4):
+        shares = [
+            all_batches(train_loader(Counted(many_sizes=True), rank=r, world_size=world_size))
+            for r in range(world_size)
+        ]
+        shares[0] = by_workers(
+            Counted(many_sizes=True), 0, strong=True, rank=0, world_size=world_size
+        )
+        joined = [
+            Batch(*map(torch.cat, zip(*parts, strict=True))) for parts in zip(*shares, strict=True)
+        ]
+        assert_same(joined, whole)
+
+
+@pytest.mark.parametrize("alphas", [(0.8, 0.0), (0.0, 1.0), (0.8, 1.0)])
+def test_mixed_batches_do_not_depend_on_the_number_of_processes(
+    alphas: tuple[float, float],
+) -> None:
+    mixing = Mixing(num_classes=5, smoothing=0.1, mixup_alpha=alphas[0], cutmix_alpha=alphas[1])
+
+    def mixed(loader: CachedTrainLoader) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        return [
+            mixing(batch.images, batch.labels, np.random.default_rng((3, MIX, 0, step)))
+            for step, batch in enumerate(all_batches(loader))
+        ]
+
+    whole = mixed(train_loader(Counted()))
+    for world_size in (2, 4):
+        shares = [
+            mixed(train_loader(Counted(), rank=r, world_size=world_size)) for r in range(world_size)
+        ]
+        for parts, (images, targets) in zip(zip(*shares, strict=True), whole, strict=True):
+            assert torch.equal(torch.cat([part[0] for part in parts]), images)
+            assert torch.equal(torch.cat([part[1] for part in parts]), targets)
+
+
+def test_an_image_looks_the_same_in_a_subset() -> None:
+    dataset = Counted(40)
+    dataset.indices = np.arange(40)
+    subset = DatasetSubset(dataset, np.arange(1, 40, 2))
+    whole, part = (
+        {
+            (step // (len(source) // 8), int(index)): image
+            for step, batch in enumerate(all_batches(train_loader(source)))  # type: ignore[arg-type]
+            for index, image in zip(batch.index, batch.images, strict=True)
+        }
+        for source in (dataset, subset)
+    )
+    both = whole.keys() & part.keys()
+    assert len(both) > 30 and all(torch.equal(whole[key], part[key]) for key in both)
+
+
+# --- Tests, errors, threads --------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("world_size", [1, 3])

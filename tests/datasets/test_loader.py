@@ -11,7 +11,6 @@ import signal
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -19,16 +18,15 @@ import pytest
 import torch
 from PIL import Image
 
-from lg.augment.recipe import TestTransform, TrainTransform
+from lg.augment.batched import BatchTestTransform, BatchTransform
 from lg.datasets import loader as loader_module
 from lg.datasets.base import DatasetSubset, ImageDataset
 from lg.datasets.image import open_rgb
 from lg.datasets.loader import (
     Batch,
-    TestSamples,
+    Samples,
     TrainBatches,
     TrainLoader,
-    TrainSamples,
     test_loader,
     usable_workers,
 )
@@ -84,7 +82,7 @@ def make(
     epochs=3,
 ) -> TrainLoader:
     dataset = dataset or Noise()
-    samples = TrainSamples(dataset, TrainTransform(image_size=8, strong=True), seed=SEED)
+    samples = Samples(dataset, BatchTransform(image_size=8, strong=True, seed=SEED))
     batches = TrainBatches(
         num_samples=len(dataset),
         batch_size=6,
@@ -118,18 +116,20 @@ def test_batches_are_the_same_for_any_number_of_workers() -> None:
 
 def test_labels_indices_and_views_match_the_images() -> None:
     dataset = DatasetSubset(Noise(), np.array([1, 4, 5, 8, 13, 16, 21]))
-    transform = TrainTransform(image_size=8, strong=False, hflip=0.5)
-    samples = TrainSamples(dataset, transform, seed=SEED)
-    for position, index in enumerate(dataset.indices):
-        image, label, number, view = samples[0, position]
-        assert (int(label), int(number)) == (index % 5, index)
-        source = TestTransform(image_size=8)(dataset.image(position))[0]
+    samples = Samples(dataset, BatchTransform(image_size=8, strong=False, seed=SEED))
+    whole = Samples(dataset, BatchTestTransform(image_size=8))
+    keys = [(0, row) for row in range(7)]
+    for image, label, index, view, source in zip(
+        *samples.__getitems__(keys), whole.__getitems__(keys).images, strict=True
+    ):
+        assert int(label) == index % 5
         source = source.flip(2) if view[4] else source
         top, left = round(float(view[0]) * 8), round(float(view[1]) * 8)
         left = -left if view[4] else left
         rows, columns = slice(max(-top, 0), 8 - max(top, 0)), slice(max(-left, 0), 8 - max(left, 0))
         inner = source[:, max(top, 0) : 8 + min(top, 0), max(left, 0) : 8 + min(left, 0)]
         assert torch.equal(image[:, rows, columns], inner)
+    assert samples.__getitems__(keys).index.tolist() == dataset.indices.tolist()
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -173,12 +173,12 @@ def test_an_epoch_has_no_duplicates_and_drops_the_last_batch() -> None:
 
 
 def test_draws_differ_by_epoch_sample_and_seed() -> None:
-    samples = TrainSamples(Noise(), TrainTransform(image_size=8, strong=True), seed=SEED)
-    seen = {samples[epoch, 5].images.numpy().tobytes() for epoch in range(6)}
-    seen |= {samples[0, n].view.numpy().tobytes() for n in range(6, 12)}
-    assert len(seen) == 12
-    other = TrainSamples(Noise(), TrainTransform(image_size=8, strong=True), seed=SEED + 1)
-    assert not torch.equal(other[0, 5].images, samples[0, 5].images)
+    samples, other = (
+        Samples(Noise(), BatchTransform(image_size=8, strong=True, seed=s)) for s in (SEED, 4)
+    )
+    batches = [samples.__getitems__([(epoch, n) for n in (5, 6, 7)]) for epoch in range(4)]
+    batches.append(other.__getitems__([(0, n) for n in (5, 6, 7)]))
+    assert len({image.numpy().tobytes() for batch in batches for image in batch.images}) == 15
 
 
 @pytest.mark.parametrize("world", [2, 3])
@@ -199,7 +199,7 @@ def test_processes_split_each_batch_in_order(world: int) -> None:
 @pytest.mark.parametrize("n", [1, 2, 10, 23])
 @pytest.mark.parametrize("world", [1, 2, 3, 4])
 def test_every_test_sample_is_loaded_once(n: int, world: int) -> None:
-    samples = TestSamples(Noise(n), TestTransform(image_size=8))
+    samples = Samples(Noise(n), BatchTestTransform(image_size=8))
     found, sizes = [], []
     for rank in range(world):
         loader = test_loader(
@@ -214,7 +214,7 @@ def test_every_test_sample_is_loaded_once(n: int, world: int) -> None:
 
 
 def test_test_batches_are_the_same_for_any_number_of_workers_and_pass() -> None:
-    samples = TestSamples(Noise(), TestTransform(image_size=8))
+    samples = Samples(Noise(), BatchTestTransform(image_size=8))
     passes = []
     for workers in (0, 1, 2):
         loader = test_loader(samples, batch_size=8, num_workers=workers, pin_memory=False)
@@ -233,22 +233,9 @@ def test_loading_does_not_change_the_global_generators(workers: int) -> None:
     wanted = random.random(), np.random.rand(), float(torch.rand(()))
     random.seed(1), np.random.seed(2), torch.manual_seed(3)
     run_through(make(workers=workers, epochs=1))
-    samples = TestSamples(Noise(), TestTransform(image_size=8))
+    samples = Samples(Noise(), BatchTestTransform(image_size=8))
     list(test_loader(samples, batch_size=8, num_workers=workers, pin_memory=False))
     assert (random.random(), np.random.rand(), float(torch.rand(()))) == wanted
-
-
-def test_the_global_generators_are_restored_after_an_error() -> None:
-    def fail(image: Image.Image):
-        random.random(), np.random.rand(), torch.rand(())
-        raise RuntimeError("no")
-
-    states = random.getstate(), np.random.get_state()[1].copy(), torch.get_rng_state()
-    with pytest.raises(RuntimeError, match="no"):
-        TrainSamples(Noise(), fail, seed=0)[0, 0]
-    assert random.getstate() == states[0]
-    assert np.array_equal(np.random.get_state()[1], states[1])
-    assert torch.equal(torch.get_rng_state(), states[2])
 
 
 def message_of(work: Callable[[], object], kind: type[Exception]) -> str:
@@ -281,7 +268,7 @@ def test_a_broken_image_raises_when_its_batch_is_due(broken: Path, workers: int)
     loader.start(0, 0)
     assert same([next(loader) for _ in range(due)], intact[:due])
     assert message_of(lambda: next(loader), DataError) == alone
-    samples = TestSamples(dataset, TestTransform(image_size=8))
+    samples = Samples(dataset, BatchTestTransform(image_size=8))
     test = test_loader(samples, batch_size=8, num_workers=workers, pin_memory=False)
     assert message_of(lambda: list(test), DataError) == alone
 
@@ -310,7 +297,7 @@ def workers_now() -> Iterator[int]:
 
 def test_only_the_main_process_handles_signals() -> None:
     before = set(workers_now())
-    samples = TestSamples(Spy(), TestTransform(image_size=4))
+    samples = Samples(Spy(), BatchTestTransform(image_size=4))
     loader = test_loader(samples, batch_size=4, num_workers=2, pin_memory=False)
     seen = next(iter(loader)).images[:, :, 0, 0]
     levels = (
@@ -336,14 +323,3 @@ def test_at_most_one_worker_per_core() -> None:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     assert usable_workers(0) == 0 and usable_workers(1) == 1
     assert usable_workers(10_000) == cores
-
-
-def test_seeds_of_all_sizes_and_uses_have_different_streams() -> None:
-    draws = []
-    for key in ((0, 2, 0, 0), (1, 2, 0, 0), (2**32 - 1, 2, 0, 0), (0, 1, 0, 0), (0, 2, 0, 1)):
-        with loader_module._seeded(key):
-            draws.append((random.random(), np.random.rand(), float(torch.rand(()))))
-        with loader_module._seeded(key):
-            assert (random.random(), np.random.rand(), float(torch.rand(()))) == draws[-1]
-    for a, b in pairwise(sorted(draws)):
-        assert all(x != y for x, y in zip(a, b, strict=True))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import pickle
-import random
 import re
 import shutil
 from collections.abc import Callable, Iterator
@@ -18,11 +17,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from lg.augment.recipe import TestTransform
-from lg.augment.view import View, padded_crop, plain_views, shifted
+from lg.augment.batched import BatchTestTransform, BatchTransform
+from lg.augment.view import View, plain_views, shifted
 from lg.datasets import build_dataset
 from lg.datasets.base import fingerprint, stratified_subset
-from lg.datasets.loader import Batch, TestSamples, test_loader
+from lg.datasets.loader import Batch, Samples, test_loader
 from lg.errors import BankError
 from lg.guidance import FeatureBank, FrozenTeacher
 from lg.guidance.bank_file import Provenance, bank_path
@@ -61,7 +60,7 @@ def make_bank(
     """Store 60 digits in batches of 8; optionally interrupt after some batches."""
     teacher = make_teacher()
     dataset = stratified_subset(build_dataset("digits", "data", "train"), 0.05, 0)
-    samples = TestSamples(dataset, TestTransform(image_size=16))
+    samples = Samples(dataset, BatchTestTransform(image_size=16))
 
     def batches(done: int) -> Iterator[Batch]:
         loader = test_loader(samples, batch_size=8, num_workers=0, pin_memory=False, first=done)
@@ -96,10 +95,9 @@ def path_fixture(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def digits_batch(rows: list[int], views: list[View]) -> Batch:
     """Return some of the stored digits, whole, after the test transform."""
     dataset = stratified_subset(build_dataset("digits", "data", "train"), 0.05, 0)
-    samples = TestSamples(dataset, TestTransform(image_size=16))
-    images = torch.stack([samples[row].images for row in rows])
-    index = torch.from_numpy(dataset.indices[rows])
-    return Batch(images, torch.zeros(len(rows)), index, torch.stack([v.tensor() for v in views]))
+    samples = Samples(dataset, BatchTestTransform(image_size=16))
+    batch = samples.__getitems__([(0, row) for row in rows])
+    return batch._replace(view=torch.stack([v.tensor() for v in views]))
 
 
 # --- Replay ------------------------------------------------------------------------------------
@@ -194,13 +192,10 @@ def test_every_view_of_the_plain_recipe_is_exact_when_all_are_stored(tmp_path: P
     teacher = make_bank(tmp_path / "bank", views=plain_views(16, shifts=5, mirrored=True))
     bank = FeatureBank(tmp_path / "bank", LAYERS)
     dataset = stratified_subset(build_dataset("digits", "data", "train"), 0.05, 0)
-    finish = TestTransform(image_size=16).finish
-    random.seed(0)
-    drawn = [padded_crop(dataset.image(row), 16, hflip=0.5) for row in range(40)]
-    assert len({view for _, view in drawn}) > 20
-    images = torch.stack([finish(image) for image, _ in drawn])
-    views = torch.stack([view.tensor() for _, view in drawn])
-    stored, _ = bank(images, torch.from_numpy(dataset.indices[:40]), views)
+    samples = Samples(dataset, BatchTransform(image_size=16, strong=False))
+    images, _, index, views = samples.__getitems__([(0, row) for row in range(40)])
+    assert len(views.unique(dim=0)) > 20
+    stored, _ = bank(images, index, views)
     for mine, theirs in zip(stored, teacher(images)[0], strict=True):
         torch.testing.assert_close(mine, theirs, rtol=2**-10, atol=1e-5)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import os
 from collections.abc import Callable, Iterable
 
@@ -49,9 +48,9 @@ def build_dataset(
         DataError: There is no such set or split, or its files are missing or damaged.
     """
     if name not in DATASETS:
-        near = difflib.get_close_matches(str(name).lower(), DATASETS, n=3, cutoff=0.4)
-        hint = f"did you mean {' or '.join(near)}? " if near else ""
-        raise DataError(f"data set {name!r} is unknown: {hint}Choose from {', '.join(DATASETS)}")
+        raise DataError(f"data set {name!r} is unknown: choose from {', '.join(DATASETS)}")
+    if split not in ("train", "val", "test"):
+        raise DataError(f"split of {name} is {split!r}: set it to train, val or test")
     tolerated = set(tolerate)
     dataset = DATASETS[name](root, split, download)
     for fault in dataset.faults:

@@ -12,7 +12,6 @@ import json
 import os
 from pathlib import Path, PurePosixPath
 
-from lg.datasets.base import resolve_split
 from lg.datasets.files import FileDataset, read_text, require
 from lg.errors import DataError
 
@@ -36,7 +35,7 @@ class Chaoyang(FileDataset):
             DataError: Files are missing or the JSON file is invalid.
         """
         name = "chaoyang"
-        split = resolve_split(name, split, "test")
+        split = "train" if split == "train" else "test"
         folder = Path(root) / FOLDER
         remedy = (
             f"request the data at {ADDRESS} (there is no automatic download) and unpack it in "

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from lg.datasets.base import ImageDataset, resolve_split
+from lg.datasets.base import ImageDataset
 from lg.datasets.files import fetch, require
 from lg.errors import DataError
 from lg.files.safe_pickle import load_table
@@ -45,7 +45,7 @@ class CIFAR100(ImageDataset):
             DataError: Files are missing, damaged, unsafe or inconsistent.
         """
         name = "cifar100"
-        split = resolve_split(name, split, "test")
+        split = "train" if split == "train" else "test"
         folder = Path(root) / FOLDER
         if download:
             fetch(_download, FOLDER, folder, ("train", "test", "meta"), name)
@@ -55,33 +55,21 @@ class CIFAR100(ImageDataset):
         )
         require([folder / split, folder / "meta"], name, remedy)
         class_names = load_table(folder / "meta", ["fine_label_names"])["fine_label_names"]
-        if not isinstance(class_names, list) or not all(isinstance(n, str) for n in class_names):
-            raise DataError(
-                f"{folder / 'meta'}: fine_label_names is not a list of names; download it again"
-            )
         table = load_table(folder / split, ["data", "fine_labels"])
         super().__init__(name, split, class_names, table["fine_labels"])
-        self.pixels = _as_pixels(table["data"], len(self), folder / split)
+        data, shape = table["data"], (len(self), 3 * SIZE * SIZE)  # red, then green, then blue
+        if not isinstance(data, np.ndarray) or data.dtype != np.uint8 or data.shape != shape:
+            raise DataError(
+                f"{folder / split}: data is not a uint8 array of shape {shape}, one row per label; "
+                "download it again"
+            )
+        self.pixels = data.reshape(-1, 3, SIZE, SIZE)
 
     def image(self, index: int) -> Image.Image:
         return Image.fromarray(np.ascontiguousarray(self.pixels[index].transpose(1, 2, 0)))
 
     def describe(self, index: int) -> str:
         return f"{FOLDER}/{self.split} image {index}"
-
-
-def _as_pixels(data: object, num_images: int, path: Path) -> np.ndarray:
-    row = 3 * SIZE * SIZE  # red, then green, then blue
-    if not isinstance(data, np.ndarray) or data.dtype != np.uint8 or data.shape[1:] != (row,):
-        found = (
-            f"{data.dtype} {list(data.shape)}"
-            if isinstance(data, np.ndarray)
-            else type(data).__name__
-        )
-        raise DataError(f"{path}: data is {found}, not uint8 [images, {row}]; download it again")
-    if len(data) != num_images:
-        raise DataError(f"{path}: {num_images} labels for {len(data)} images; download it again")
-    return data.reshape(-1, 3, SIZE, SIZE)
 
 
 def _download(folder: Path) -> None:

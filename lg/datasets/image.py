@@ -35,17 +35,10 @@ def open_rgb(path: str | os.PathLike[str]) -> Image.Image:
         # Reading first separates disk errors from decoder errors.
         with open(path, "rb") as file:
             content = file.read()
-    except FileNotFoundError:
-        if os.path.islink(path):
-            raise DataError(
-                f"{path}: the image is a link to {os.readlink(path)}, which does not exist; repair "
-                "or remove it"
-            ) from None
-        raise DataError(f"{path}: the image is missing; unpack the data set again") from None
     except OSError as error:
         raise DataError(
-            f"{path}: the image cannot be read ({error.strerror or error}); check that it is a "
-            "file and check its permissions"
+            f"{path}: the image cannot be read ({error.strerror or error}); check that the file, "
+            "or the target of a link, exists and is readable"
         ) from error
     if not content:
         raise DataError(f"{path}: the image file is empty; download it again")

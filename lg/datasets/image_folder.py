@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from lg.datasets.base import EMPTY_CLASS, UNTRAINED_CLASS, Fault, resolve_split
+from lg.datasets.base import EMPTY_CLASS, UNTRAINED_CLASS, Fault
 from lg.datasets.files import FileDataset, require
 from lg.errors import DataError
 
@@ -40,7 +40,6 @@ class ImageFolder(FileDataset):
             DataError: Folders are missing or there are no images.
         """
         name = "image_folder"
-        split = resolve_split(name, split)
         splits = splits_of(root)
         other = {"val": "test", "test": "val"}.get(split)
         if split not in splits and other in splits:

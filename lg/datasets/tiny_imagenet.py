@@ -10,7 +10,6 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from lg.datasets.base import resolve_split
 from lg.datasets.files import FileDataset, read_text, require
 from lg.errors import DataError
 
@@ -39,7 +38,7 @@ class TinyImageNet(FileDataset):
             DataError: Files are missing or inconsistent.
         """
         name = "tiny_imagenet"
-        split = resolve_split(name, split, "val")
+        split = "train" if split == "train" else "val"
         folder = Path(root) / FOLDER
         remedy = (
             f"unpack {ADDRESS} in {root}, which then contains {FOLDER}/ with wnids.txt, words.txt, "
@@ -60,18 +59,14 @@ class TinyImageNet(FileDataset):
 
 def _rows(path: Path, name: str) -> list[tuple[str, str]]:
     """Read the first two columns of a tab-separated file."""
-    rows = []
-    for number, line in enumerate(read_text(path, name).splitlines(), start=1):
-        if not line.strip():
-            continue
-        cells = line.split("\t")
-        if len(cells) < 2:
-            raise DataError(
-                f"{name}: line {number} of {path} is {line!r}, without a second column; unpack "
-                "the data set again"
-            )
-        rows.append((cells[0].strip(), cells[1].strip()))
-    return rows
+    lines = read_text(path, name).splitlines()
+    cells = [line.split("\t") for line in lines if line.strip()]
+    try:
+        return [(first.strip(), second.strip()) for first, second, *_ in cells]
+    except ValueError as error:
+        raise DataError(
+            f"{name}: {path} has a line without a second column; unpack the data set again"
+        ) from error
 
 
 def _train_files(folder: Path, wnids: list[str], name: str) -> tuple[list[int], list[str]]:

@@ -104,7 +104,7 @@ def test_splits(tmp_path: Path) -> None:
         held_out = build_dataset("cifar100", tmp_path, split)
         assert (held_out.split, held_out.labels.tolist()) == ("test", [0, 1])
     with pytest.raises(DataError, match="split of cifar100 is 'valid': set it to train, val"):
-        CIFAR100(tmp_path, "valid")
+        build_dataset("cifar100", tmp_path, "valid")
 
 
 def test_dataset_can_be_pickled(tmp_path: Path) -> None:
@@ -192,13 +192,13 @@ def test_codecs_other_than_latin1_are_rejected(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "problem"),
     [
-        ({"fine_labels": [0, 1, 2]}, "3 labels for 4 images"),
+        ({"fine_labels": [0, 1, 2]}, r"train: data is not a uint8 array of shape \(3, 3072\)"),
         ({"fine_labels": [0, 1, 2, 3]}, "label of image 3 is 3, but the 3 classes"),
         ({"fine_labels": [0, 1, 2, -1]}, "label of image 3 is -1"),
         ({"fine_labels": [0, 1, 2, 0.5]}, "labels are float64"),
-        ({"data": DATA[:, :3071]}, r"data is uint8 \[4, 3071\], not uint8 \[images, 3072\]"),
-        ({"data": DATA.astype(np.int16)}, "data is int16"),
-        ({"data": [1, 2, 3, 4]}, "data is list"),
+        ({"data": DATA[:, :3071]}, r"data is not a uint8 array of shape \(4, 3072\)"),
+        ({"data": DATA.astype(np.int16)}, "data is not a uint8 array"),
+        ({"data": [1, 2, 3, 4]}, "data is not a uint8 array"),
     ],
 )
 def test_inconsistent_files(tmp_path: Path, changes: dict, problem: str) -> None:
@@ -212,14 +212,6 @@ def test_inconsistent_files(tmp_path: Path, changes: dict, problem: str) -> None
 def test_damaged_files(tmp_path: Path, content: bytes) -> None:
     with pytest.raises(DataError, match=r"train: this is not the expected.*download it again"):
         CIFAR100(write(tmp_path, content), "train")
-
-
-@pytest.mark.parametrize("names", ["apple", None, [1, 2, 3]])
-def test_bad_class_names(tmp_path: Path, names: Any) -> None:
-    meta = write(tmp_path) / "cifar-100-python" / "meta"
-    meta.write_bytes(pickle.dumps({"fine_label_names": names}))
-    with pytest.raises(DataError, match="meta: fine_label_names is not a list of names"):
-        CIFAR100(tmp_path, "train")
 
 
 def test_missing_column(tmp_path: Path) -> None:

@@ -72,9 +72,6 @@ def test_flowers_damage(tmp_path: Path) -> None:
     (folder / "imagelabels.mat").write_bytes(b"not a mat file at all" * 20)
     with pytest.raises(DataError, match=r"imagelabels\.mat: labels cannot be read"):
         build_dataset("flowers", tmp_path, "train")
-    savemat(folder / "imagelabels.mat", {"labels": [[0.5]]})
-    with pytest.raises(DataError, match=r"imagelabels\.mat: labels is not a list of whole numbers"):
-        build_dataset("flowers", tmp_path, "train")
 
 
 def test_flowers_download(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -140,7 +137,7 @@ def test_tiny_imagenet_damage(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"val_1\.JPEG to the class n09, which wnids\.txt does not"):
         build_dataset("tiny_imagenet", tmp_path, "val")
     (folder / "val" / "val_annotations.txt").write_text("\nval_1.JPEG n01\n")
-    with pytest.raises(DataError, match=r"line 2 of .*without a second column"):
+    with pytest.raises(DataError, match=r"val_annotations\.txt has a line without a second column"):
         build_dataset("tiny_imagenet", tmp_path, "val")
     (folder / "wnids.txt").write_text("n01\nn03\nn07\n")
     with pytest.raises(DataError, match=r"n07.images contains no \.JPEG file"):

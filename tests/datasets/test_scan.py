@@ -123,8 +123,8 @@ def test_image_facts(tmp_path: Path) -> None:
     assert [fact.fault for fact in facts if fact.fault] == [
         f"{paths[0]}: the image file is empty; download it again",
         f"{paths[1]}: the file is not an image that Pillow can read; remove or convert it",
-        f"{paths[2]}: the image is a link to /nowhere/at/all.png, which does not exist; repair "
-        "or remove it",
+        f"{paths[2]}: the image cannot be read (No such file or directory); check that the file, "
+        "or the target of a link, exists and is readable",
     ]
 
 

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from lg.errors import CheckpointError
-from lg.files.atomic import TEMPORARY, write_atomically
+from lg.files.atomic import remove_leftovers, write_atomically
 from lg.files.safe_pickle import NUMBERS
 from lg.models.published import load_published_state_dict
 from lg.paths import local_path
@@ -217,7 +217,8 @@ class CheckpointFolder:
         # again. In the other order, the best would be missing.
         for place in (self.best, path) if is_best else (path,):
             try:
-                self._remove_temporary_files()
+                for other in (self.best, path):  # of a killed save; a folder has a single writer
+                    remove_leftovers(other.with_name("model*.pyth"))
                 _write(place, state)
             except OSError as error:
                 raise CheckpointError(self._describe_failure(place, error)) from None
@@ -248,12 +249,6 @@ class CheckpointFolder:
                 "to start again, or set OUT_DIR to a new folder."
             )
         return None
-
-    def _remove_temporary_files(self) -> None:
-        """Remove what a killed save left; a folder has a single writer, so none is in use."""
-        for folder in (self.folder, self.best.parent):
-            for leftover in folder.glob(f"{TEMPORARY}model*.pyth-*"):
-                leftover.unlink(missing_ok=True)
 
     def _describe_failure(self, place: Path, error: OSError) -> str:
         """Return why a save failed, which checkpoint is intact, and the fix."""

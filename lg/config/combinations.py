@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 from yacs.config import CfgNode
 
-from lg.config.defaults import DEFAULT_VALUES, DEFAULTS
+from lg.config.defaults import DEFAULT_VALUES, flatten
 from lg.config.rules import FAMILIES
 
 Fault = tuple[str, str]  # the key to change, and the advice
@@ -144,16 +144,11 @@ def _guidance(cfg: CfgNode) -> Iterator[Fault]:
             "DISTILLATION.INTER_STUDENT_INDEX",
             "each student block can be guided once: remove the repeated entry.",
         )
-    if options.ENABLE_INTER and options.INTER_WEIGHT == 0:
-        yield (
-            "DISTILLATION.INTER_WEIGHT",
-            "imitation has no effect: raise it, or set DISTILLATION.ENABLE_INTER False.",
-        )
-    if options.ENABLE_LOGIT and options.LOGIT_WEIGHT == 0:
-        yield (
-            "DISTILLATION.LOGIT_WEIGHT",
-            "imitation has no effect: raise it, or set DISTILLATION.ENABLE_LOGIT False.",
-        )
+    for kind in ("INTER", "LOGIT"):
+        switch = f"ENABLE_{kind}"
+        if options[switch] and options[f"{kind}_WEIGHT"] == 0:
+            advice = f"imitation has no effect: raise it, or set DISTILLATION.{switch} False."
+            yield f"DISTILLATION.{kind}_WEIGHT", advice
     if options.ENABLE_LOGIT and options.LOGIT_LOSS == "hard" and options.LOGIT_TEMP != 1:
         yield (
             "DISTILLATION.LOGIT_TEMP",
@@ -343,13 +338,12 @@ def _processes(cfg: CfgNode) -> Iterator[Fault]:
 
 def _changed(cfg: CfgNode, *names: str) -> list[str]:
     """Return the keys of sections, or single keys, whose values differ from the defaults."""
-    found = []
-    for name in names:
-        section, _, single = name.partition(".")
-        for key, default in DEFAULTS[section].items():
-            if single in ("", key) and cfg[section][key] != default:
-                found.append(f"{section}.{key}")
-    return found
+    values = dict(flatten(cfg))
+    return [
+        key
+        for key, default in DEFAULT_VALUES.items()
+        if (key in names or key.partition(".")[0] in names) and values[key] != default
+    ]
 
 
 def _default(key: str) -> str:

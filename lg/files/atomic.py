@@ -48,7 +48,8 @@ def write_atomically(path: str | os.PathLike[str], write: Callable[[Any], object
 
 
 def remove_leftovers(path: str | os.PathLike[str]) -> None:
-    """Remove the temporary files of `path` left by a process killed in `write_atomically`."""
+    """Remove the temporary files of `path`, whose name may be a pattern, that a process killed in
+    `write_atomically` left."""
     path = Path(path)
     for leftover in path.parent.glob(f"{TEMPORARY}{path.name}-*"):
         leftover.unlink(missing_ok=True)

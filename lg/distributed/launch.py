@@ -46,11 +46,12 @@ def launch(
         return
     store = _serve_at_free_port(host, port_range)
     environment = {LAUNCHED: "1", "MASTER_ADDR": store.host, "MASTER_PORT": str(store.port)}
+    environment |= dict.fromkeys(("WORLD_SIZE", "LOCAL_WORLD_SIZE"), str(num_processes))
     if host in ("localhost", "127.0.0.1"):
         use_loopback(environment)
     context = mp.start_processes(
         _run_process,
-        (entry, args, num_processes, environment),
+        (entry, args, environment),
         nprocs=num_processes,
         start_method="spawn",
         join=False,
@@ -99,17 +100,7 @@ def _describe_kill(rank: int, signal_name: str) -> str:
 
 
 def _run_process(
-    rank: int,
-    entry: Callable[..., None],
-    args: tuple[Any, ...],
-    size: int,
-    environment: dict[str, str],
+    rank: int, entry: Callable[..., None], args: tuple[Any, ...], environment: dict[str, str]
 ) -> None:
-    os.environ.update(
-        environment,
-        RANK=str(rank),
-        LOCAL_RANK=str(rank),
-        WORLD_SIZE=str(size),
-        LOCAL_WORLD_SIZE=str(size),
-    )
+    os.environ.update(environment, RANK=str(rank), LOCAL_RANK=str(rank))
     entry(*args)

@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -88,14 +89,16 @@ def test_lock_waits_for_a_run_that_is_ending(tmp_path: Path) -> None:
     os.waitpid(process, 0)
 
 
+def failing(number: int) -> Mock:
+    """Return a system call that fails."""
+    return Mock(side_effect=OSError(number, os.strerror(number)))
+
+
 @pytest.mark.parametrize("number", [errno.ENOLCK, errno.EOPNOTSUPP])
 def test_file_systems_without_locks_are_accepted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
 ) -> None:
-    def fail(*_: object) -> None:
-        raise OSError(number, os.strerror(number))
-
-    monkeypatch.setattr(fcntl, "flock", fail)
+    monkeypatch.setattr(fcntl, "flock", failing(number))
     with lock_folder(tmp_path):
         pass
 
@@ -104,10 +107,7 @@ def test_file_systems_without_locks_are_accepted(
 def test_read_only_folder_is_reported_at_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, place: str
 ) -> None:
-    def fail(*_: object, **__: object) -> None:
-        raise OSError(errno.EROFS, os.strerror(errno.EROFS), "x")
-
-    monkeypatch.setattr(os, name, fail)
+    monkeypatch.setattr(os, name, failing(errno.EROFS))
     with pytest.raises(CheckpointError) as caught, lock_folder(tmp_path / "run"):
         pass
     assert str(caught.value) == (
@@ -130,10 +130,7 @@ def test_file_in_place_of_a_folder_is_reported(tmp_path: Path, name: str) -> Non
 def test_full_disk_is_not_taken_for_a_read_only_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, passes: bool
 ) -> None:
-    def fail(*_: object, **__: object) -> None:
-        raise OSError(number, os.strerror(number))
-
-    monkeypatch.setattr(tempfile, "TemporaryFile", fail)
+    monkeypatch.setattr(tempfile, "TemporaryFile", failing(number))
     with contextlib.nullcontext() if passes else pytest.raises(CheckpointError, match="Permission"):
         check_writable(tmp_path)
 

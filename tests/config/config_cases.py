@@ -22,18 +22,6 @@ PUBLISHED_CONFIGS = json.loads((REFERENCE / "original_configs.json").read_text()
 Write = Callable[..., Path]
 
 
-def writer(folder: Path) -> Write:
-    """Return a function that writes a config file in a folder and returns its path."""
-
-    def write_file(text: str | bytes = "", name: str = "run.yaml") -> Path:
-        path = folder / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(text if isinstance(text, bytes) else text.encode())
-        return path
-
-    return write_file
-
-
 def fault(path: str | os.PathLike[str], *opts: Any) -> str:
     """Load, and return the message of the ConfigError: one short line, without a traceback."""
     with pytest.raises(ConfigError) as caught:

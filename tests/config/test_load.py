@@ -17,14 +17,7 @@ from tests.config.config_cases import (
     Write,
     fault,
     leaf,
-    writer,
 )
-
-
-@pytest.fixture(name="write")
-def write_fixture(tmp_path: Path) -> Write:
-    return writer(tmp_path)
-
 
 # --- Published configs -------------------------------------------------------------------------
 

@@ -8,13 +8,7 @@ from typing import Any
 import pytest
 
 import lg
-from tests.config.config_cases import Write, fault, leaf, writer
-
-
-@pytest.fixture(name="write")
-def write_fixture(tmp_path: Path) -> Write:
-    return writer(tmp_path)
-
+from tests.config.config_cases import Write, fault, leaf
 
 # --- Unknown keys, types, ranges ---------------------------------------------------------------
 

@@ -15,13 +15,7 @@ from lg.config import combinations, flatten
 from lg.config.defaults import DEFAULTS
 from lg.config.rules import DATASET_NAMES, RANGES, accepted_types
 from lg.datasets import DATASETS
-from tests.config.config_cases import Write, fault, leaf, nested, writer
-
-
-@pytest.fixture(name="write")
-def write_fixture(tmp_path: Path) -> Write:
-    return writer(tmp_path)
-
+from tests.config.config_cases import Write, fault, leaf, nested
 
 INFINITY = float("inf")
 # Values just outside each range.

@@ -88,36 +88,25 @@ def test_a_job_on_cpus_requests_no_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path
     assert "gpus" not in batch and "constraint" not in batch and "mail" not in batch
 
 
+def submit_nothing(folder: Path) -> None:
+    resources = build_resources(lg.load_config(CONFIG, ["LAUNCH.MODE", "slurm"]))
+    submit(print, (), mode="slurm", folder=str(folder), resources=resources, max_retries=3)
+
+
 def test_a_machine_without_slurm_is_an_error(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
-    cfg = lg.load_config(CONFIG, ["LAUNCH.MODE", "slurm"])
     with pytest.raises(ConfigError, match=r"LAUNCH\.MODE is slurm, .* could not be submitted \("):
-        submit(
-            print,
-            (),
-            mode="slurm",
-            folder=str(tmp_path),
-            resources=build_resources(cfg),
-            max_retries=3,
-        )
+        submit_nothing(tmp_path)
 
 
 def test_the_error_without_submitit_names_the_install_command(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setitem(sys.modules, "submitit", None)
-    cfg = lg.load_config(CONFIG, ["LAUNCH.MODE", "slurm"])
     with pytest.raises(ConfigError, match=r"pip install -e '\.\[slurm\]'"):
-        submit(
-            print,
-            (),
-            mode="slurm",
-            folder=str(tmp_path),
-            resources=build_resources(cfg),
-            max_retries=3,
-        )
+        submit_nothing(tmp_path)
 
 
 def test_a_requeued_job_is_the_same_job() -> None:

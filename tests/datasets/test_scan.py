@@ -310,10 +310,9 @@ def test_only_the_main_process_scans(
     fake = SimpleNamespace(
         is_initialized=lambda: True,
         get_rank=lambda: 1,
-        get_node_local_rank=lambda rank: rank,
-        get_backend=lambda: "gloo",
         broadcast_object_list=arrive,
     )
+    monkeypatch.setattr("lg.distributed.world.dist", fake)
     monkeypatch.setattr(data_builders, "dist", fake)
     monkeypatch.setattr(data_builders, "find_unreadable", scanned)
     cfg = config(tmp_path, tmp_path, DATA_LOADER__ON_ERROR="skip")

@@ -98,8 +98,8 @@ DANGEROUS |= {
 }
 # Functions that are safe with this argument.
 GUARDED = {"torch.load": ("weights_only", "True"), "yaml.load": (1, "_Loader")}
-# These import modules of this project, by names written in its source.
-SAFE = {"lg/__init__.py: importlib.import_module", "lg/builders/families.py: import_module"}
+# It imports modules of this project, by names written in its source.
+SAFE = {"lg/__init__.py: importlib.import_module"}
 
 
 def is_dangerous(call: ast.Call) -> bool:

@@ -66,7 +66,7 @@ def train(name: str, *, seed: int, out: Path) -> dict[str, Any]:
     if name.startswith("vit_digits_ours"):
         settings += ["DISTILLATION.TEACHER_WEIGHTS", guide]
     if name in OFFLINE:
-        settings += ["DISTILLATION.FEATURE_FILE", str(folder / "r-8_digits")]
+        settings += ["DISTILLATION.FEATURE_FILE", str(folder / "features")]
         run(["precompute_feature.py", *config, "--shifts", "5", *settings])
     print(run(["run_net.py", "--mode", "train", *config, *settings]), flush=True)
     lines = read_json_lines(folder / name / "log.txt")

@@ -212,3 +212,8 @@ class Run:
         # Merged before loading: where the optimiser keeps its state depends on `fused`.
         merged = [{**group, **mine} for group, mine in zip(groups, settings, strict=True)]
         self.optimizer.load_state_dict({**saved, "param_groups": merged})
+        # Fused optimisers walk through memory, so their state needs the layout of the weights.
+        for parameter, state in self.optimizer.state.items():
+            for name, value in state.items():
+                if isinstance(value, torch.Tensor) and value.shape == parameter.shape:
+                    state[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)

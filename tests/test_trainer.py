@@ -161,6 +161,33 @@ def test_resume_is_exact(
     assert_same(stats(tmp_path), stats(straight))
 
 
+def test_resume_in_channels_last_is_exact(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """Also from a checkpoint whose momentum has the other memory layout."""
+    opts = ["DEVICE", "cpu", "TRAIN.BATCH_SIZE", "60", "OPTIM.MAX_EPOCH", "2"]
+    opts += ["DATA_LOADER.NUM_WORKERS", "0", "OUT_DIR"]
+    cfgs = [
+        lg.load_config(CONFIGS / "digits/r-8_digits.yaml", [*opts, str(tmp_path / name)])
+        for name in ("straight", "resumed")
+    ]
+    trainer.train(cfgs[0])
+    assert "channels_last" in capsys.readouterr().out
+    with monkeypatch.context() as patch:
+        stop_after(patch, 3)
+        with pytest.raises(Interrupted):
+            trainer.train(cfgs[1])
+    (path,) = (tmp_path / "resumed/checkpoints").glob("*.pyth")
+    state = read_checkpoint(path)
+    momenta = [each["momentum_buffer"] for each in state["optimizer_state"]["state"].values()]
+    assert any(not momentum.is_contiguous() for momentum in momenta)
+    for each in state["optimizer_state"]["state"].values():
+        each["momentum_buffer"] = each["momentum_buffer"].contiguous()
+    torch.save(state, path)
+    trainer.train(cfgs[1])
+    assert_same(*(final_state(tmp_path / name, 2) for name in ("straight", "resumed")))
+
+
 def test_resume_after_repeated_interruptions_is_exact(
     straight: Path, tmp_path: Path, guide_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 
 import pytest
+import timm
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from lg.models import feature_maps, load_published_state_dict, published_state_dict, resnet
+from lg.models.layers import gains_from_channels_last
 from tests.reference_fill import fill
 
 SIZES = {"img_size": 32, "num_classes": 10}
@@ -167,3 +169,15 @@ def test_settings_reach_the_layers() -> None:
         for m in resnet(depth=8, img_size=32, num_classes=2).modules()
         if isinstance(m, nn.ReLU)
     )
+
+
+@pytest.mark.parametrize(
+    ("name", "gains"),
+    [("r-56", True), ("efficientnet_b0", True), ("r-18", False), ("vit_tiny_patch16_224", False)],
+)
+def test_channels_last_is_for_narrow_cnns(name: str, gains: bool) -> None:
+    if name.startswith("r-"):
+        net: nn.Module = resnet(depth=int(name[2:]), img_size=32, num_classes=10)
+    else:
+        net = timm.create_model(name)
+    assert gains_from_channels_last(net) is gains

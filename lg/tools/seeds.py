@@ -87,12 +87,18 @@ def summarize(results: Sequence[dict[str, Any]]) -> dict[str, dict[str, float | 
     """Return the mean of each number, and half its 95 % interval (Student t); None for one run."""
     summary = {}
     for key in ROWS:
-        values = np.array([float(result[key]) for result in results])
-        half = None
-        if len(values) > 1:
-            half = float(stats.t.ppf(0.975, len(values) - 1) * stats.sem(values))
-        summary[key] = {"mean": float(values.mean()), "interval95": half}
+        mean, half = interval([float(result[key]) for result in results])
+        summary[key] = {"mean": mean, "interval95": half}
     return summary
+
+
+def interval(values: Sequence[float]) -> tuple[float, float | None]:
+    """Return a mean and half its 95 % interval (Student t); None for one value."""
+    if len(values) == 1:
+        return values[0], None
+    return float(np.mean(values)), float(
+        stats.t.ppf(0.975, len(values) - 1) * stats.sem(np.array(values))
+    )
 
 
 def table(

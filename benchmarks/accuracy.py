@@ -1,0 +1,169 @@
+#!/usr/bin/env python3
+"""Write the accuracy tables of docs/results.md from the logs of the runs, never by hand.
+
+python benchmarks/accuracy.py --add work_dirs/pvtv2-b0_flowers_ours --commit 0a40e87
+python benchmarks/accuracy.py            # write the tables
+python benchmarks/accuracy.py --check    # exit with 1 if the tables differ from the logs
+
+`--add` keeps the part of a run's log that a table needs in docs/evidence/RUN/run.json: settings that
+differ from the defaults, tests, parameters, hours, commit and hardware (of the machine that runs
+`--add`, so run it where the model was trained). docs/evidence/tables.yaml lists the rows of each
+table and the runs of each row. A table stands in docs/results.md between `<!-- table NAME -->` and
+`<!-- end NAME -->`.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from benchmarks.report import make_parser  # noqa: E402
+from lg.config.defaults import DEFAULT_VALUES, flatten  # noqa: E402
+from lg.logs.log import read_json_lines  # noqa: E402
+from lg.tools.seeds import interval  # noqa: E402
+
+ROOT = Path(__file__).resolve().parent.parent
+EVIDENCE = ROOT / "docs" / "evidence"
+RESULTS = ROOT / "docs" / "results.md"
+_KEPT = ("epoch", "split", "top1_err", "top5_err", "balanced_acc", "macro_f1", "calibration_err")
+_PLACES = ("OUT_DIR", "DOWNLOAD_CACHE", "DATA_LOADER.ROOT")  # paths of one machine
+
+
+def compact(stats: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return the settings (as last resumed), tests, size and hours of a run."""
+    settings = [line for line in stats if line["_type"] == "cfg"][-1]
+    changed = {
+        key: Path(value).name if key.endswith("WEIGHTS") and value else value
+        for key, value in sorted(flatten(settings))
+        if key != "_type" and key not in _PLACES and value != DEFAULT_VALUES.get(key)
+    }
+    # An epoch that was repeated after a crash counts once, as it was the last time.
+    epochs = {line["epoch"]: line for line in stats if line["_type"] == "train_epoch"}
+    tests = {line["epoch"]: line for line in stats if line["_type"] == "test_epoch"}
+    size = next(line for line in stats if line["_type"] == "complexity")
+    seconds = sum(line["time_epoch"] for line in [*epochs.values(), *tests.values()])
+    return {
+        "settings": changed,
+        "parameters": size["params"],
+        "macs": size["macs"],
+        "epochs": f"{len(epochs)}/{settings['OPTIM']['MAX_EPOCH']}",
+        "hours": round(seconds / 3600, 2),
+        "tests": [{key: test[key] for key in _KEPT if key in test} for test in tests.values()],
+    }
+
+
+def add(folder: Path, commit: str) -> None:
+    """Write docs/evidence/RUN/run.json from the log of a run."""
+    import torch
+
+    run = compact(read_json_lines(str(folder / "log.txt")))
+    run |= {"commit": commit, "machine": processor(), "torch": torch.__version__}
+    target = EVIDENCE / folder.resolve().name / "run.json"
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.write_text(json.dumps(run, indent=1) + "\n", encoding="utf-8")
+    print(f"{target.relative_to(ROOT)}: {run['epochs']} epochs, {run['hours']} h")
+
+
+def processor() -> str:
+    """Return the name of the GPU, else of the CPU."""
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    info = Path("/proc/cpuinfo")
+    names = re.findall(r"model name\s*: (.*)", info.read_text()) if info.exists() else []
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def spread(values: list[float]) -> str:
+    """Return a mean and, of several values, half the width of its 95 % interval (Student t)."""
+    mean, half = interval(values)
+    return f"{mean:.1f}" if half is None else f"{mean:.1f} ± {half:.1f}"
+
+
+def row(label: str, runs: list[dict[str, Any]]) -> list[str]:
+    """Return the cells of a row: the last test of each run, as mean and interval."""
+    tests = [run["tests"][-1] for run in runs]
+    epochs = {run["epochs"] for run in runs}
+    ended = all(len(set(text.split("/"))) == 1 for text in epochs)
+    at = sorted({test["epoch"].split("/")[0] for test in tests}, key=int)
+
+    def mean(key: str) -> str:
+        return spread([test[key] for test in tests]) if all(key in test for test in tests) else ""
+
+    return [
+        label,
+        f"{runs[0]['parameters'] / 1e6:.2f} M",
+        f"{runs[0]['macs'] / 1e9:.2f}",
+        " and ".join(at) if ended else f"{' and '.join(at)} (of {runs[0]['epochs'].split('/')[1]})",
+        f"{len(runs)}",
+        spread([100 - test["top1_err"] for test in tests]),
+        mean("macro_f1"),
+        mean("calibration_err"),
+        f"{sum(run['hours'] for run in runs) / len(runs):.1f}",
+    ]
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Return a Markdown table of `{"label": ..., "runs": [...]}` rows."""
+    head = [
+        "",
+        "parameters",
+        "GMACs",
+        "epochs",
+        "seeds",
+        "top-1, %",
+        "macro-F1",
+        "calibration error",
+    ]
+    lines = [[*head, "hours a run"], ["---"] * (len(head) + 1)]
+    for entry in rows:
+        runs = [json.loads((EVIDENCE / name / "run.json").read_text()) for name in entry["runs"]]
+        lines.append(row(entry["label"], runs))
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+
+
+def fill(text: str, tables: dict[str, list[dict[str, Any]]]) -> str:
+    """Return a page with each table between its two marks replaced.
+
+    Raises:
+        ValueError: The page lacks the marks of a table.
+    """
+    for name, rows in tables.items():
+        start, end = f"<!-- table {name} -->\n", f"\n<!-- end {name} -->"
+        if start not in text or end not in text:
+            raise ValueError(f"docs/results.md lacks the marks of table {name!r}.")
+        before, rest = text.split(start, 1)
+        text = before + start + table(rows) + end + rest.split(end, 1)[1]
+    return text
+
+
+def main() -> None:
+    """Run the command line."""
+    parser = make_parser(__doc__)
+    parser.add_argument("--add", nargs="+", default=[], metavar="OUT_DIR", type=Path)
+    parser.add_argument("--commit", help="commit that trained them (default: HEAD)")
+    parser.add_argument("--check", action="store_true")
+    args = parser.parse_args()
+    head = ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"]
+    for folder in args.add:
+        add(folder, args.commit or subprocess.check_output(head, text=True).strip())
+    tables = yaml.safe_load((EVIDENCE / "tables.yaml").read_text(encoding="utf-8"))
+    page = RESULTS.read_text(encoding="utf-8")
+    filled = fill(page, tables)
+    if args.check and filled != page:
+        sys.exit("docs/results.md differs from docs/evidence: run python benchmarks/accuracy.py")
+    if filled != page:
+        RESULTS.write_text(filled, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -5,7 +5,7 @@ python benchmarks/accuracy.py --add work_dirs/pvtv2-b0_flowers_ours --commit 0a4
 python benchmarks/accuracy.py            # write the tables
 python benchmarks/accuracy.py --check    # exit with 1 if the tables differ from the logs
 
-`--add` keeps the part of a run's log that a table needs in docs/evidence/RUN/run.json: settings that
+`--add` keeps what a table needs of a run's log in docs/evidence/RUN/run.json: settings that
 differ from the defaults, tests, parameters, hours, commit and hardware (of the machine that runs
 `--add`, so run it where the model was trained). docs/evidence/tables.yaml lists the rows of each
 table and the runs of each row. A table stands in docs/results.md between `<!-- table NAME -->` and
@@ -25,10 +25,10 @@ from typing import Any
 import yaml
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from benchmarks.report import make_parser  # noqa: E402
-from lg.config.defaults import DEFAULT_VALUES, flatten  # noqa: E402
-from lg.logs.log import read_json_lines  # noqa: E402
-from lg.tools.seeds import interval  # noqa: E402
+from benchmarks.report import make_parser
+from lg.config.defaults import DEFAULT_VALUES, flatten
+from lg.logs.log import read_json_lines
+from lg.tools.seeds import interval
 
 ROOT = Path(__file__).resolve().parent.parent
 EVIDENCE = ROOT / "docs" / "evidence"

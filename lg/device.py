@@ -15,6 +15,28 @@ import numpy as np
 import torch
 from torch import Tensor
 
+# Share of its time that training may wait for a core before it is reported: with two programs of
+# one thread on one core it is half.
+MAX_CORE_WAIT = 0.2
+
+CORE_WAIT_ADVICE = (
+    "Other programs, or too many DATA_LOADER.NUM_WORKERS, use the same cores. If they cannot be "
+    "stopped, set the environment variable GOMP_SPINCOUNT=1000 or OMP_NUM_THREADS=1: threads that "
+    "wait for each other occupy the cores that the others need."
+)
+
+
+def core_wait_seconds() -> float:
+    """Return how long this thread has been ready to run without a core; 0 except on Linux.
+
+    Source: run_delay in the kernel's Documentation/scheduler/sched-stats.rst.
+    """
+    try:
+        with open("/proc/thread-self/schedstat", encoding="ascii") as file:
+            return int(file.read().split()[1]) / 1e9
+    except (OSError, IndexError):
+        return 0.0
+
 
 def select_device(kind: str, *, local_rank: int = 0) -> torch.device:
     """Return the device of this process.

@@ -17,6 +17,7 @@ from lg.builders.training import build_device, build_precision, precision_note
 from lg.device import (
     Precision,
     computes_in_bf16,
+    core_wait_seconds,
     peak_memory_mb,
     select_device,
     synchronize,
@@ -220,3 +221,22 @@ def test_arrays_of_all_types_are_copied_in_one_transfer(monkeypatch: pytest.Monk
     assert to_device_together([], torch.device("cuda")) == []
     for array, tensor in zip(arrays, to_device_together(arrays, torch.device("cpu")), strict=True):
         assert np.array_equal(tensor.numpy(), array)
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="Linux only")
+def test_two_programs_on_one_core_wait_for_each_other() -> None:
+    busy = "import time\nend = time.time() + 0.6\nwhile time.time() < end: pass\n"
+    code = (
+        "import os, subprocess, sys\n"
+        "from lg.device import core_wait_seconds\n"
+        "os.sched_setaffinity(0, [min(os.sched_getaffinity(0))])\n"
+        f"other = subprocess.Popen([sys.executable, '-c', {busy!r}])\n"
+        "before = core_wait_seconds()\n"
+        f"exec({busy!r})\n"
+        "print(core_wait_seconds() - before)\n"
+        "other.wait()\n"
+    )
+    command = [sys.executable, "-c", code]
+    waited = float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    assert 0.1 < waited < 0.7
+    assert core_wait_seconds() >= 0

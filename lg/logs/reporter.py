@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from lg.device import peak_memory_mb
+from lg.device import CORE_WAIT_ADVICE, MAX_CORE_WAIT, core_wait_seconds, peak_memory_mb
 from lg.logs.log import RunLog, format_time
 from lg.metrics import EvalResult
 
@@ -52,6 +52,8 @@ class Reporter:
     logit: bool
     published: dict[int, float] = field(default_factory=dict)
     _is_far_off: bool = False  # reported once
+    _lacked_cores: bool = False  # reported once
+    _waited: float = 0.0  # seconds without a core before the epoch
     _steps: int = 0
     _started: float = field(default_factory=time.perf_counter)
     _last: float = 0.0
@@ -62,6 +64,7 @@ class Reporter:
         """Start the clock at a step of an epoch (both counted from 0)."""
         self._steps, self._started = 0, time.perf_counter()
         self._last = self._started
+        self._waited = core_wait_seconds()
         self.log.start_bar(
             f"epoch {epoch + 1}/{self.max_epoch}", total=self.steps_per_epoch, done=step
         )
@@ -139,6 +142,7 @@ class Reporter:
             for block, weight in enumerate(row)
         }
         seconds = time.perf_counter() - self._started
+        self._check_cores(seconds)
         average = seconds / max(self._steps, 1)
         eta = average * self.steps_per_epoch * (self.max_epoch - epoch - 1)
         self.log.stats(
@@ -251,6 +255,15 @@ class Reporter:
                 f"Top-1 of epoch {epoch} is {accuracy:.1f} %; published runs with this model, data "
                 f"and guidance have about {expected:.1f} %. Compare TRAIN.BATCH_SIZE, the OPTIM "
                 "settings, the guide's accuracy and DISTILLATION.TEACHER_BN with theirs."
+            )
+
+    def _check_cores(self, seconds: float) -> None:
+        """Warn once if an epoch of `seconds` on a CPU was spent waiting for a core."""
+        share = (core_wait_seconds() - self._waited) / seconds
+        if self.device.type == "cpu" and share > MAX_CORE_WAIT and not self._lacked_cores:
+            self._lacked_cores = True
+            self.log.warn(
+                f"Training waited {share:.0%} of the epoch for a core. {CORE_WAIT_ADVICE}"
             )
 
     def end_epoch(self) -> None:

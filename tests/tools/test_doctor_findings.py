@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 import lg
 from lg.checkpoint import CheckpointFolder
@@ -145,10 +147,12 @@ def test_examples_are_limited() -> None:
 
 
 def test_time_and_memory_are_estimated() -> None:
-    taken = Trial([2.0, 1.5], 0.5, 0.25, 900, 4000, 1_500_000)
+    taken = Trial([2.0, 1.5], 0.5, 0.25, 900, 4000, 1_500_000, core_wait=0.19)
     opts = "NUM_GPUS 2 TRAIN.BATCH_SIZE 64 TEST.BATCH_SIZE 100 OPTIM.MAX_EPOCH 10 TEST.PERIOD 3"
     cfg = lg.load_config(CONFIGS / "digits/vit_digits_base.yaml", opts.split())
-    run: Any = SimpleNamespace(average=object(), device="cpu", loader="images are read")
+    run: Any = SimpleNamespace(
+        average=object(), device=torch.device("cpu"), loader="images are read"
+    )
     found = trial.estimate_cost(cfg, taken, run, num_train=90 * 64 + 3, num_test=1999)
     # 900 steps of 0.5 s; 4 tests, the weights and their average, of 20 batches of 0.25 s.
     assert [finding.text for finding in found] == [
@@ -158,6 +162,11 @@ def test_time_and_memory_are_estimated() -> None:
         "peak memory: 900 of 4,000 MiB (cpu).",
         "DATA_LOADER.BACKEND auto: images are read.",
     ]
+    contended = dataclasses.replace(taken, core_wait=0.21)
+    (note,) = trial.estimate_cost(cfg, contended, run, num_train=64, num_test=100)[3:]
+    assert note.level == NOTE and note.text.startswith(
+        "the steps waited 21% of the time for a core."
+    )
 
 
 def test_checkpoints_must_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

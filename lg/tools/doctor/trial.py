@@ -14,13 +14,19 @@ from yacs.config import CfgNode
 
 from lg.checkpoint import CheckpointFolder, file_size, random_state
 from lg.datasets.cache import free_memory
-from lg.device import peak_memory_mb, synchronize
+from lg.device import (
+    CORE_WAIT_ADVICE,
+    MAX_CORE_WAIT,
+    core_wait_seconds,
+    peak_memory_mb,
+    synchronize,
+)
 from lg.files.lock import existing_folder
 from lg.logs.log import format_time
 from lg.metrics import NON_FINITE_ADVICE
 from lg.run import Run
 from lg.step import train_step
-from lg.tools.doctor.findings import COST, FACT, OUTPUT, PROBLEM, Finding, format_size
+from lg.tools.doctor.findings import COST, FACT, NOTE, OUTPUT, PROBLEM, Finding, format_size
 
 _STEPS = 3  # training steps; the first one warms up
 
@@ -36,6 +42,7 @@ class Trial:
         peak_mb: Peak memory in MiB: of torch on a GPU, of this process elsewhere.
         total_mb: Available memory in MiB.
         checkpoint_bytes: Size of a checkpoint.
+        core_wait: Share of the training steps spent waiting for a core of the CPU.
     """
 
     losses: list[float]
@@ -44,6 +51,7 @@ class Trial:
     peak_mb: int
     total_mb: int
     checkpoint_bytes: int
+    core_wait: float = 0.0
 
 
 def try_steps(run: Run) -> Trial:
@@ -51,7 +59,9 @@ def try_steps(run: Run) -> Trial:
     on_gpu = run.device.type == "cuda"
     if on_gpu:
         torch.cuda.reset_peak_memory_stats(run.device)
+    started, waited = time.perf_counter(), core_wait_seconds()
     losses, step_seconds = _train(run)
+    core_wait = (core_wait_seconds() - waited) / (time.perf_counter() - started)
     test_seconds = _test(run)
     peak = peak_memory_mb(run.device)
     if on_gpu:
@@ -59,7 +69,7 @@ def try_steps(run: Run) -> Trial:
     else:
         total = free_memory(torch.device("cpu")) // 2**20 + peak
     checkpoint_bytes = file_size(run.state([random_state()]))
-    return Trial(losses, step_seconds, test_seconds, peak, total, checkpoint_bytes)
+    return Trial(losses, step_seconds, test_seconds, peak, total, checkpoint_bytes, core_wait)
 
 
 def estimate_cost(
@@ -89,6 +99,9 @@ def estimate_cost(
         f"DATA_LOADER.BACKEND {cfg.DATA_LOADER.BACKEND}: {run.loader}.",
     ]
     found = [Finding(FACT, COST, line) for line in lines]
+    if run.device.type == "cpu" and trial.core_wait > MAX_CORE_WAIT:
+        text = f"the steps waited {trial.core_wait:.0%} of the time for a core. {CORE_WAIT_ADVICE}"
+        found.append(Finding(NOTE, COST, text))
     if not np.isfinite(trial.losses).all():
         losses = ", ".join(f"{loss:.3g}" for loss in trial.losses)
         text = f"the losses of the first steps are {losses}. {NON_FINITE_ADVICE}"

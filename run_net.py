@@ -12,43 +12,130 @@ python run_net.py --mode doctor --cfg configs/digits/vit_digits_ours.yaml
 from __future__ import annotations
 
 import argparse
+import difflib
+import functools
+import importlib
 import os
+import re
 import sys
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from lg.errors import StuckError, UserError
 
 if TYPE_CHECKING:  # torch is imported by the functions that need it, so that --help is fast
     from yacs.config import CfgNode
 
-MODES = {
-    "train": "train, resuming from the last checkpoint in OUT_DIR",
-    "test": "test TEST.WEIGHTS, by default the best weights in OUT_DIR",
-    "time": "measure the parts of a training step",
-    "info": "print model size, cost, and which blocks imitate which; needs no data or weights",
-    "doctor": "check images, labels, guide, memory and disk before training",
-}
-_LAUNCHED = ("train", "test", "time")  # modes that run in several processes
+
+class Mode(NamedTuple):
+    """What a mode does and takes.
+
+    Attributes:
+        help: One line for --help.
+        function: MODULE:FUNCTION that runs it.
+        config: loaded: --cfg is required, and the function gets the config that it describes;
+            path: --cfg is optional, and the function gets its path (None without it) and the
+            KEY VALUE list; none: the mode takes neither.
+        arguments: Declares the arguments of this mode alone, which the function gets by keyword.
+        launched: Whether NUM_GPUS processes run it; needs a loaded config.
+        trains: Whether the function also gets `train`, a picklable function that trains a config.
+    """
+
+    help: str
+    function: str
+    config: Literal["loaded", "path", "none"] = "loaded"
+    arguments: Callable[[argparse.ArgumentParser], Any] = lambda parser: None
+    launched: bool = False
+    trains: bool = False
 
 
-def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
-    """Parse the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--mode",
-        required=True,
-        choices=tuple(MODES),
-        help="; ".join(f"{mode}: {text}" for mode, text in MODES.items()),
-    )
-    parser.add_argument("--cfg", required=True, metavar="FILE", help="a YAML config, see configs/")
+def _seeds(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--seeds",
         nargs="+",
+        type=int,
         default=[],
         metavar="SEED",
         help="train once per RNG_SEED, in OUT_DIR/seed_N; print means and write OUT_DIR/seeds.json",
+    )
+
+
+MODES = {
+    "train": Mode(
+        "train, resuming from the last checkpoint in OUT_DIR",
+        "lg.trainer:train",
+        arguments=_seeds,
+        launched=True,
+    ),
+    "test": Mode(
+        "test TEST.WEIGHTS, by default the best weights in OUT_DIR",
+        "lg.trainer:test",
+        launched=True,
+    ),
+    "time": Mode(
+        "measure the parts of a training step", "lg.tools.timing:time_steps", launched=True
+    ),
+    "info": Mode(
+        "print model size, cost, and which blocks imitate which; needs no data or weights",
+        "lg.tools.info:info",
+    ),
+    "doctor": Mode(
+        "check images, labels, guide, memory and disk before training", "lg.tools.doctor:doctor"
+    ),
+}
+# KEY or KEY=VALUE, the start of the overrides, unless a file has this name.
+_KEY = re.compile(r"[A-Z][A-Z0-9_]+(\.[A-Z0-9_]+)*(=.*)?", re.DOTALL)
+
+
+def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """Parse the command line: `mode`, `cfg`, `opts` and the arguments of the mode."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    mode_parser = _parser("run_net.py --mode MODE", help=False)
+    name = mode_parser.parse_known_args([w for w in words if w not in ("-h", "--help")])[0].mode
+    if name is None or name not in MODES:
+        parser = _parser("run_net.py --mode MODE", epilog=_list_modes())
+        _add_config(parser, required=False)
+        parser.parse_args([word for word in words if word in ("-h", "--help")])  # print help, exit
+        near = difflib.get_close_matches(str(name).lower(), MODES, 1, 0.5)
+        hint = f" Did you mean {near[0]}?" if near else ""
+        problem = "--mode is missing" if name is None else f"unknown --mode {name}.{hint}"
+        parser.error(f"{problem}\n{_list_modes()}")
+    mode = MODES[name]
+    parser = _parser(f"run_net.py --mode {name}", description=mode.help)
+    mode.arguments(parser)
+    end = len(words)
+    if mode.config != "none":
+        _add_config(parser, required=mode.config == "loaded")
+        # Found here because an argument that takes several values would take the overrides too.
+        is_key = (bool(_KEY.fullmatch(w)) and not os.path.exists(w) for w in words)
+        end = next((i for i, found in enumerate(is_key) if found), end)
+    late = [word for word in words[end:] if word.startswith("--")]
+    if late:
+        parser.error(f"{late[0]} comes after the first KEY VALUE: put it before {words[end]}")
+    args = parser.parse_args(words[:end])
+    if mode.config != "none":
+        args.opts += words[end:]
+    return args
+
+
+def _parser(
+    prog: str, *, description: str | None = __doc__, epilog: str | None = None, help: bool = True
+) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog=prog,
+        description=description,
+        epilog=epilog,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+        add_help=help,
+    )
+    parser.add_argument("--mode", help=argparse.SUPPRESS)
+    return parser
+
+
+def _add_config(parser: argparse.ArgumentParser, *, required: bool) -> None:
+    parser.add_argument(
+        "--cfg", required=required, metavar="FILE", help="a YAML config, see configs/"
     )
     parser.add_argument(
         "opts",
@@ -56,31 +143,25 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
         metavar="KEY VALUE",
         help="overrides, such as TRAIN.BATCH_SIZE 64; lg/config/defaults.py lists every key",
     )
-    args = parser.parse_args(arguments)
-    count = next((i for i, text in enumerate(args.seeds) if not text.isdigit()), len(args.seeds))
-    args.seeds, args.opts = [*map(int, args.seeds[:count])], args.seeds[count:] + args.opts
-    if args.seeds and args.mode != "train":
-        parser.error(f"--seeds is for --mode train, not for --mode {args.mode}")
-    return args
 
 
-def run(mode: str, cfg: CfgNode) -> None:
+def _list_modes() -> str:
+    rows = "\n".join(f"  {name:<8} {mode.help}" for name, mode in MODES.items())
+    return f"modes (--mode MODE --help lists the arguments of one):\n{rows}"
+
+
+def _function(mode: str) -> Callable[..., Any]:
+    module, _, name = MODES[mode].function.partition(":")
+    return getattr(importlib.import_module(module), name)
+
+
+def run(mode: str, cfg: CfgNode, **arguments: Any) -> None:
     """Run a mode in this process; report an error and exit with its status."""
-    from lg import errors, trainer
+    from lg import errors
     from lg.signals import Interrupted
-    from lg.tools.doctor import doctor
-    from lg.tools.info import info
-    from lg.tools.timing import time_steps
 
-    modes = {
-        "train": trainer.train,
-        "test": trainer.test,
-        "time": time_steps,
-        "info": info,
-        "doctor": doctor,
-    }
     try:
-        modes[mode](cfg)
+        _function(mode)(cfg, **arguments)
     except Interrupted as stop:
         sys.exit(stop.code)
     except Exception as error:
@@ -96,15 +177,17 @@ def run(mode: str, cfg: CfgNode) -> None:
         sys.exit(1)
 
 
-def start(mode: str, cfg: CfgNode) -> None:
+def start(mode: str, cfg: CfgNode, **arguments: Any) -> None:
     """Run a mode: in this process, in one process per GPU, or as a cluster job."""
-    if mode in _LAUNCHED and cfg.LAUNCH.MODE != "local":
+    launched = MODES[mode].launched
+    entry = functools.partial(run, mode, cfg, **arguments)
+    if launched and cfg.LAUNCH.MODE != "local":
         from lg.builders import build_resources
         from lg.distributed.cluster import submit
 
         line = submit(
-            run,
-            (mode, cfg),
+            entry,
+            (),
             mode=cfg.LAUNCH.MODE,
             folder=f"{cfg.OUT_DIR}/jobs",
             resources=build_resources(cfg),
@@ -115,26 +198,40 @@ def start(mode: str, cfg: CfgNode) -> None:
     from lg.distributed.launch import launch
 
     launch(
-        run,
-        (mode, cfg),
-        num_processes=cfg.NUM_GPUS if mode in _LAUNCHED else 1,
+        entry,
+        (),
+        num_processes=cfg.NUM_GPUS if launched else 1,
         host=cfg.HOST,
         port_range=(cfg.PORT_RANGE[0], cfg.PORT_RANGE[1]),
     )
 
 
-def main() -> None:
-    """Run the command line: exit with 1 after an error, 128 + number after a signal."""
-    args = parse_args()
+def dispatch(mode: str, cfg: str | None, opts: Sequence[str], **arguments: Any) -> None:
+    """Run a mode with the arguments of the command line."""
     from lg.config import load_config
 
-    try:
-        if args.seeds:
-            from lg.tools.seeds import train_seeds
+    train = functools.partial(start, "train")
+    if arguments.get("seeds"):
+        from lg.tools.seeds import train_seeds
 
-            train_seeds(args.cfg, args.opts, args.seeds, lambda cfg: start("train", cfg))
-        else:
-            start(args.mode, load_config(args.cfg, args.opts))
+        assert cfg is not None  # required for training
+        train_seeds(cfg, opts, arguments["seeds"], train)
+        return
+    arguments.pop("seeds", None)
+    takes = MODES[mode].config
+    if takes == "loaded":
+        assert cfg is not None
+        start(mode, load_config(cfg, opts), **arguments)
+        return
+    more = {"train": train} if MODES[mode].trains else {}
+    _function(mode)(*((cfg, opts) if takes == "path" else ()), **arguments, **more)
+
+
+def main() -> None:
+    """Run the command line: exit with 1 after an error, 128 + number after a signal."""
+    arguments = {"cfg": None, "opts": [], **vars(parse_args())}
+    try:
+        dispatch(**arguments)
     except (UserError, OSError) as error:
         # Every process that torchrun started gets here; the first one reports the error.
         sys.exit(f"Error: {error}" if os.environ.get("RANK", "0") == "0" else 1)

@@ -4,6 +4,7 @@
 python run_net.py --mode train --cfg configs/digits/vit_digits_base.yaml
 python run_net.py --mode train --seeds 1 2 3 --cfg configs/digits/vit_digits_base.yaml
 python run_net.py --mode test  --cfg configs/digits/vit_digits_base.yaml TEST.PER_CLASS True
+python run_net.py --mode predict --images a.jpg photos/ TEST.WEIGHTS work_dirs/RUN/model.pyth
 python run_net.py --mode time  --cfg configs/deit/deit-ti_c100_base.yaml DEVICE cpu
 python run_net.py --mode info  --cfg configs/pvt/pvt-ti_c100_ours.yaml
 python run_net.py --mode doctor --cfg configs/digits/vit_digits_ours.yaml
@@ -39,6 +40,7 @@ class Mode(NamedTuple):
         arguments: Declares the arguments of this mode alone, which the function gets by keyword.
         launched: Whether NUM_GPUS processes run it; needs a loaded config.
         trains: Whether the function also gets `train`, a picklable function that trains a config.
+        from_weights: Whether --cfg may be left out where TEST.WEIGHTS holds its own config.
     """
 
     help: str
@@ -47,6 +49,16 @@ class Mode(NamedTuple):
     arguments: Callable[[argparse.ArgumentParser], Any] = lambda parser: None
     launched: bool = False
     trains: bool = False
+    from_weights: bool = False
+
+
+def _predict(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--images", nargs="+", required=True, metavar="PATH", help="files, folders or patterns"
+    )
+    parser.add_argument("--out", metavar="FILE", help="write a .csv file or .jsonl lines")
+    parser.add_argument("--top", type=int, default=3, help="classes to show (default 3)")
+    parser.add_argument("--flip", action="store_true", help="average with the mirrored image")
 
 
 def _seeds(parser: argparse.ArgumentParser) -> None:
@@ -71,6 +83,13 @@ MODES = {
         "test TEST.WEIGHTS, by default the best weights in OUT_DIR",
         "lg.trainer:test",
         launched=True,
+        from_weights=True,
+    ),
+    "predict": Mode(
+        "classify images with TEST.WEIGHTS",
+        "lg.tools.predict:predict",
+        arguments=_predict,
+        from_weights=True,
     ),
     "time": Mode(
         "measure the parts of a training step", "lg.tools.timing:time_steps", launched=True
@@ -105,7 +124,7 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     mode.arguments(parser)
     end = len(words)
     if mode.config != "none":
-        _add_config(parser, required=mode.config == "loaded")
+        _add_config(parser, required=mode.config == "loaded" and not mode.from_weights)
         # Found here because an argument that takes several values would take the overrides too.
         is_key = (bool(_KEY.fullmatch(w)) and not os.path.exists(w) for w in words)
         end = next((i for i, found in enumerate(is_key) if found), end)
@@ -220,11 +239,21 @@ def dispatch(mode: str, cfg: str | None, opts: Sequence[str], **arguments: Any) 
     arguments.pop("seeds", None)
     takes = MODES[mode].config
     if takes == "loaded":
-        assert cfg is not None
-        start(mode, load_config(cfg, opts), **arguments)
+        start(mode, load_config(cfg, opts) if cfg else _config_of_weights(opts), **arguments)
         return
     more = {"train": train} if MODES[mode].trains else {}
     _function(mode)(*((cfg, opts) if takes == "path" else ()), **arguments, **more)
+
+
+def _config_of_weights(opts: Sequence[str]) -> CfgNode:
+    """Load the config that TEST.WEIGHTS holds."""
+    from lg.config import load_trained_config
+    from lg.errors import ConfigError
+
+    given = dict(zip(opts[::2], opts[1::2], strict=False))
+    if "TEST.WEIGHTS" not in given:
+        raise ConfigError("Without --cfg, TEST.WEIGHTS must name the weights: add it.")
+    return load_trained_config(given["TEST.WEIGHTS"], opts)
 
 
 def main() -> None:

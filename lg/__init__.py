@@ -18,6 +18,8 @@ _HOMES = {
     "feature_maps": "lg.models.taps",
     "attention_maps": "lg.models.attention",
     "load_weights": "lg.checkpoint",
+    "load_predictor": "lg.tools.predict",
+    "evaluate": "lg.tools.predict",
     "published_state_dict": "lg.models.published",
     "load_published_state_dict": "lg.models.published",
 }

@@ -160,7 +160,7 @@ def load_weights(
         cache: Folder for downloads.
 
     Returns:
-        The other facts of the file: epoch, test_err, ema_err, cfg, if present.
+        The other facts of the file: epoch, test_err, ema_err, cfg, class_names, if present.
 
     Raises:
         CheckpointError: The file cannot be read (see `read_checkpoint`), or its keys or shapes
@@ -173,7 +173,9 @@ def load_weights(
         load_published_state_dict(model, weights)
     except ValueError as error:
         raise CheckpointError(f"{name}: {error}") from None
-    facts: dict[str, Any] = {key: state[key] for key in ("epoch", "cfg") if key in state}
+    facts: dict[str, Any] = {
+        key: state[key] for key in ("epoch", "cfg", "class_names") if key in state
+    }
     return facts | {key: _error(state, key) for key in ("test_err", "ema_err") if key in state}
 
 

@@ -45,6 +45,7 @@ class Settings:
     seed: int
     num_classes: int
     config_text: str  # YAML; stored in checkpoints
+    class_names: list[str]  # in the order of the labels; stored in checkpoints
 
 
 @dataclass
@@ -155,6 +156,7 @@ class Run:
             "epoch": position["epoch"] - 1,
             **errors,
             "cfg": self.settings.config_text,
+            "class_names": self.settings.class_names,
             "model_state": published_state_dict(self.guided.student),
             "ema_state": average,
             "guidance_state": self.guided.heads.state_dict(),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import os
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
@@ -18,6 +19,7 @@ from yacs.config import CfgNode
 from lg import builders, distributed
 from lg.checkpoint import BEST_NAME, load_weights
 from lg.config import changed_keys
+from lg.datasets.base import ImageDataset
 from lg.datasets.cached_loader import CachedTestLoader
 from lg.datasets.loader import Batch
 from lg.device import Precision
@@ -233,18 +235,7 @@ def test(cfg: CfgNode) -> EvalResult:
     """Test TEST.WEIGHTS (default: the best of OUT_DIR) on the test split, or the held-out images if
     there is none, and print the result."""
     with joined_world(cfg) as world:
-        path = cfg.TEST.WEIGHTS or os.path.join(cfg.OUT_DIR, BEST_NAME)
-        if not cfg.TEST.WEIGHTS and not os.path.isfile(path):
-            raise ConfigError(
-                f"TEST.WEIGHTS is '' and {path} does not exist: set TEST.WEIGHTS to the weights to "
-                "test, or train first."
-            )
-        dataset = builders.build_test_data(cfg)
-        device = builders.build_device(cfg, world)
-        model = builders.build_model(cfg, pretrained=False)
-        with distributed.in_turn(world):  # a URL is downloaded once
-            load_weights(model, path, cache=cfg.DOWNLOAD_CACHE)
-        model.to(device)
+        model, dataset, device = load_tested(cfg, world)
         loader = builders.build_test_loader(cfg, dataset, world, device)
         try:
             result = evaluate(
@@ -260,6 +251,58 @@ def test(cfg: CfgNode) -> EvalResult:
             names = dataset.class_names if cfg.TEST.PER_CLASS else None
             print("\n".join(result_lines(result, split=str(dataset), class_names=names)))
         return result
+
+
+def load_tested(cfg: CfgNode, world: World) -> tuple[nn.Module, ImageDataset, torch.device]:
+    """Load TEST.WEIGHTS (default: the best of OUT_DIR), and list the images to test it with.
+
+    The labels follow the classes of the weights, whose names checkpoints of this project hold.
+
+    Returns:
+        (model on its device, images, device)
+
+    Raises:
+        ConfigError: There are no weights.
+        DataError: The images have classes that the model does not know.
+    """
+    path = tested_weights(cfg)
+    device = builders.build_device(cfg, world)
+    model = builders.build_model(cfg, pretrained=False)
+    with distributed.in_turn(world):  # a URL is downloaded once
+        facts = load_weights(model, path, cache=cfg.DOWNLOAD_CACHE)
+    names = facts.get("class_names")
+    other_root = names is not None and not _same_root(facts.get("cfg", ""), cfg.DATA_LOADER.ROOT)
+    dataset = builders.build_test_data(cfg, names, other_root=other_root)
+    absent = sorted(set(range(dataset.num_classes)) - set(dataset.labels.tolist()))
+    if absent and world.is_main:
+        shown = ", ".join(dataset.class_names[k] for k in absent[:5]) + ", ..." * (len(absent) > 5)
+        print(
+            f"Warning: {dataset} has no images of {len(absent)} of {dataset.num_classes} classes "
+            f"({shown}).",
+            file=sys.stderr,
+            flush=True,
+        )
+    return model.to(device), dataset, device
+
+
+def tested_weights(cfg: CfgNode) -> str:
+    """Return TEST.WEIGHTS, by default the path of the best weights in OUT_DIR.
+
+    Raises:
+        ConfigError: It is not set and there are no such weights.
+    """
+    path = cfg.TEST.WEIGHTS or os.path.join(cfg.OUT_DIR, BEST_NAME)
+    if not cfg.TEST.WEIGHTS and not os.path.isfile(path):
+        raise ConfigError(
+            f"TEST.WEIGHTS is '' and {path} does not exist: set TEST.WEIGHTS to the weights to "
+            "test, or train first."
+        )
+    return path
+
+
+def _same_root(config_text: str, root: str) -> bool:
+    trained = (yaml.safe_load(config_text) or {}).get("DATA_LOADER", {}).get("ROOT", "")
+    return os.path.realpath(trained) == os.path.realpath(root)
 
 
 def resume(run: Run, *, auto: bool) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -60,12 +60,28 @@ def build_train_data(cfg: CfgNode) -> ImageDataset:
     return _prepare(cfg, list_train_data(cfg), "TRAIN")
 
 
-def build_test_data(cfg: CfgNode) -> ImageDataset:
+def build_test_data(
+    cfg: CfgNode, class_names: Sequence[str] | None = None, *, other_root: bool = False
+) -> ImageDataset:
     """Build TEST.SPLIT of the test set, or the held-out images if there is no test set, without
-    unreadable images if they are to be skipped."""
-    if has_test_split(cfg):
-        return _prepare(cfg, list_test_data(cfg, cfg.TEST.SPLIT), "TEST")
-    return _prepare(cfg, list_val_data(cfg), "TEST")
+    unreadable images if they are to be skipped.
+
+    Args:
+        cfg: The config.
+        class_names: Classes of the model, in its order; by default the set's own.
+        other_root: Whether the images are not in the folder of the training, so that none of them
+            were held out; with `class_names`, a folder of classes only is then tested as a whole.
+
+    Raises:
+        DataError: The set has classes that the model does not know.
+    """
+    if has_test_split(cfg) or (other_root and class_names is not None):
+        name = cfg.TEST.DATASET or cfg.TRAIN.DATASET
+        return _prepare(cfg, _list(cfg, name, cfg.TEST.SPLIT, (), class_names), "TEST")
+    dataset = list_val_data(cfg)
+    if class_names is not None:
+        dataset.rename(class_names)
+    return _prepare(cfg, dataset, "TEST")
 
 
 def fetch_data(cfg: CfgNode, world: World) -> Splits:
@@ -326,11 +342,24 @@ def build_mixing(cfg: CfgNode) -> Mixing:
     )
 
 
-def _list(cfg: CfgNode, name: str, split: str, tolerate: Iterable[str]) -> ImageDataset:
+def _list(
+    cfg: CfgNode,
+    name: str,
+    split: str,
+    tolerate: Iterable[str],
+    class_names: Sequence[str] | None = None,
+) -> ImageDataset:
     options = cfg.DATA_LOADER
     if options.ON_ERROR == "skip":
         tolerate = {MISSING, *tolerate}
-    return build_dataset(name, options.ROOT, split, download=options.DOWNLOAD, tolerate=tolerate)
+    return build_dataset(
+        name,
+        options.ROOT,
+        split,
+        download=options.DOWNLOAD,
+        tolerate=tolerate,
+        class_names=class_names,
+    )
 
 
 def _prepare(cfg: CfgNode, dataset: ImageDataset, section: str) -> ImageDataset:

@@ -103,7 +103,7 @@ def build_run(cfg: CfgNode, data: Splits, world: World, log: RunLog) -> Run:
         log=log,
         report=report,
         checkpoints=CheckpointFolder(cfg.OUT_DIR, keep=cfg.TRAIN.KEEP_CHECKPOINTS),
-        settings=build_settings(cfg),
+        settings=build_settings(cfg, data.train.class_names),
     )
 
 

@@ -163,8 +163,8 @@ def precision_note(cfg: CfgNode, precision: Precision) -> str:
     )
 
 
-def build_settings(cfg: CfgNode) -> Settings:
-    """Build the settings of the training loop."""
+def build_settings(cfg: CfgNode, class_names: Sequence[str]) -> Settings:
+    """Build the settings of the training loop; `class_names` are those of the data set."""
     return Settings(
         max_epoch=cfg.OPTIM.MAX_EPOCH,
         warmup_epochs=cfg.OPTIM.WARMUP_EPOCHS,
@@ -176,6 +176,7 @@ def build_settings(cfg: CfgNode) -> Settings:
         seed=cfg.RNG_SEED,
         num_classes=cfg.MODEL.NUM_CLASSES,
         config_text=dump_config(cfg),
+        class_names=list(class_names),
     )
 
 

@@ -1,6 +1,6 @@
 """The config: every key with its default, the rules for values, and loading."""
 
 from lg.config.defaults import flatten
-from lg.config.load import changed_keys, dump_config, load_config
+from lg.config.load import changed_keys, dump_config, load_config, load_trained_config
 
-__all__ = ["changed_keys", "dump_config", "flatten", "load_config"]
+__all__ = ["changed_keys", "dump_config", "flatten", "load_config", "load_trained_config"]

@@ -13,7 +13,7 @@ import difflib
 import os
 import re
 import reprlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,8 +49,42 @@ def load_config(path: str | os.PathLike[str], opts: Sequence[Any] = ()) -> CfgNo
             that cannot take effect.
     """
     path = os.fsdecode(path)
+    cfg = _assemble(read_with_bases(path), opts)
+    if cfg.OUT_DIR is None:
+        cfg.OUT_DIR = os.path.join("work_dirs", Path(path).stem)
+    cfg.freeze()
+    return cfg
+
+
+def load_trained_config(weights: str | os.PathLike[str], opts: Sequence[Any] = ()) -> CfgNode:
+    """Load the config that a checkpoint of this project was trained with.
+
+    Args:
+        weights: The checkpoint, a file or URL.
+        opts: As for `load_config`.
+
+    Raises:
+        CheckpointError: The file cannot be read.
+        ConfigError: It holds no config, or the config cannot be used.
+    """
+    from lg.checkpoint import read_checkpoint  # imports torch
+
+    text = read_checkpoint(weights).get("cfg")
+    try:
+        tree = yaml.safe_load(text) if isinstance(text, str) else None
+    except yaml.YAMLError:
+        tree = None
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{weights} holds no config: pass the one it was trained with as --cfg.")
+    cfg = _assemble([(os.fspath(weights), tree)], opts)
+    cfg.freeze()
+    return cfg
+
+
+def _assemble(files: Iterable[tuple[str, Mapping[str, Any]]], opts: Sequence[Any]) -> CfgNode:
+    """Return the validated config of files in order of rising priority, and overrides."""
     given: dict[str, tuple[Any, str]] = {}  # key -> its value and where it is set
-    for file, tree in read_with_bases(path):
+    for file, tree in files:
         where = f"in {file}"
         given |= {key: (value, where) for key, value in _known_values(tree, where)}
     given |= {key: (value, _COMMAND_LINE) for key, value in _parse_overrides(opts)}
@@ -58,10 +92,7 @@ def load_config(path: str | os.PathLike[str], opts: Sequence[Any] = ()) -> CfgNo
     for key, (value, where) in given.items():
         section, _, name = key.rpartition(".")
         (cfg[section] if section else cfg)[name] = _coerce(key, value, where)
-    if cfg.OUT_DIR is None:
-        cfg.OUT_DIR = os.path.join("work_dirs", Path(path).stem)
     _validate(cfg, {key: where for key, (_, where) in given.items()})
-    cfg.freeze()
     return cfg
 
 

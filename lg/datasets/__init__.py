@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 from lg.datasets.base import ImageDataset, stratified_subset
 from lg.datasets.chaoyang import Chaoyang
@@ -33,6 +33,7 @@ def build_dataset(
     split: str,
     download: bool = False,
     tolerate: Iterable[str] = (),
+    class_names: Sequence[str] | None = None,
 ) -> ImageDataset:
     """Build one split of a data set.
 
@@ -43,6 +44,8 @@ def build_dataset(
         download: Download missing files, for the sets that support it.
         tolerate: Kinds of faults (see `lg.datasets.base`) that are not raised; they are listed in
             the set's `faults`.
+        class_names: Classes that a model knows, in its order; labels follow it. By default the
+            set's own. The set may lack some of them.
 
     Raises:
         DataError: There is no such set or split, or its files are missing or damaged.
@@ -52,7 +55,12 @@ def build_dataset(
     if split not in ("train", "val", "test"):
         raise DataError(f"split of {name} is {split!r}: set it to train, val or test")
     tolerated = set(tolerate)
-    dataset = DATASETS[name](root, split, download)
+    if name == "image_folder":  # with known classes it does not need its training images
+        dataset: ImageDataset = ImageFolder(root, split, download, class_names)
+    else:
+        dataset = DATASETS[name](root, split, download)
+        if class_names is not None:
+            dataset.rename(class_names)
     for fault in dataset.faults:
         if fault.kind not in tolerated:
             raise DataError(fault.text)

@@ -73,6 +73,25 @@ class ImageDataset(ABC):
     def __str__(self) -> str:
         return f"{self.name}/{self.split}"
 
+    def rename(self, class_names: Sequence[str]) -> None:
+        """Number the classes in the order of `class_names`, which must be the same names.
+
+        Raises:
+            DataError: They differ, or a name occurs twice.
+        """
+        if list(class_names) == self.class_names:
+            return
+        names, known = set(self.class_names), set(class_names)
+        if names != known or len(class_names) != len(known):
+            raise DataError(
+                f"{self.name} has other classes than the model: {_few(names - known)} in the data "
+                f"only, {_few(known - names)} in the model only. Use the data set that the model "
+                "was trained on, or weights trained on this one."
+            )
+        new_label = np.array([list(class_names).index(name) for name in self.class_names])
+        self.class_names = list(class_names)
+        self.labels = new_label[self.labels]
+
     @abstractmethod
     def image(self, index: int) -> Image.Image:
         """Return the image at `index`: mode RGB, upright, in its stored size.
@@ -169,6 +188,12 @@ def hold_out(
     held_out = DatasetSubset(dataset, others)
     held_out.split = "held-out"
     return kept, held_out
+
+
+def _few(names: set[str]) -> str:
+    """Return at most five names, sorted, as text."""
+    shown = ", ".join(map(repr, sorted(names)[:5]))
+    return f"{shown} and {len(names) - 5} more" if len(names) > 5 else shown or "none"
 
 
 def stratified_order(labels: np.ndarray, seed: int) -> np.ndarray:

@@ -7,6 +7,7 @@ at any depth below the class folder. A root without any of the three holds the c
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 from lg.datasets.base import EMPTY_CLASS, UNTRAINED_CLASS, Fault
@@ -28,13 +29,21 @@ class ImageFolder(FileDataset):
     ignores hidden files nor stops at link cycles, and sorts differently.)
     """
 
-    def __init__(self, root: str | os.PathLike[str], split: str, download: bool = False) -> None:
+    def __init__(
+        self,
+        root: str | os.PathLike[str],
+        split: str,
+        download: bool = False,
+        class_names: Sequence[str] | None = None,
+    ) -> None:
         """List a split.
 
         Args:
             root: Folder that contains `train` and one or both of `val` and `test`, or only classes.
             split: train, val or test; if only one of val and test exists, both mean that one.
             download: Ignored.
+            class_names: Classes that a model knows, in its order; by default the folders of
+                `train`, which is then not needed. A root without splits holds the classes then.
 
         Raises:
             DataError: Folders are missing or there are no images.
@@ -46,21 +55,24 @@ class ImageFolder(FileDataset):
             split = other
         trained = Path(root, "train") if splits or not _has_folders(root) else Path(root)
         folder = trained if split == "train" else Path(root, split)
+        if class_names is not None and not splits and _has_folders(root):
+            folder = trained = Path(root)
         remedy = (
             f"{root} must contain train/CLASS/... and val/CLASS/... or test/CLASS/... (there is no "
             "download); without the latter two, TRAIN.VAL_FRACTION can hold out images of train"
         )
-        require([trained, folder], name, remedy)
-        class_names = _class_folders(trained)
-        present = class_names if split == "train" else _class_folders(folder)
+        require([folder] if class_names is not None else [trained, folder], name, remedy)
+        present = _class_folders(folder)
+        class_names = list(class_names or _class_folders(trained))
         faults: list[Fault] = []
         labels: list[int] = []
         paths: list[str] = []
         for class_name in present:
             if class_name not in class_names:
                 text = (
-                    f"{name}: {folder} has the class {class_name!r}, which is not in "
-                    f"{trained}; a model cannot learn it, remove or rename the folder"
+                    f"{name}: {folder} has the class {class_name!r}, which is not among those "
+                    f"trained ({', '.join(class_names[:10])}{', ...' * (len(class_names) > 10)}); "
+                    "remove or rename the folder"
                 )
                 faults.append(Fault(UNTRAINED_CLASS, text))
                 continue

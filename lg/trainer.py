@@ -53,7 +53,7 @@ def train(cfg: CfgNode) -> None:
             log.info(cfg.DESC)
         # Build everything, then load the last checkpoint into it.
         run = stack.enter_context(contextlib.closing(builders.build_run(cfg, data, world, log)))
-        resume(run, auto=cfg.TRAIN.AUTO_RESUME)
+        resume(run, auto=cfg.TRAIN.AUTO_RESUME, changed=cfg.TRAIN.RESUME_CHANGED)
         # Record what is trained.
         config_text = run.settings.config_text
         if world.is_main:
@@ -305,15 +305,16 @@ def _same_root(config_text: str, root: str) -> bool:
     return os.path.realpath(trained) == os.path.realpath(root)
 
 
-def resume(run: Run, *, auto: bool) -> None:
+def resume(run: Run, *, auto: bool, changed: bool) -> None:
     """Load the last checkpoint of the run's folder, if there is one, and open TensorBoard there.
 
     Args:
         run: A run that has just been built.
         auto: TRAIN.AUTO_RESUME; if False, a folder with checkpoints is an error.
+        changed: TRAIN.RESUME_CHANGED; if False, a folder with a run of other settings is an error.
 
     Raises:
-        ConfigError: `auto` is False and there are checkpoints.
+        ConfigError: `auto` or `changed` is False, and the folder holds what it excludes.
         CheckpointError: The checkpoints cannot be used for this run.
     """
     folder, log = run.checkpoints.folder, run.log
@@ -324,7 +325,7 @@ def resume(run: Run, *, auto: bool) -> None:
         )
     state = restore_last(run, log.warn)
     if state is not None:
-        for text in _differences(run, state):
+        for text in _differences(run, state, allowed=changed):
             log.warn(text)
         epoch, step = run.progress.epoch, run.progress.step
         where = f"step {step} of epoch {epoch + 1}" if step else f"epoch {epoch}"
@@ -350,11 +351,21 @@ def restore_last(run: Run, warn: Callable[[str], None]) -> dict[str, Any] | None
     return state
 
 
-def _differences(run: Run, state: Mapping[str, Any]) -> Iterator[str]:
-    """Yield a warning for each difference that changes the training that is resumed."""
-    changed = changed_keys(state["cfg"], run.settings.config_text)
-    if changed:
-        yield f"Resuming with other settings than before: {'; '.join(changed)}."
+def _differences(run: Run, state: Mapping[str, Any], *, allowed: bool) -> Iterator[str]:
+    """Yield a warning for each difference that changes the training that is resumed.
+
+    Raises:
+        ConfigError: Not `allowed`, and the settings are those of another run.
+    """
+    reported, refused = changed_keys(state["cfg"], run.settings.config_text)
+    if refused and not allowed:
+        raise ConfigError(
+            f"{run.checkpoints.folder} has checkpoints of a run with other settings: "
+            f"{'; '.join(refused)}. Set OUT_DIR to a new folder, or TRAIN.RESUME_CHANGED True to "
+            "continue that run with these settings."
+        )
+    if reported or refused:
+        yield f"Resuming with other settings than before: {'; '.join([*reported, *refused])}."
     processes = len(state["rng_state"])
     if processes != run.world.size:
         yield (

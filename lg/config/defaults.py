@@ -146,6 +146,7 @@ DEFAULTS: dict[str, Any] = {
         "SPLIT": "train",
         "BATCH_SIZE": 128,  # images per optimiser step, over all processes
         "AUTO_RESUME": True,  # resume from the last checkpoint in OUT_DIR
+        "RESUME_CHANGED": False,  # (+) resume even if settings changed that make it another run
         "WEIGHTS": "",  # path or URL of weights to start from
         # True: bf16 if the hardware computes in it; if not, GPUs use fp16 with loss scaling, CPUs
         # fp32
@@ -268,6 +269,7 @@ FREE_ON_RESUME = (
     "TEST.PER_CLASS",
     "TEST.PERIOD",
     "TRAIN.KEEP_CHECKPOINTS",
+    "TRAIN.RESUME_CHANGED",
     "LOG_",
     "DESC",
     "VERBOSE",
@@ -277,6 +279,31 @@ FREE_ON_RESUME = (
     "PREC_TIME.",
     "DOWNLOAD_CACHE",
     "CFG_DEST",
+)
+
+
+# Keys, or their prefixes, whose change is reported when a run resumes, but not refused: length,
+# hardware, precision and places. Any other change makes it another run.
+REPORTED_ON_RESUME = (
+    "OPTIM.MAX_EPOCH",
+    "TRAIN.EARLY_STOP",
+    "DEVICE",
+    "NUM_GPUS",
+    "DIST_BACKEND",
+    "MAX_GPUS_PER_NODE",
+    "CUDNN.",
+    "TRAIN.COMPILE",
+    "TRAIN.MIXED_PRECISION",
+    "TRAIN.AMP_DTYPE",
+    "TRAIN.TF32",
+    "TRAIN.DETERMINISTIC",
+    "TRAIN.ACCUM_STEPS",
+    "TRAIN.REUSE_MEMORY",
+    "DATA_LOADER.ROOT",
+    "DATA_LOADER.ON_ERROR",
+    "DISTILLATION.TEACHER_WEIGHTS",
+    "DISTILLATION.FEATURE_FILE",
+    "DISTILLATION.FEATURE_PLACE",
 )
 
 

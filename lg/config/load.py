@@ -21,7 +21,7 @@ import yaml
 from yacs.config import CfgNode
 
 from lg.config.combinations import faults
-from lg.config.defaults import DEFAULT_VALUES, DEFAULTS, FREE_ON_RESUME, flatten
+from lg.config.defaults import DEFAULT_VALUES, DEFAULTS, FREE_ON_RESUME, REPORTED_ON_RESUME, flatten
 from lg.config.rules import CHOICES, RANGES, accepted_types
 from lg.config.yaml_files import read_with_bases
 from lg.errors import ConfigError
@@ -101,22 +101,28 @@ def dump_config(cfg: CfgNode) -> str:
     return cfg.dump(sort_keys=False, default_flow_style=None, width=100)
 
 
-def changed_keys(old_text: str, new_text: str) -> list[str]:
+def changed_keys(old_text: str, new_text: str) -> tuple[list[str], list[str]]:
     """Return "KEY: old -> new" for each key whose change affects a resumed run, in order.
 
-    If the old text, which may come from a foreign file, is no config, one line reports that.
+    Returns:
+        (changes that are only reported, changes that make it another run). A key that one of the
+        texts lacks, as those of other versions do, is reported. If the old text, which may come
+        from a foreign file, is no config, one line reports that.
     """
     try:
         old = dict(flatten(yaml.safe_load(old_text)))
     except Exception:  # PyYAML raises many types
-        return ["the old config cannot be read"]
+        return ["the old config cannot be read"], []
     new = dict(flatten(yaml.safe_load(new_text)))
     keys = dict.fromkeys([*new, *old])
-    return [
-        f"{k}: {old.get(k)} -> {new.get(k)}"
-        for k in keys
-        if old.get(k) != new.get(k) and not k.startswith(FREE_ON_RESUME)
-    ]
+    reported: list[str] = []
+    refused: list[str] = []
+    for key in keys:
+        if old.get(key) != new.get(key) and not key.startswith(FREE_ON_RESUME):
+            is_harmless = key.startswith(REPORTED_ON_RESUME) or not (key in old and key in new)
+            group = reported if is_harmless else refused
+            group.append(f"{key}: {old.get(key)} -> {new.get(key)}")
+    return reported, refused
 
 
 def _known_values(

@@ -82,14 +82,15 @@ def test_the_dumped_config_reads_back_to_the_same_values(write: Write, name: str
     again = lg.load_config(write(dump_config(cfg), "config.yaml"))
     assert dict(flatten(again)) == dict(flatten(cfg))
     assert [type(v) for _, v in flatten(again)] == [type(v) for _, v in flatten(cfg)]
-    assert changed_keys(dump_config(cfg), dump_config(again)) == []
+    assert changed_keys(dump_config(cfg), dump_config(again)) == ([], [])
 
 
 def test_changed_keys_lists_the_differences() -> None:
     old, new = "A: {B: 1, C: 2}\nD: x\n", "A: {B: 1, C: 3}\nE: 5\n"
-    assert changed_keys(old, new) == ["A.C: 2 -> 3", "E: None -> 5", "D: x -> None"]
-    assert changed_keys("LOG_PERIOD: 1", "LOG_PERIOD: 2") == []  # affects no result
-    assert changed_keys("- no config", new) == ["the old config cannot be read"]
+    assert changed_keys(old, new) == (["E: None -> 5", "D: x -> None"], ["A.C: 2 -> 3"])
+    assert changed_keys("NUM_GPUS: 1", "NUM_GPUS: 2") == (["NUM_GPUS: 1 -> 2"], [])
+    assert changed_keys("LOG_PERIOD: 1", "LOG_PERIOD: 2") == ([], [])  # affects no result
+    assert changed_keys("- no config", new) == (["the old config cannot be read"], [])
 
 
 # --- _BASE_ ------------------------------------------------------------------------------------

@@ -325,7 +325,7 @@ def resume(run: Run, *, auto: bool, changed: bool) -> None:
         )
     state = restore_last(run, log.warn)
     if state is not None:
-        for text in _differences(run, state, allowed=changed):
+        for text in find_differences(run, state, allowed=changed):
             log.warn(text)
         epoch, step = run.progress.epoch, run.progress.step
         where = f"step {step} of epoch {epoch + 1}" if step else f"epoch {epoch}"
@@ -351,7 +351,7 @@ def restore_last(run: Run, warn: Callable[[str], None]) -> dict[str, Any] | None
     return state
 
 
-def _differences(run: Run, state: Mapping[str, Any], *, allowed: bool) -> Iterator[str]:
+def find_differences(run: Run, state: Mapping[str, Any], *, allowed: bool) -> Iterator[str]:
     """Yield a warning for each difference that changes the training that is resumed.
 
     Raises:

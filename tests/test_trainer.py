@@ -320,6 +320,7 @@ def test_an_average_switched_on_later_starts_from_the_weights(tmp_path: Path) ->
     trainer.train(config(tmp_path, None, OPTIM__EMA_UPDATE_PERIOD=0, OPTIM__MAX_EPOCH=1))
     before = final_state(tmp_path, epoch=1)["model_state"]
     changes = {"OPTIM__MAX_EPOCH": 2, "OPTIM__WARMUP_EPOCHS": 0, "OPTIM__EMA_ALPHA": 1e-12}
+    changes["TRAIN__RESUME_CHANGED"] = True
     trainer.train(config(tmp_path, None, **changes))
     state = final_state(tmp_path, epoch=2)
     for key, value in state["ema_state"].items():

@@ -114,7 +114,7 @@ def test_all_problems_are_found_at_once(tmp_path: Path, capsys: pytest.CaptureFi
     text = capsys.readouterr().out
     joined = " ".join(text.split())
     assert f"{root}/train/empty contains no images" in joined
-    assert f"{root}/val has the class 'wolf', which is not in {root}/train;" in joined
+    assert f"{root}/val has the class 'wolf', which is not among those trained (" in joined
     assert "3 of the 14 training images cannot be read; the first one stops the run." in joined
     assert "1 of the 7 test images cannot be read; " in joined
     assert all(f"\n{'':13}{path}: " in text for path in bad)

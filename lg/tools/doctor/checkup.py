@@ -65,7 +65,7 @@ from lg.tools.doctor.findings import (
     format_findings,
 )
 from lg.tools.info import describe_config
-from lg.trainer import restore_last
+from lg.trainer import find_differences, restore_last
 
 _NAMES = {"TRAIN": "training", "VAL": "validation", "TEST": "test"}
 
@@ -334,8 +334,11 @@ def _check_resume(cfg: CfgNode, run: Run, found: Findings) -> None:
     """Load the checkpoint that training would resume from."""
     folder, max_epoch = run.checkpoints.folder, cfg.OPTIM.MAX_EPOCH
     with found.catch(OUTPUT, f"reading the checkpoints in {folder}"):
-        if restore_last(run, lambda text: found.add(Finding(NOTE, OUTPUT, text))) is None:
+        state = restore_last(run, lambda text: found.add(Finding(NOTE, OUTPUT, text)))
+        if state is None:
             return
+        for text in find_differences(run, state, allowed=cfg.TRAIN.RESUME_CHANGED):
+            found.add(Finding(NOTE, OUTPUT, text))
         if run.progress.epoch >= max_epoch:
             text = (
                 f"{folder} has all {max_epoch} epochs of OPTIM.MAX_EPOCH, so there is nothing left "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -60,6 +60,8 @@ class EvalResult:
     count: int
     class_counts: list[int]
     class_top1_acc: list[float]  # percent; NaN for a class without samples
+    # Counts [K, K + 1]: rows are labels, columns predicted classes; last, non-finite logits.
+    confusion: list[list[int]] = field(default_factory=list)
 
     @property
     def rates(self) -> dict[str, float]:
@@ -107,6 +109,7 @@ class TestMeter:
             class_top1_acc=[
                 100 * h / n if n else math.nan for h, n in zip(hits, counts, strict=True)
             ],
+            confusion=confusion.tolist(),
         )
 
 

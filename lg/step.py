@@ -29,14 +29,21 @@ def train_step(
     Returns:
         The mean losses (scalars) and the student's hits [N, 2], top-1 and top-5.
     """
-    # Mix images and targets. Seed and position determine the draws, the same in every process.
-    random = np.random.default_rng((run.settings.seed, MIX, epoch, step))
-    images, targets = run.mixing(batch.images, batch.labels, random)
+    images, targets = mix(run, batch, epoch=epoch, step=step)
     # Forward and backward; student and guide see the same images.
     losses, hits = accumulate_gradients(run, batch._replace(images=images), targets)
     # Clip the gradients and update the weights.
     update_weights(run)
     return losses, hits
+
+
+def mix(run: Run, batch: Batch, *, epoch: int, step: int) -> tuple[Tensor, Tensor]:
+    """Return the mixed images [N, 3, S, S] and targets [N, K] of a batch.
+
+    Seed and position determine the draws, the same in every process.
+    """
+    random = np.random.default_rng((run.settings.seed, MIX, epoch, step))
+    return run.mixing(batch.images, batch.labels, random)
 
 
 def accumulate_gradients(

@@ -32,7 +32,7 @@ from lg.logs.reporter import result_lines
 from lg.metrics import UNKNOWN_ERR, EvalResult, TestMeter
 from lg.run import Run
 from lg.signals import Interrupted, asked_to_stop, stop_signals
-from lg.step import train_step
+from lg.step import mix, train_step
 from lg.tools.info import complexity
 
 
@@ -79,7 +79,7 @@ def train_epochs(run: Run) -> None:
             progress.test_due = is_last or progress.epoch % settings.test_period == 0
         is_best = progress.test_due and test_epoch(run)
         progress.test_due = False
-        run.report.end_epoch()
+        run.report.end_epoch(is_last=run.is_trained)
         path = run.save(is_best=is_best)
         if not run.is_trained and asked_to_stop(run, None):
             raise Interrupted(run.signals[0], path)
@@ -99,6 +99,8 @@ def train_epoch(run: Run) -> None:
     while progress.step < num_steps:
         # The next augmented batch: mixing, forward, backward, optimiser step.
         batch = next(run.loader).to(run.device)
+        if progress.epoch == progress.step == 0:
+            report.pictures.train_batch(*mix(run, batch, epoch=0, step=0))
         losses, hits = train_step(run, batch, epoch=progress.epoch, step=progress.step)
         # The weight average follows the weights.
         total_step = progress.epoch * num_steps + progress.step
@@ -189,7 +191,7 @@ def test_best(run: Run, loader: DataLoader[Batch] | CachedTestLoader) -> None:
         precision=run.precision,
     )
     progress.final = {**result.rates, "count": result.count}
-    run.report.final_test(progress)
+    run.report.final_test(progress, result)
     run.save()
 
 

@@ -45,6 +45,7 @@ TINY = {
     "TEST.BATCH_SIZE": 200,
     "DATA_LOADER.NUM_WORKERS": 0,
     "LOG_PERIOD": 3,
+    "LOG_PICTURES": False,  # drawing takes longer than training here
 }
 TIMES = {"time_avg", "time_diff", "time_epoch", "eta", "mem", "images_per_second"}
 
@@ -437,6 +438,26 @@ def test_bf16_trains_in_bf16(tmp_path: Path, guide_file: Path) -> None:
         for d in (tmp_path, tmp_path / "exact")
     ]
     assert losses[0] == pytest.approx(losses[1], rel=2e-2) and losses[0] != losses[1]
+
+
+@pytest.mark.parametrize("kind", ["muon", "nadamuon"])
+def test_resume_with_muon_is_exact(
+    kind: str, tmp_path: Path, guide_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    straight, resumed = (
+        config(tmp_path / name, guide_file, OPTIM__OPTIMIZER=kind, OPTIM__MAX_EPOCH=2)
+        for name in ("straight", "resumed")
+    )
+    trainer.train(straight)
+    with monkeypatch.context() as patch:
+        stop_after(patch, 2)
+        with pytest.raises(Interrupted):
+            trainer.train(resumed)
+    torch.manual_seed(99)
+    trainer.train(resumed)
+    left, right = (final_state(tmp_path / name, epoch=2) for name in ("straight", "resumed"))
+    assert_same(right, left)
+    assert left["optimizer_state"]["state"]
 
 
 # --- Schedules of guidance ----------------------------------------------------------------------

@@ -123,6 +123,14 @@ def normalise(pixels: Tensor) -> Tensor:
     return (pixels - colours(mean, pixels.device)).div_(colours(std, pixels.device))
 
 
+def to_pixels(images: Tensor) -> Tensor:
+    """Undo `normalise`: float [N, 3, S, S] to uint8 [N, S, S, 3]; values out of range are cut."""
+    mean = colours(tuple(255 * value for value in IMAGENET_DEFAULT_MEAN), images.device)
+    std = colours(tuple(255 * value for value in IMAGENET_DEFAULT_STD), images.device)
+    pixels = (images.float() * std + mean).round_().clamp_(0, 255)
+    return pixels.to(torch.uint8).permute(0, 2, 3, 1)
+
+
 def erase(images: Tensor, boxes: np.ndarray, noise: np.ndarray) -> Tensor:
     """Fill boxes with normal noise, on a CPU in place.
 

@@ -23,10 +23,14 @@ def compile_student(
     *,
     example: Tensor,
     precision: Precision,
+    ends: bool = False,
     say: Callable[[str], None],
     warn: Callable[[str], None],
 ) -> tuple[nn.Module, Any]:
     """Compile the forward and backward pass of training and try both on an example, three times.
+
+    Without guidance the student runs other code. If guidance ends during the training, that is
+    compiled and tried now as well, so that a failure does not stop the run at that epoch.
 
     The trial does not change weights, statistics or random streams.
 
@@ -36,6 +40,7 @@ def compile_student(
         mode: Of torch.compile; `reduce-overhead` and `max-autotune` use CUDA graphs on GPUs.
         example: [N, 3, S, S], of the shape and type of training images.
         precision: Of the forward pass.
+        ends: Whether guidance may end before the training does.
         say: Prints a line.
         warn: Prints a warning.
 
@@ -53,9 +58,10 @@ def compile_student(
     guided.train()
     try:
         with torch.random.fork_rng(devices=devices):
-            for _ in range(_TRIES):
-                _try_step(compiled, teacher, example, precision)
-                guided.zero_grad(set_to_none=True)  # replays overwrite gradients in graph memory
+            for imitate in (True, False) if ends else (True,):
+                for _ in range(_TRIES):
+                    _try_step(compiled, teacher if imitate else None, example, precision, imitate)
+                    guided.zero_grad(set_to_none=True)  # replays overwrite gradients in graphs
     except Exception as error:  # compiler back ends raise errors of any type
         reason = str(error).strip().partition("\n")[0][:200] or type(error).__name__
         warn(f"TRAIN.COMPILE {mode} failed ({reason}): student and guide run uncompiled.")
@@ -69,10 +75,12 @@ def compile_student(
     return compiled, guide if teacher is None else teacher
 
 
-def _try_step(student: Any, teacher: Any, example: Tensor, precision: Precision) -> None:
+def _try_step(
+    student: Any, teacher: Any, example: Tensor, precision: Precision, imitate: bool
+) -> None:
     """Run student and teacher forward, then the student backward, as training does."""
     with precision.autocast():
-        logits, maps = student(example)
+        logits, maps = student(example, imitate=imitate)
         if teacher is not None:
             maps = [*maps, *teacher(example, None, None)[0]]
     outputs = [*(logits if isinstance(logits, tuple) else [logits]), *maps]

@@ -39,6 +39,7 @@ from lg.device import Precision
 from lg.distributed import World
 from lg.guidance import GuidedStudent
 from lg.logs.log import RunLog
+from lg.logs.pictures import Pictures
 from lg.logs.reporter import Reporter
 from lg.models.layers import gains_from_channels_last
 from lg.run import Run
@@ -74,6 +75,7 @@ def build_run(cfg: CfgNode, data: Splits, world: World, log: RunLog) -> Run:
     log.info(f"DATA_LOADER.BACKEND {cfg.DATA_LOADER.BACKEND}: {loader}.")
     report = Reporter(
         log=log,
+        pictures=Pictures(log, data.train.class_names, enabled=cfg.LOG_PICTURES),
         device=device,
         split=str(data.test),
         final_split=str(data.final or ""),
@@ -132,6 +134,7 @@ def _wrap(
             cfg.TRAIN.COMPILE,
             example=torch.zeros(count, 3, cfg.MODEL.IMG_SIZE, cfg.MODEL.IMG_SIZE, device=device),
             precision=precision,
+            ends=build_schedule(cfg).may_end,
             say=log.info,
             warn=log.warn,
         )

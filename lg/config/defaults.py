@@ -248,6 +248,9 @@ DEFAULTS: dict[str, Any] = {
     "RNG_SEED": 1,  # >= 0
     "LOG_DEST": "stdout",  # stdout: console and OUT_DIR/log.txt; file: only OUT_DIR/log.txt
     "LOG_PERIOD": 10,  # steps between log lines, >= 1
+    # (+) training writes results.csv, curves.png, train_batch.jpg and confusion_matrix.png to
+    # OUT_DIR
+    "LOG_PICTURES": True,
     "DIST_BACKEND": "nccl",  # nccl | gloo; processes without a GPU always use gloo
     "HOST": "localhost",  # address at which the processes of one machine connect
     "PORT_RANGE": [10000, 65000],  # ports to try for that, [first, last]
@@ -269,6 +272,7 @@ FREE_ON_RESUME = (
     "TEST.PER_CLASS",
     "TEST.PERIOD",
     "TRAIN.KEEP_CHECKPOINTS",
+    "TRAIN.AUTO_RESUME",
     "TRAIN.RESUME_CHANGED",
     "LOG_",
     "DESC",

@@ -54,7 +54,7 @@ class GuidanceSchedule:
         if kind not in KINDS:
             raise ValueError(f"kind is {kind!r}; allowed: {', '.join(KINDS)}.")
         self.kind = kind
-        self._last = epoch or max_epoch
+        self._last, self._max_epoch = epoch or max_epoch, max_epoch
         length = min(max_epoch, FULL_LENGTH)
         self._window = max(1, window * length // FULL_LENGTH)
         self._threshold = threshold * FULL_LENGTH / length
@@ -74,6 +74,11 @@ class GuidanceSchedule:
         if self.kind == "decay_cosine":
             return (1 + math.cos(math.pi * epoch / self._last)) / 2
         return 1.0
+
+    @property
+    def may_end(self) -> bool:
+        """Whether the factor may be 0 in an epoch of the training."""
+        return self.kind == "adaptive" or self.factor(self._max_epoch - 1) == 0
 
     def observe(self, loss: float) -> None:
         """Follow the mean imitation loss of an epoch that has just ended."""

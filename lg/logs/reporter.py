@@ -13,6 +13,7 @@ import torch
 
 from lg.device import CORE_WAIT_ADVICE, MAX_CORE_WAIT, core_wait_seconds, peak_memory_mb
 from lg.logs.log import RunLog, format_time
+from lg.logs.pictures import Pictures
 from lg.metrics import EvalResult
 
 if TYPE_CHECKING:
@@ -30,6 +31,7 @@ class Reporter:
 
     Attributes:
         log: Receives the output.
+        pictures: Receives the numbers of each epoch and the results of tests.
         device: Its peak memory is reported.
         split: Name of the split that is tested during training, such as cifar100/test.
         final_split: Name of the test set that is tested at the end; empty if there is none.
@@ -42,6 +44,7 @@ class Reporter:
     """
 
     log: RunLog
+    pictures: Pictures
     device: torch.device
     split: str
     final_split: str
@@ -59,6 +62,8 @@ class Reporter:
     _last: float = 0.0
     _difference: float = 0.0  # seconds of the last step
     _train_line: str = ""
+    # Of the last epoch, by kind: "test" and, with a weight average, "ema".
+    _last_tests: dict[str, EvalResult] = field(default_factory=dict)
 
     def start_epoch(self, epoch: int, step: int) -> None:
         """Start the clock at a step of an epoch (both counted from 0)."""
@@ -80,11 +85,7 @@ class Reporter:
         total = epoch * self.steps_per_epoch + step
         average = (time.perf_counter() - self._started) / self._steps
         eta = average * (self.steps_per_epoch * self.max_epoch - total)
-        losses = {"cls_loss": means["cls"], "loss": means["loss"]}
-        if self.inter:
-            losses["inter_distill_loss"] = means["inter"]
-        if self.logit:
-            losses["logit_distill_loss"] = means["logit"]
+        losses = self._losses(means)
         self.log.stats(
             "train_iter",
             {
@@ -135,6 +136,7 @@ class Reporter:
             mixture: Weight of each block for each guide stage; empty if no blocks are mixed.
         """
         self.log.close_bar()
+        losses = self._losses(means)
         guided = {"guidance_factor": factor} if self.inter or self.logit else {}
         weights = {
             f"mixture/stage_{stage}_block_{block}": weight
@@ -154,7 +156,7 @@ class Reporter:
                 "eta": format_time(eta),
                 "top1_err": means["top1_err"],
                 "top5_err": means["top5_err"],
-                "loss": means["loss"],
+                **losses,
                 **guided,
                 **({"mixture": mixture} if mixture else {}),
                 "lr": lr,
@@ -175,12 +177,24 @@ class Reporter:
         parts = [f"cls {means['cls']:.4f}"] + [
             f"{n} {means[n]:.4f}" for n in ("inter", "logit") if getattr(self, n)
         ]
+        errors = {f"train_{key}": means[key] for key in ("top1_err", "top5_err")}
+        row = {**losses, **guided, **errors, "lr": lr, "seconds": seconds}
+        self.pictures.add(epoch + 1, row)
         self._train_line = (
             f"epoch {epoch + 1}/{self.max_epoch}  loss {means['loss']:.4f} ({', '.join(parts)})  "
             f"train top-1 "
             f"{100 - means['top1_err']:.2f} %  {self.batch_size / average:,.0f} images/s  "
             f"{peak_memory_mb(self.device):,} MB  eta {format_time(eta)}"
         )
+
+    def _losses(self, means: dict[str, float]) -> dict[str, float]:
+        """Return the losses that are in use, under their names in the log."""
+        losses = {"cls_loss": means["cls"], "loss": means["loss"]}
+        if self.inter:
+            losses["inter_distill_loss"] = means["inter"]
+        if self.logit:
+            losses["logit_distill_loss"] = means["logit"]
+        return losses
 
     def guidance_ended(self, epoch: int) -> None:
         """Report that the schedule has reached 0 after `epoch` epochs."""
@@ -237,6 +251,9 @@ class Reporter:
         )
         name = f"{'EMA ' if average else ''}{self.split}"
         accuracy, highest = 100 - result.top1_err, 100 - best["top1_err"]
+        kind = "ema" if average else "test"
+        self.pictures.add(epoch + 1, {f"{kind}_{key}": v for key, v in result.rates.items()})
+        self._last_tests = {**(self._last_tests if average else {}), kind: result}
         if not self._train_line:  # the run was resumed after the epoch's training
             self._train_line = f"epoch {epoch + 1}/{self.max_epoch}"
         if not average:
@@ -266,12 +283,19 @@ class Reporter:
                 f"Training waited {share:.0%} of the epoch for a core. {CORE_WAIT_ADVICE}"
             )
 
-    def end_epoch(self) -> None:
-        """Print the line of the epoch."""
+    def end_epoch(self, *, is_last: bool) -> None:
+        """Print the line of the epoch; after the last one, draw what the test confused."""
         self.log.info(self._train_line)
+        self.pictures.end_epoch(is_last=is_last)
+        if is_last and self._last_tests and not self.final_split:
+            kind, result = min(self._last_tests.items(), key=lambda test: test[1].top1_err)
+            when = "weight average after the last epoch" if kind == "ema" else "last epoch"
+            self.pictures.confusion_matrix(result, split=self.split, when=when)
 
-    def final_test(self, progress: Progress) -> None:
+    def final_test(self, progress: Progress, result: EvalResult) -> None:
         """Report the final test of the best weights."""
+        when = f"best epoch ({progress.best_epoch})"
+        self.pictures.confusion_matrix(result, split=self.final_split, when=when)
         stats = {"split": self.final_split, "best_epoch": progress.best_epoch, **progress.final}
         self.log.stats("final_test", stats)
 

@@ -92,7 +92,7 @@ def test_the_trial_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_student_that_cannot_be_compiled_runs_uncompiled(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(module: Any, **_: Any) -> Any:
-        def fail(images: torch.Tensor) -> None:
+        def fail(images: torch.Tensor, imitate: bool) -> None:
             raise RuntimeError("no compiler here\nand more")
 
         return fail
@@ -110,13 +110,13 @@ def test_a_capture_that_fails_in_the_third_call_falls_back(monkeypatch: pytest.M
     calls: list[str] = []
 
     def captured(module: Any, **_: Any) -> Any:
-        def call(*args: Any) -> Any:
+        def call(*args: Any, **kwargs: Any) -> Any:
             name = type(module).__name__
             calls.append(name)
             assert all(p.grad is None for p in guided.parameters())
             if calls.count(name) == 3 and name == failing:
                 raise RuntimeError("capture failed")
-            return module(*args)
+            return module(*args, **kwargs)
 
         return call
 
@@ -152,6 +152,63 @@ def test_a_compiled_guide_gives_the_same_maps_and_compiles_once(
     assert len(compilations) == before == 2 and logits is None
     for mine, theirs in zip(found, expected, strict=True):
         torch.testing.assert_close(mine, theirs)
+
+
+@pytest.mark.parametrize("ends", [False, True])
+def test_the_end_of_guidance_is_compiled_and_tried_in_advance(
+    ends: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compilations: list[int] = []
+
+    def counted(module: Any, **_: Any) -> Any:
+        def backend(graph: Any, _: Any) -> Any:
+            compilations.append(1)
+            return graph
+
+        return COMPILE(module, backend=backend, fullgraph=True)
+
+    monkeypatch.setattr(torch, "compile", counted)
+    example, precision = torch.randn(4, 3, 16, 16), Precision(torch.device("cpu"))
+    module, _ = compile_student(
+        student(),
+        NoGuide(),
+        "default",
+        example=example,
+        precision=precision,
+        ends=ends,
+        say=str,
+        warn=pytest.fail,
+    )
+    assert len(compilations) == 1 + ends
+    for imitate in (True, False):  # as in training
+        module(example, imitate=imitate)
+    assert len(compilations) == 2
+
+
+def test_an_end_of_guidance_that_cannot_be_compiled_falls_back(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def partial(module: Any, **_: Any) -> Any:
+        def call(images: torch.Tensor, imitate: bool) -> Any:
+            if not imitate:
+                raise RuntimeError("no such kernel")
+            return module(images, imitate)
+
+        return call
+
+    monkeypatch.setattr(torch, "compile", partial)
+    guided, said = student(), []
+    module, _ = compile_student(
+        guided,
+        NoGuide(),
+        "default",
+        example=torch.randn(4, 3, 16, 16),
+        precision=Precision(torch.device("cpu")),
+        ends=True,
+        say=said.append,
+        warn=said.append,
+    )
+    assert module is guided and "no such kernel" in said[0]
 
 
 def test_processes_share_the_cores_for_compilation(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,6 +10,7 @@ import torch
 import lg
 from lg.config.published import published_curve
 from lg.logs.log import RunLog
+from lg.logs.pictures import Pictures
 from lg.logs.reporter import Reporter
 from lg.metrics import EvalResult
 
@@ -45,7 +46,8 @@ def test_a_run_far_below_the_curve_is_reported_once(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     report = Reporter(
-        log=RunLog(tmp_path),
+        log=(log := RunLog(tmp_path)),
+        pictures=Pictures(log, [], enabled=False),
         device=torch.device("cpu"),
         split="cifar100/test",
         final_split="",

@@ -9,6 +9,7 @@ import torch
 
 from lg.logs import reporter
 from lg.logs.log import RunLog
+from lg.logs.pictures import Pictures
 from lg.logs.reporter import Reporter
 
 MEANS = {"cls": 1.0, "loss": 1.0, "top1_err": 50.0, "top5_err": 10.0}
@@ -34,8 +35,10 @@ def test_waiting_for_cores_is_reported_once(
     clock = {"now": 0.0, "waited": 0.0}
     monkeypatch.setattr(reporter, "core_wait_seconds", lambda: clock["waited"])
     monkeypatch.setattr(reporter.time, "perf_counter", lambda: clock["now"])
+    log = RunLog(tmp_path)
     report = Reporter(
-        log=RunLog(tmp_path),
+        log=log,
+        pictures=Pictures(log, [], enabled=False),
         device=torch.device(device),
         split="s/test",
         final_split="",

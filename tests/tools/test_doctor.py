@@ -90,7 +90,8 @@ def test_checkpoint_sizes_are_estimated_and_checkpoints_are_reported(tmp_path: P
     longer = digits(tmp_path / "run", guide, TRAIN__AUTO_RESUME=False, **changes)
     found = check_config(longer)
     assert texts(found, NOTE, OUTPUT) == [
-        f"training resumes after epoch 1 of 3 ({tmp_path}/run/checkpoints)."
+        "Resuming with other settings than before: OPTIM.MAX_EPOCH: 1 -> 3.",
+        f"training resumes after epoch 1 of 3 ({tmp_path}/run/checkpoints).",
     ]
     assert texts(found, PROBLEM)[0].startswith("TRAIN.AUTO_RESUME is False, but ")
     wider = digits(tmp_path / "run", guide, TRANSFORMER__HIDDEN_DIM=32)

@@ -61,6 +61,12 @@ def _predict(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--flip", action="store_true", help="average with the mirrored image")
 
 
+def _pattern(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "pattern", nargs="?", default="", metavar="PATTERN", help="part of a key or its meaning"
+    )
+
+
 def _seeds(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--seeds",
@@ -97,6 +103,12 @@ MODES = {
     "info": Mode(
         "print model size, cost, and which blocks imitate which; needs no data or weights",
         "lg.tools.info:info",
+    ),
+    "keys": Mode(
+        "list config keys with defaults and meaning",
+        "lg.tools.keys:print_keys",
+        config="none",
+        arguments=_pattern,
     ),
     "doctor": Mode(
         "check images, labels, guide, memory and disk before training", "lg.tools.doctor:doctor"
@@ -258,7 +270,7 @@ def _config_of_weights(opts: Sequence[str]) -> CfgNode:
 
 def main() -> None:
     """Run the command line: exit with 1 after an error, 128 + number after a signal."""
-    arguments = {"cfg": None, "opts": [], **vars(parse_args())}
+    arguments = {"cfg": None, "opts": (), **vars(parse_args())}
     try:
         dispatch(**arguments)
     except (UserError, OSError) as error:

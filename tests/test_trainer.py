@@ -339,7 +339,7 @@ def test_a_run_shortened_before_its_first_test_is_tested(
             trainer.train(config(tmp_path, None, TEST__PERIOD=3))
     assert not (tmp_path / "model.pyth").exists()
     trainer.train(config(tmp_path, None, TEST__PERIOD=3, OPTIM__MAX_EPOCH=1))
-    assert "Finished 1 epochs" in capsys.readouterr().out
+    assert "Finished 1 epoch." in capsys.readouterr().out
     assert read_checkpoint(tmp_path / "model.pyth")["test_err"] < 100
 
 

@@ -145,6 +145,10 @@ def _known_values(
 
 def _parse_overrides(opts: Sequence[Any]) -> Iterator[tuple[str, Any]]:
     """Yield (key, value) of KEY VALUE KEY VALUE ..."""
+    joined = next((str(key) for key in opts[::2] if "=" in str(key)), None)
+    if joined is not None:
+        pair = joined.replace("=", " ", 1)
+        raise ConfigError(f"Overrides are pairs KEY VALUE: write {pair} instead of {joined}.")
     if len(opts) % 2:
         raise ConfigError(
             f"Overrides are pairs KEY VALUE; the last one, {_shown(opts[-1])}, has no value."
@@ -174,9 +178,25 @@ def _reject_section(key: str, value: Any, where: str) -> None:
         )
 
 
+# Other names of settings, and what they are called here.
+_ALIASES = {
+    "LR": "OPTIM.BASE_LR",
+    "LEARNING_RATE": "OPTIM.BASE_LR",
+    "EPOCHS": "OPTIM.MAX_EPOCH",
+    "NUM_EPOCHS": "OPTIM.MAX_EPOCH",
+    "SEED": "RNG_SEED",
+    "OUTPUT_DIR": "OUT_DIR",
+    "WORKERS": "DATA_LOADER.NUM_WORKERS",
+    "DATA_DIR": "DATA_LOADER.ROOT",
+}
+
+
 def _nearest(key: str) -> str:
     """Return a hint at similar keys, and at keys of the same name in other sections."""
     wanted = key.upper()
+    alias = _ALIASES.get(wanted.rpartition(".")[2])
+    if alias is not None:
+        return f" Did you mean {alias}?"
     near = difflib.get_close_matches(wanted, _KNOWN, 3, 0.6)
     near += [k for k in _KNOWN if k.rpartition(".")[2] == wanted.rpartition(".")[2]]
     return f" Nearest known keys: {', '.join(dict.fromkeys(near))}." if near else ""
@@ -261,7 +281,11 @@ def _validate(cfg: CfgNode, where: Mapping[str, str]) -> None:
         for value in _items(values[key]):
             is_timm = "timm/NAME" in choices and value.startswith("timm/") and len(value) > 5
             if value not in choices and not is_timm:
-                near = difflib.get_close_matches(value, choices, 1, 0.5)
+                near = {"gpu": ["cuda"]}.get(value) or difflib.get_close_matches(
+                    value, choices, 1, 0.5
+                )
+                if "timm/NAME" in choices and "_" in value and not near:
+                    near = [f"timm/{value}"]
                 hint = f" Did you mean {near[0]}?" if near else ""
                 raise fault(key, f"allowed: {', '.join(c or repr(c) for c in choices)}.{hint}")
     for key, (test, allowed) in RANGES.items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import os
 from collections.abc import Iterator
 from typing import Any
@@ -76,7 +77,7 @@ def _read(path: str, chain: tuple[str, ...]) -> dict[str, Any]:
             tree = yaml.load(stream, _Loader)
     except OSError as error:
         raise ConfigError(
-            f"Cannot read the config {path}{via}: {error.strerror or error}. Check the path."
+            f"Cannot read the config {path}{via}: {error.strerror or error}. {_similar(path)}"
         ) from None
     except Exception as error:  # PyYAML also lets ValueError and others through, as for a month 13
         reason = " ".join(str(error).split())
@@ -86,3 +87,14 @@ def _read(path: str, chain: tuple[str, ...]) -> dict[str, Any]:
             f"{path}{via} holds a {type(tree).__name__}; a config is a mapping of sections."
         )
     return tree or {}
+
+
+def _similar(path: str) -> str:
+    """Return the configs in the same folder with similar names, as advice."""
+    folder, name = os.path.split(path)
+    try:
+        names = [each for each in os.listdir(folder or ".") if each.endswith((".yaml", ".yml"))]
+    except OSError:
+        names = []
+    near = [os.path.join(folder, each) for each in difflib.get_close_matches(name, names, 3, 0.8)]
+    return f"Did you mean {' or '.join(near)}?" if near else "Check the path."

@@ -306,9 +306,10 @@ class Reporter:
         if "ema" in best:
             parts += [f"EMA last {100 - progress.ema_err:.2f} %", f"EMA {_best(best['ema'])}"]
         summary = "; ".join(f"{part} on {self.split}" for part in parts)
+        epochs = f"{progress.epoch} epoch{'s' * (progress.epoch != 1)}"
         early = f" of {self.max_epoch} (TRAIN.EARLY_STOP)"
         self.log.info(
-            f"Finished {progress.epoch} epochs{early if progress.epoch < self.max_epoch else ''}. "
+            f"Finished {epochs}{early if progress.epoch < self.max_epoch else ''}. "
             f"Top-1 of {progress.test_count:,} images: {summary}. {self._protocol(progress)}"
         )
 

@@ -147,7 +147,7 @@ def test_one_process_of_a_group(tmp_path: Path, guide_file: Path) -> None:
         timeout=300,
     )
     assert done.returncode == 0, done.stderr
-    assert "Finished 1 epochs" in done.stdout
+    assert "Finished 1 epoch." in done.stdout
 
 
 @pytest.mark.parametrize("name", FAMILIES)

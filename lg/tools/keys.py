@@ -44,11 +44,7 @@ def describe_keys() -> dict[str, tuple[object, str]]:
         match = _LINE.fullmatch(line)
         if text.startswith("# "):
             above.append(text[2:])
-        elif (
-            match
-            and match["value"].startswith("{")
-            and not match["value"].rstrip(",").endswith("}")
-        ):
+        elif match and match["value"] == "{":
             section, above = f"{match['name']}.", []
         elif match:
             meanings[section + match["name"]] = " ".join([*above, match["text"] or ""]).strip()

@@ -1,9 +1,9 @@
-# `make demo` and `make test` create .venv first if it is missing.
+# `make demo`, `make test` and `make docs` create .venv first if it is missing.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint types clean
+.PHONY: demo test lint types docs clean
 
 demo: $(VENV)/.ready
 	$(BIN)/python benchmarks/digits_demo.py
@@ -17,6 +17,11 @@ lint: $(VENV)/.ready
 
 types: $(VENV)/.ready
 	$(BIN)/mypy
+
+# Writes the documentation as a website to build/site; a broken link is an error.
+docs: $(VENV)/.ready
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+	@echo "open build/site/index.html, or serve it with: $(BIN)/python -m mkdocs serve"
 
 $(VENV)/.ready: requirements.txt setup.py
 	$(PYTHON) -m venv $(VENV)

@@ -14,11 +14,15 @@ setup(
     long_description_content_type="text/markdown",
     license="MIT",
     packages=find_packages(include=["lg", "lg.*"]),
+    package_data={"lg": ["py.typed"]},  # type checkers read the annotations of installed packages
     python_requires=">=3.10,<3.14",
     install_requires=(HERE / "requirements.txt").read_text(encoding="utf-8").split(),
     extras_require={
         "slurm": ["submitit>=1.5,<2"],
+        "docs": ["mkdocs>=1.6,<2", "mkdocs-material>=9.6,<10"],
         "dev": [
+            "mkdocs>=1.6,<2",
+            "mkdocs-material>=9.6,<10",
             "mypy>=1.11,<3",
             "pytest>=9.0.3,<10",
             "pytest-timeout>=2.3,<3",

@@ -284,7 +284,8 @@ def load_tested(cfg: CfgNode, world: World) -> tuple[nn.Module, ImageDataset, to
             file=sys.stderr,
             flush=True,
         )
-    return model.to(device), dataset, device
+    builders.place_model(model, builders.build_precision(cfg, device))
+    return model, dataset, device
 
 
 def tested_weights(cfg: CfgNode) -> str:

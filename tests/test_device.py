@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import lg
-from lg.builders.training import build_device, build_precision, precision_note
+from lg.builders.training import build_device, build_precision, precision_hint, precision_note
 from lg.device import (
     Precision,
     computes_in_bf16,
@@ -100,6 +100,12 @@ def test_a_cpu_that_emulates_bf16_stays_in_fp32(monkeypatch: pytest.MonkeyPatch)
     assert "training in fp32 (set TRAIN.AMP_DTYPE bf16" in notes[0] and notes[1] == ""
     full = lg.load_config("configs/digits/vit_digits_base.yaml", ["DEVICE", "cpu"])
     assert precision_note(full, build_precision(full, CPU)) == ""
+    assert precision_hint(full, build_precision(full, CPU)) == ""
+    pretend_cpu(monkeypatch, bf16=True)
+    assert "TRAIN.MIXED_PRECISION True" in precision_hint(full, build_precision(full, CPU))
+    full.defrost()
+    full.TRAIN.MIXED_PRECISION = True
+    assert precision_hint(full, build_precision(full, CPU)) == ""
 
 
 def test_precision_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:

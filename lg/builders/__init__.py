@@ -16,7 +16,7 @@ from lg.builders.models import (
     prepare_bank,
     teacher_name,
 )
-from lg.builders.run import build_run
+from lg.builders.run import build_run, place_model
 from lg.builders.training import (
     build_average,
     build_device,
@@ -55,6 +55,7 @@ __all__ = [
     "dataset_facts",
     "fetch_data",
     "fetch_weights",
+    "place_model",
     "prepare_bank",
     "synchronize_batch_norms",
     "teacher_name",

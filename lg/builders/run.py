@@ -29,6 +29,7 @@ from lg.builders.training import (
     build_precision,
     build_schedule,
     build_settings,
+    precision_hint,
     precision_note,
     synchronize_batch_norms,
 )
@@ -41,7 +42,7 @@ from lg.guidance import GuidedStudent
 from lg.logs.log import RunLog
 from lg.logs.pictures import Pictures
 from lg.logs.reporter import Reporter
-from lg.models.layers import gains_from_channels_last
+from lg.models.layers import fuse_attention, gains_from_channels_last
 from lg.run import Run
 
 
@@ -60,14 +61,14 @@ def build_run(cfg: CfgNode, data: Splits, world: World, log: RunLog) -> Run:
     stream = np.random.SeedSequence((cfg.RNG_SEED, MODEL, world.rank)).generate_state(1)[0]
     torch.manual_seed(int(stream))  # other draws of dropout in each process
     prepare_bank(cfg, guide, data.train, device)
-    guided.to(device)
-    if device.type == "cpu" and gains_from_channels_last(guided.student):
-        guided.student.to(memory_format=torch.channels_last)
-        log.info("Memory format: channels_last, which is faster for this model on CPUs.")
-    if isinstance(guide, nn.Module):
-        guide.to(device)
-    synchronize_batch_norms(cfg, (guided, guide), world, device)
     precision = build_precision(cfg, device)
+    guided.to(device)
+    for note in (place_model(guided.student, precision), precision_hint(cfg, precision)):
+        if note:
+            log.info(note)
+    if isinstance(guide, nn.Module):
+        place_model(guide, precision)
+    synchronize_batch_norms(cfg, (guided, guide), world, device)
     if note := precision_note(cfg, precision):
         log.warn(note)
     module, called_guide = _wrap(cfg, guided, guide, world, device, precision, log)
@@ -107,6 +108,22 @@ def build_run(cfg: CfgNode, data: Splits, world: World, log: RunLog) -> Run:
         checkpoints=CheckpointFolder(cfg.OUT_DIR, keep=cfg.TRAIN.KEEP_CHECKPOINTS),
         settings=build_settings(cfg, data.train.class_names),
     )
+
+
+def place_model(net: nn.Module, precision: Precision) -> str:
+    """Move a model to its device, in the fastest memory format and form of attention.
+
+    Returns:
+        A note on the choice; empty if nothing was chosen.
+    """
+    net.to(precision.device)
+    if precision.device.type != "cpu":
+        return ""
+    fuse_attention(net, precision.dtype is None)
+    if not gains_from_channels_last(net):
+        return ""
+    net.to(memory_format=torch.channels_last)
+    return "Memory format: channels_last, which is faster for this model on CPUs."
 
 
 def _wrap(

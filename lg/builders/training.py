@@ -15,6 +15,7 @@ from lg.config import dump_config
 from lg.device import (
     Precision,
     allow_tf32,
+    computes_in_bf16,
     make_deterministic,
     reuse_memory,
     select_device,
@@ -161,6 +162,14 @@ def precision_note(cfg: CfgNode, precision: Precision) -> str:
         "TRAIN.MIXED_PRECISION is True, but this CPU only emulates bf16, which is slower than "
         "fp32: training in fp32 (set TRAIN.AMP_DTYPE bf16 to use bf16 nevertheless)."
     )
+
+
+def precision_hint(cfg: CfgNode, precision: Precision) -> str:
+    """Return a hint if this CPU trains faster in mixed precision; empty if not."""
+    on_cpu = precision.device.type == "cpu"
+    if cfg.TRAIN.MIXED_PRECISION or not on_cpu or not computes_in_bf16(precision.device):
+        return ""
+    return "This CPU computes in bf16: TRAIN.MIXED_PRECISION True trains 1.5 to 2 times as fast."
 
 
 def build_settings(cfg: CfgNode, class_names: Sequence[str]) -> Settings:

@@ -43,14 +43,23 @@ def attend(
         drop_rate: Dropout on the attention weights; pass 0 in evaluation.
         scale: Factor of the scores; None for one over the root of a head's width.
     """
-    heads = F.scaled_dot_product_attention(
-        split_heads(query, num_heads),
-        split_heads(key, num_heads),
-        split_heads(value, num_heads),
-        dropout_p=drop_rate,
-        scale=scale,
-    )
+    query, key, value = (split_heads(tokens, num_heads) for tokens in (query, key, value))
+    if query.device.type == "cpu" and query.dtype == torch.bfloat16:  # see fuse_attention
+        scores = query * (query.shape[-1] ** -0.5 if scale is None else scale) @ key.mT
+        heads = F.dropout(scores.softmax(dim=-1), drop_rate) @ value
+    else:
+        heads = F.scaled_dot_product_attention(query, key, value, dropout_p=drop_rate, scale=scale)
     return heads.transpose(1, 2).flatten(2)
+
+
+def fuse_attention(net: nn.Module, fused: bool) -> None:
+    """Let the attention layers of a timm model run fused or as two products and a softmax.
+
+    CPUs train faster with fused attention in float32, but in bf16 1.5 to 4 times faster without.
+    """
+    for module in net.modules():
+        if isinstance(getattr(module, "fused_attn", None), bool):
+            module.fused_attn = fused  # type: ignore[assignment]
 
 
 def to_tokens(features: torch.Tensor) -> torch.Tensor:

@@ -172,12 +172,14 @@ def build_predictor(cfg: CfgNode, *, flip: bool = False) -> Predictor:
     device = builders.build_device(cfg, World())
     model = builders.build_model(cfg, pretrained=False)
     facts = load_weights(model, path, cache=cfg.DOWNLOAD_CACHE)
+    precision = builders.build_precision(cfg, device)
+    builders.place_model(model, precision)
     names = facts.get("class_names") or [str(k) for k in range(cfg.MODEL.NUM_CLASSES)]
     return Predictor(
-        model.to(device),
+        model,
         names,
         image_size=cfg.MODEL.IMG_SIZE,
-        precision=builders.build_precision(cfg, device),
+        precision=precision,
         batch_size=cfg.TEST.BATCH_SIZE,
         flip=flip,
     )

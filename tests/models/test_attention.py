@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 import lg
+from lg.builders import place_model
+from lg.device import Precision
 from lg.models import Backbone, MapLayout, resnet, timm_model
+from lg.models.layers import attend
 from tests.models.test_families import SMALL, build
 
 # family -> (heads, queries, keys) of each block at 32 pixels
@@ -122,3 +126,43 @@ def test_errors_name_the_block(index: int, message: str) -> None:
     model = resnet(depth=8, img_size=32, num_classes=4)
     with pytest.raises(ValueError, match=message):
         lg.attention_maps(model, torch.zeros(1, 3, 32, 32), index)
+
+
+def _forbid_fused(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_args: object, **_kwargs: object) -> None:
+        raise AssertionError("fused attention was called")
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", fail)
+
+
+@pytest.mark.parametrize("scale", [None, 0.2])
+def test_bf16_attention_is_not_fused_on_cpus(
+    scale: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    query, key, value = torch.randn(2, 9, 16), torch.randn(2, 5, 16), torch.randn(2, 5, 16)
+    expected = attend(query, key, value, num_heads=4, drop_rate=0.0, scale=scale)
+    _forbid_fused(monkeypatch)
+    short = (tensor.bfloat16() for tensor in (query, key, value))
+    found = attend(*short, num_heads=4, drop_rate=0.0, scale=scale)
+    assert found.dtype == torch.bfloat16
+    torch.testing.assert_close(found.float(), expected, rtol=0.02, atol=0.02)
+    with pytest.raises(AssertionError, match="fused"):
+        attend(query, key, value, num_heads=4, drop_rate=0.0, scale=scale)
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_models_in_bf16_do_without_fused_attention(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    model, images = build(name).eval(), torch.randn(2, 3, 32, 32)
+    precision = Precision(torch.device("cpu"), mixed=True, dtype="bf16")
+    expected = model(images)
+    place_model(model, precision)
+    with monkeypatch.context() as patch, precision.autocast():
+        _forbid_fused(patch)
+        found = model(images)
+    torch.testing.assert_close(found.float(), expected, rtol=0.05, atol=0.05)
+    place_model(model, Precision(torch.device("cpu")))
+    torch.testing.assert_close(model(images), expected)

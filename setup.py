@@ -1,10 +1,23 @@
 """Install `lg`. Dependencies are listed in requirements.txt only."""
 
+import shutil
 from pathlib import Path
 
 from setuptools import find_packages, setup
+from setuptools.command.build_py import build_py
 
 HERE = Path(__file__).parent
+
+
+class WithConfigs(build_py):
+    """Copies configs/ into the package; an editable install finds it in the repository."""
+
+    def run(self) -> None:
+        super().run()
+        if not self.editable_mode:
+            target = Path(self.build_lib, "lg", "configs")
+            shutil.copytree(HERE / "configs", target, dirs_exist_ok=True)
+
 
 setup(
     name="lg",
@@ -15,6 +28,8 @@ setup(
     license="MIT",
     packages=find_packages(include=["lg", "lg.*"]),
     package_data={"lg": ["py.typed"]},  # type checkers read the annotations of installed packages
+    py_modules=["run_net", "precompute_feature"],  # for `python -m run_net`
+    cmdclass={"build_py": WithConfigs},
     python_requires=">=3.10,<3.14",
     install_requires=(HERE / "requirements.txt").read_text(encoding="utf-8").split(),
     extras_require={

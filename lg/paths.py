@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 URL_SCHEMES = ("http://", "https://", "ftp://")
 
@@ -15,6 +16,29 @@ def is_url(path: str) -> bool:
 def is_local_file(path: str) -> bool:
     """Tell whether a path is an existing file on this machine."""
     return not is_url(path) and os.path.isfile(os.path.expanduser(path))
+
+
+def project_folder() -> Path:
+    """Return the folder that contains `configs`: the repository, or the package if it is installed
+    without it."""
+    package = Path(__file__).parent
+    return package if (package / "configs").is_dir() else package.parent
+
+
+def find_config(path: str) -> str:
+    """Return a path; if there is nothing, that of the config of this name in the project.
+
+    So configs/deit/deit-ti_c100_ours.yaml can be named in any working directory.
+    """
+    own = project_folder() / path
+    is_named = path.startswith("configs/") and not os.path.exists(path)
+    return str(own) if is_named and own.exists() else path
+
+
+def find_data(path: str) -> str:
+    """Return a path; if there is nothing, that of the folder of this name in the repository."""
+    own = project_folder() / path
+    return str(own) if not os.path.exists(path) and own.is_dir() else path
 
 
 def local_path(path: str, *, cache: str) -> str:

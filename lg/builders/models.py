@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -254,8 +255,18 @@ def tap_indices(cfg: CfgNode, student: Backbone, teacher: Backbone) -> tuple[lis
         try:
             model.check_indices(options[key])
         except ValueError as error:
-            raise ConfigError(f"DISTILLATION.{key} is {options[key]}: {error}.") from None
+            advice = same_depth(options[key], len(model.blocks))
+            hint = f"; {advice} has the same relative depth" if advice else ""
+            raise ConfigError(f"DISTILLATION.{key} is {options[key]}: {error}{hint}.") from None
     return taps, options.INTER_TEACHER_INDEX
+
+
+def same_depth(taps: Sequence[int], num_blocks: int) -> list[int]:
+    """Return the blocks at the relative depth of taps whose last one was the last block; none if
+    there are too few blocks."""
+    last = max(taps)
+    moved = [round(tap * (num_blocks - 1) / last) for tap in taps] if last else []
+    return moved if len(set(moved)) == len(moved) else []
 
 
 def _build_resnet(cfg: CfgNode, **sizes: int) -> Backbone:

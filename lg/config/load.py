@@ -25,6 +25,7 @@ from lg.config.defaults import DEFAULT_VALUES, DEFAULTS, FREE_ON_RESUME, REPORTE
 from lg.config.rules import CHOICES, RANGES, accepted_types
 from lg.config.yaml_files import read_with_bases
 from lg.errors import ConfigError
+from lg.paths import find_config, find_data
 
 _COMMAND_LINE = "on the command line"
 # A line break in a text would start a line of its own in the script of a cluster job, and an escape
@@ -40,7 +41,8 @@ def load_config(path: str | os.PathLike[str], opts: Sequence[Any] = ()) -> CfgNo
 
     Args:
         path: A .yaml file or the URL of one. Its `_BASE_` is a path or a list of paths, relative to
-            the file. Later bases override earlier ones, and the file overrides its bases.
+            the file. Later bases override earlier ones, and the file overrides its bases. Both may
+            name a config of this project, configs/..., in any working directory.
         opts: Flat list KEY VALUE KEY VALUE ..., as on the command line. Strings are parsed, other
             values are taken as they are.
 
@@ -48,7 +50,7 @@ def load_config(path: str | os.PathLike[str], opts: Sequence[Any] = ()) -> CfgNo
         ConfigError: Unreadable file, unknown key, wrong type, value out of range, or a combination
             that cannot take effect.
     """
-    path = os.fsdecode(path)
+    path = find_config(os.fsdecode(path))
     cfg = _assemble(read_with_bases(path), opts)
     if cfg.OUT_DIR is None:
         cfg.OUT_DIR = os.path.join("work_dirs", Path(path).stem)
@@ -88,12 +90,38 @@ def _assemble(files: Iterable[tuple[str, Mapping[str, Any]]], opts: Sequence[Any
         where = f"in {file}"
         given |= {key: (value, where) for key, value in _known_values(tree, where)}
     given |= {key: (value, _COMMAND_LINE) for key, value in _parse_overrides(opts)}
+    given = _without_guidance(given)
     cfg = CfgNode(DEFAULTS)  # a deep copy
     for key, (value, where) in given.items():
         section, _, name = key.rpartition(".")
         (cfg[section] if section else cfg)[name] = _coerce(key, value, where)
     _validate(cfg, {key: where for key, (_, where) in given.items()})
+    if DEFAULT_VALUES["DATA_LOADER.ROOT"] == cfg.DATA_LOADER.ROOT:
+        cfg.DATA_LOADER.ROOT = find_data(cfg.DATA_LOADER.ROOT)
     return cfg
+
+
+def _without_guidance(given: dict[str, tuple[Any, str]]) -> dict[str, tuple[Any, str]]:
+    """Drop the guidance that a file sets up, if another file or the command line switches it off.
+
+    The rest is the config of the plain model, so one file serves both.
+    """
+    switches = [f"DISTILLATION.ENABLE_{kind}" for kind in ("INTER", "LOGIT")]
+    off = [given[key] for key in switches if key in given]
+    if not off or any(_parse(str(value)) is not False for value, _ in off):
+        return given
+    sections = ["DISTILLATION."]
+    if given.get("MODEL.TYPE", (DEFAULT_VALUES["MODEL.TYPE"], ""))[0] != "ResNet":
+        sections += ["CNN.", "RESNET."]
+    places = {where for _, where in off}
+    return {
+        key: (value, where)
+        for key, (value, where) in given.items()
+        if key in switches
+        or where in places
+        or where == _COMMAND_LINE
+        or not key.startswith(tuple(sections))
+    }
 
 
 def dump_config(cfg: CfgNode) -> str:

@@ -12,7 +12,7 @@ import yaml
 
 from lg.config.defaults import DEFAULTS
 from lg.errors import ConfigError
-from lg.paths import is_url, local_path
+from lg.paths import find_config, is_url, local_path
 
 BASE_KEY = "_BASE_"
 
@@ -39,7 +39,8 @@ def read_with_bases(path: str, chain: tuple[str, ...] = ()) -> Iterator[tuple[st
     """Yield (path, tree) of a config and its bases, in order of rising priority.
 
     Args:
-        path: A YAML file or the URL of one.
+        path: A YAML file or the URL of one. A relative `_BASE_` is looked for beside its file and
+            then, if it starts with configs/, among the configs of the project.
         chain: The files whose `_BASE_` led here, outermost first.
 
     Raises:
@@ -62,7 +63,9 @@ def read_with_bases(path: str, chain: tuple[str, ...] = ()) -> Iterator[tuple[st
         if is_url(path) or is_url(base):
             base = urljoin(path, base)
         else:
-            base = os.path.join(os.path.dirname(path), os.path.expanduser(base))
+            beside = os.path.join(os.path.dirname(path), os.path.expanduser(base))
+            packaged = find_config(base)
+            base = beside if os.path.exists(beside) or packaged == base else packaged
         yield from read_with_bases(base, (*chain, identity))
     yield path, tree
 
@@ -93,7 +96,11 @@ def _similar(path: str) -> str:
     """Return the configs in the same folder with similar names, as advice."""
     folder, name = os.path.split(path)
     try:
-        names = [each for each in os.listdir(folder or ".") if each.endswith((".yaml", ".yml"))]
+        names = [
+            each
+            for each in os.listdir(find_config(folder) or ".")
+            if each.endswith((".yaml", ".yml"))
+        ]
     except OSError:
         names = []
     near = [os.path.join(folder, each) for each in difflib.get_close_matches(name, names, 3, 0.8)]

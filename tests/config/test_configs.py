@@ -78,6 +78,7 @@ GOLDEN: dict[str, tuple[int, int, list[tuple[int, int]]]] = GRID | {
     "resnet/r-56_flowers.yaml": (861_750, 3, []),
     "resnet/r-56_tiny.yaml": (868_120, 3, []),
     "resnet/r-56_chaoyang.yaml": (855_380, 3, []),
+    "timm/convnext-atto_flowers.yaml": (3_407_262, 12, []),
 }
 
 

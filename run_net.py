@@ -3,6 +3,8 @@
 
 python run_net.py --mode train --cfg configs/digits/vit_digits_base.yaml
 python run_net.py --mode train --seeds 1 2 3 --cfg configs/digits/vit_digits_base.yaml
+python run_net.py --mode sweep --trials 20 --cfg FILE TRAIN.VAL_FRACTION 0.2 \\
+    OPTIM.BASE_LR log:1e-4:1e-2 DISTILLATION.INTER_WEIGHT 1,2.5,5
 python run_net.py --mode test  --cfg configs/digits/vit_digits_base.yaml TEST.PER_CLASS True
 python run_net.py --mode predict --images a.jpg photos/ TEST.WEIGHTS work_dirs/RUN/model.pyth
 python run_net.py --mode time  --cfg configs/deit/deit-ti_c100_base.yaml DEVICE cpu
@@ -78,6 +80,15 @@ def _seeds(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _sweep(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--trials", metavar="N", help="number of trials; all: every combination of the choices"
+    )
+    parser.add_argument(
+        "--storage", metavar="URL", help="database for the results (default: a file in OUT_DIR)"
+    )
+
+
 MODES = {
     "train": Mode(
         "train, resuming from the last checkpoint in OUT_DIR",
@@ -103,6 +114,13 @@ MODES = {
     "info": Mode(
         "print model size, cost, and which blocks imitate which; needs no data or weights",
         "lg.tools.info:info",
+    ),
+    "sweep": Mode(
+        "search settings: KEY log:LOW:HIGH, KEY lin:LOW:HIGH or KEY A,B,C",
+        "lg.tools.sweep.trials:work",
+        config="path",
+        arguments=_sweep,
+        launched=True,
     ),
     "keys": Mode(
         "list config keys with defaults and meaning",
@@ -240,6 +258,7 @@ def start(mode: str, cfg: CfgNode, **arguments: Any) -> None:
 def dispatch(mode: str, cfg: str | None, opts: Sequence[str], **arguments: Any) -> None:
     """Run a mode with the arguments of the command line."""
     from lg.config import load_config
+    from lg.errors import ConfigError
 
     train = functools.partial(start, "train")
     if arguments.get("seeds"):
@@ -249,6 +268,15 @@ def dispatch(mode: str, cfg: str | None, opts: Sequence[str], **arguments: Any) 
         train_seeds(cfg, opts, arguments["seeds"], train)
         return
     arguments.pop("seeds", None)
+    if mode == "sweep":
+        from lg.tools.sweep.trials import prepare
+
+        if cfg is None:
+            raise ConfigError("--mode sweep needs --cfg FILE.")
+        prepared = prepare(cfg, opts, **arguments)
+        if prepared is not None:
+            start(mode, prepared[0], sweep=prepared[1])
+        return
     takes = MODES[mode].config
     if takes == "loaded":
         start(mode, load_config(cfg, opts) if cfg else _config_of_weights(opts), **arguments)

@@ -35,10 +35,12 @@ setup(
     extras_require={
         "slurm": ["submitit>=1.5,<2"],
         "docs": ["mkdocs>=1.6,<2", "mkdocs-material>=9.6,<10"],
+        "sweep": ["optuna>=5,<6"],
         "dev": [
             "mkdocs>=1.6,<2",
             "mkdocs-material>=9.6,<10",
             "mypy>=1.11,<3",
+            "optuna>=5,<6",
             "pytest>=9.0.3,<10",
             "pytest-timeout>=2.3,<3",
             "pytest-xdist>=3.5,<4",

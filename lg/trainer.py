@@ -30,14 +30,17 @@ from lg.files.lock import lock_folder
 from lg.logs.log import RunLog
 from lg.logs.reporter import result_lines
 from lg.metrics import UNKNOWN_ERR, EvalResult, TestMeter
-from lg.run import Run
+from lg.run import Progress, Run
 from lg.signals import Interrupted, asked_to_stop, stop_signals
 from lg.step import mix, train_step
 from lg.tools.info import complexity
 
 
-def train(cfg: CfgNode) -> None:
-    """Train the model of a config, resuming from its last checkpoint. Every process calls this."""
+def train(cfg: CfgNode, *, after_test: Callable[[Progress], None] | None = None) -> Progress:
+    """Train the model of a config, resuming from its last checkpoint. Every process calls this.
+
+    `after_test` is called after each test, once the checkpoint is saved; what it raises ends training.
+    """
     with joined_world(cfg) as world, contextlib.ExitStack() as stack:
         # Reject what cannot be trained; download data and weights once, for all processes.
         builders.check_training(cfg)
@@ -63,10 +66,11 @@ def train(cfg: CfgNode) -> None:
             log.stats("cfg", yaml.safe_load(config_text))
             log.stats("complexity", complexity(run.guided.student, cfg.MODEL.IMG_SIZE))
         with stop_signals(run):
-            train_epochs(run)
+            train_epochs(run, after_test)
+        return run.progress
 
 
-def train_epochs(run: Run) -> None:
+def train_epochs(run: Run, after_test: Callable[[Progress], None] | None = None) -> None:
     """Train, test and save, epoch by epoch, from the position in `run.progress`."""
     progress, settings = run.progress, run.settings
     run.loader.start(progress.epoch, progress.step)
@@ -78,9 +82,11 @@ def train_epochs(run: Run) -> None:
             is_last = progress.epoch == settings.max_epoch
             progress.test_due = is_last or progress.epoch % settings.test_period == 0
         is_best = progress.test_due and test_epoch(run)
-        progress.test_due = False
+        is_tested, progress.test_due = progress.test_due, False
         run.report.end_epoch(is_last=run.is_trained)
         path = run.save(is_best=is_best)
+        if is_tested and after_test is not None:
+            after_test(progress)
         if not run.is_trained and asked_to_stop(run, None):
             raise Interrupted(run.signals[0], path)
     if not progress.best:  # MAX_EPOCH was lowered to an epoch before the first test

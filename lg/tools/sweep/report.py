@@ -1,0 +1,129 @@
+"""What a sweep leaves: a table of trials, the best config, and plots."""
+
+from __future__ import annotations
+
+import csv
+import io
+import os
+import shlex
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import optuna
+from optuna.trial import FrozenTrial, TrialState
+from yacs.config import CfgNode
+
+from lg.config.load import dump_config
+from lg.errors import ConfigError
+from lg.files.atomic import write_atomically
+from lg.tools.sweep.space import Space, trial_folder
+
+STATES = {TrialState.COMPLETE: "finished", TrialState.PRUNED: "pruned", TrialState.FAIL: "failed"}
+
+
+def report(
+    study: optuna.Study, space: Space, out_dir: str, load: Callable[[dict[str, Any], str], CfgNode]
+) -> None:
+    """Print the table of trials; write trials.csv, best.yaml and the plots to the sweep's folder.
+
+    Args:
+        study: Its trials are finished.
+        space: What varies.
+        out_dir: The folder.
+        load: Values of a trial and a folder -> its config.
+
+    Raises:
+        ConfigError: Every trial failed.
+    """
+    trials = [t for t in study.get_trials(deepcopy=False) if t.state in STATES]
+    trials.sort(key=lambda trial: (list(STATES).index(trial.state), error_of(trial), trial.number))
+    rows = [_row(trial, space) for trial in trials]
+    print("\n".join(_table(rows)))
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    _write(os.path.join(out_dir, "trials.csv"), text.getvalue())
+    if trials[0].state != TrialState.COMPLETE:
+        causes = {trial.user_attrs.get("failure", "") for trial in trials}
+        raise ConfigError(f"No trial finished ({'; '.join(sorted(causes))}).")
+    plots = _plot(study, out_dir)
+    best, path = trials[0], os.path.join(out_dir, "best.yaml")
+    _write(path, dump_config(load(best.params, os.path.join(out_dir, "best"))))
+    print(
+        f"Best: trial {best.number}, error {error_of(best):.2f} % on the images that chose it, so "
+        f"this is optimistic. Its weights and the result of the final test are in "
+        f"{trial_folder(out_dir, best.number)}.\n"
+        f"Plots: {', '.join(plots)}.\n"
+        f"To train with its settings: python run_net.py --mode train --cfg {shlex.quote(path)}",
+        flush=True,
+    )
+
+
+def error_of(trial: FrozenTrial) -> float:
+    """Return the lowest error of a trial in percent; infinite if it was never tested."""
+    return min([*trial.intermediate_values.values(), *(trial.values or ())], default=float("inf"))
+
+
+def _row(trial: FrozenTrial, space: Space) -> dict[str, Any]:
+    error = error_of(trial)
+    return {
+        "trial": trial.number,
+        "error": "" if error == float("inf") else round(error, 2),
+        "state": STATES[trial.state],
+        "epochs": trial.last_step or "",
+        **{key: trial.params.get(key, "") for key in space},
+        "failure": trial.user_attrs.get("failure", ""),
+    }
+
+
+def _table(rows: list[dict[str, Any]]) -> list[str]:
+    """Return the lines of a table, without the column of failures if there are none."""
+    columns = [c for c in rows[0] if c != "failure" or any(row[c] for row in rows)]
+    cells = [columns] + [
+        [f"{v:.4g}" if isinstance(v := row[c], float) else str(v) for c in columns] for row in rows
+    ]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    return [
+        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
+        for line in cells
+    ]
+
+
+def _plot(study: optuna.Study, out_dir: str) -> list[str]:
+    """Draw Optuna's plots and return their paths, without those that the trials are too few for."""
+    import matplotlib  # slow to import
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+    from optuna.visualization import matplotlib as plots
+
+    written = []
+    for name, draw in (
+        ("history", plots.plot_optimization_history),
+        ("importances", plots.plot_param_importances),
+        ("slice", plots.plot_slice),
+    ):
+        path = os.path.join(out_dir, f"{name}.png")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the plots are declared experimental
+            try:
+                draw(study)
+            except (ValueError, RuntimeError):  # importances need two different results
+                continue
+            finally:
+                figure = pyplot.gcf()
+                pyplot.close(figure)
+            write_atomically(
+                path,
+                lambda file, figure=figure: figure.savefig(  # type: ignore[misc]
+                    file, format="png", dpi=120, bbox_inches="tight"
+                ),
+            )
+        written.append(path)
+    return written
+
+
+def _write(path: str, text: str) -> None:
+    write_atomically(path, lambda file: file.write(text.encode()))

@@ -39,7 +39,7 @@ from lg.tools.info import complexity
 def train(cfg: CfgNode, *, after_test: Callable[[Progress], None] | None = None) -> Progress:
     """Train the model of a config, resuming from its last checkpoint. Every process calls this.
 
-    `after_test` is called after each test, once the checkpoint is saved; what it raises ends training.
+    `after_test` is called after each test, once all is saved; what it raises ends the training.
     """
     with joined_world(cfg) as world, contextlib.ExitStack() as stack:
         # Reject what cannot be trained; download data and weights once, for all processes.

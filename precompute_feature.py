@@ -87,12 +87,13 @@ def run(args: argparse.Namespace, cfg: CfgNode) -> None:
     model, facts = choose_teacher(args, cfg)
     device = builders.build_device(cfg, World())
     dataset = builders.build_train_data(cfg)
-    facts |= builders.dataset_facts(dataset)
+    facts |= {**builders.dataset_facts(dataset), "resize": cfg.TRAIN.RESIZE}
     provenance = describe(args, model, facts, in_channels=cfg.MODEL.IN_CHANNELS)
     print(check_space(folder, provenance, len(dataset)), flush=True)
     if text := advice(cfg, provenance, len(dataset)):
         print(text, flush=True)
-    samples = Samples(dataset, BatchTestTransform(image_size=provenance.image_size))
+    transform = BatchTestTransform(image_size=provenance.image_size, resize=provenance.resize)
+    samples = Samples(dataset, transform)
     precompute(
         FrozenTeacher(
             model, indices=provenance.layers, image_size=provenance.teacher_image_size

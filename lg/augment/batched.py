@@ -3,7 +3,7 @@
 The host draws the parameters of a batch (`lg.augment.draws`); the pixels stay on the device. The
 strong recipe is a random resized crop (bicubic), a flip, RandAugment (`rand-m9-mstd0.5-inc1` of
 timm), normalisation and, with probability 1/4, a box erased with normal noise. The plain recipe is
-a resize, a shift by up to an eighth of the side over black, a flip and normalisation.
+a resize to a square, a shift by up to an eighth of the side over black, a flip and normalisation.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from torch import Tensor
 from lg.augment import randaugment
 from lg.augment.draws import Draws, draw_plain, draw_strong, uniforms
 from lg.augment.operations import colours
+from lg.augment.preprocessing import make_square, resized
 from lg.augment.resample import crop_and_resize
 from lg.augment.view import LARGEST_ASPECT, SMALLEST_AREA, View
 from lg.device import to_device_together
@@ -33,25 +34,38 @@ class BatchTransform:
     What an image looks like depends on the seed, the epoch and its index alone.
     """
 
-    def __init__(self, *, image_size: int, strong: bool, hflip: float = 0.5, seed: int = 0) -> None:
+    def __init__(
+        self,
+        *,
+        image_size: int,
+        strong: bool,
+        hflip: float = 0.5,
+        seed: int = 0,
+        resize: str = "squash",
+    ) -> None:
         self.image_size, self.strong, self.hflip, self.seed = image_size, strong, hflip, seed
+        self.resize = resize
 
     def prepare(self, image: Image.Image) -> Image.Image:
         """Resize an image as far as it is the same in every epoch.
 
         The plain recipe starts with a resize, which is applied here once. The strong recipe takes
         crops of any size: an image is shrunk only as far as its smallest crop, at the most extreme
-        aspect ratio, still has the size of the result in both directions.
+        aspect ratio, still has the size of the result in both directions. letterbox and crop make
+        it square first.
         """
         size = self.image_size
         if not self.strong:
-            return _resized(image, (size, size))
+            return make_square(image, size, self.resize)
         needed = size / (SMALLEST_AREA / LARGEST_ASPECT) ** 0.5  # square root of the area
+        if self.resize != "squash":
+            side = max(image.size) if self.resize == "letterbox" else min(image.size)
+            return make_square(image, min(side, round(needed)), self.resize)
         scale = needed / (image.width * image.height) ** 0.5
         if scale >= 1:
             return image
         width, height = (max(1, round(side * scale)) for side in image.size)
-        return _resized(image, (width, height))
+        return resized(image, (width, height))
 
     def __call__(
         self, images: Tensor | Sequence[Tensor], *, epochs: Iterable[int], index: Iterable[int]
@@ -88,17 +102,19 @@ class BatchTransform:
 
 
 class BatchTestTransform:
-    """Test transform of batches: the whole image, resized (bicubic) to S x S and normalised."""
+    """Test transform of batches: the image, made square (bicubic, S x S) and normalised."""
 
-    def __init__(self, *, image_size: int) -> None:
-        self.image_size = image_size
+    def __init__(self, *, image_size: int, resize: str = "squash") -> None:
+        self.image_size, self.resize = image_size, resize
 
     def prepare(self, image: Image.Image) -> Image.Image:
-        """Resize an image if it is larger than the result or very elongated."""
+        """Resize an image if that loses no time later: it is large, or becomes square here."""
         size = self.image_size
+        if self.resize != "squash":
+            return make_square(image, size, self.resize)
         if image.width * image.height <= size * size and max(image.size) <= 4 * size:
             return image
-        return _resized(image, (size, size))
+        return resized(image, (size, size))
 
     def __call__(
         self, images: Tensor | Sequence[Tensor], *, epochs: Iterable[int], index: Iterable[int]
@@ -110,10 +126,6 @@ class BatchTestTransform:
         boxes = np.array([[0, 0, *image.shape[:2]] for image in images])
         flip = np.zeros(len(boxes), dtype=bool)
         return normalise(crop_and_resize(images, boxes, size, flip)), view
-
-
-def _resized(image: Image.Image, size: tuple[int, int]) -> Image.Image:
-    return image if image.size == size else image.resize(size, Image.Resampling.BICUBIC)
 
 
 def normalise(pixels: Tensor) -> Tensor:

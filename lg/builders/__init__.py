@@ -16,6 +16,7 @@ from lg.builders.models import (
     prepare_bank,
     teacher_name,
 )
+from lg.builders.preprocessing import build_preprocessing
 from lg.builders.run import build_run, place_model
 from lg.builders.training import (
     build_average,
@@ -41,6 +42,7 @@ __all__ = [
     "build_model",
     "build_optimizer",
     "build_precision",
+    "build_preprocessing",
     "build_resources",
     "build_run",
     "build_schedule",

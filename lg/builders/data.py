@@ -14,6 +14,7 @@ from yacs.config import CfgNode
 
 from lg.augment.batched import BatchTestTransform, BatchTransform
 from lg.augment.mixing import Mixing
+from lg.builders.preprocessing import build_preprocessing
 from lg.datasets import build_dataset
 from lg.datasets.base import (
     MISSING,
@@ -231,7 +232,7 @@ def build_test_loader(
 ) -> DataLoader[Batch] | CachedTestLoader:
     """Build the loader of this process's share of test batches."""
     share = {"batch_size": cfg.TEST.BATCH_SIZE, "rank": world.rank, "world_size": world.size}
-    transform = BatchTestTransform(image_size=cfg.MODEL.IMG_SIZE)
+    transform = BatchTestTransform(**vars(build_preprocessing(cfg)))
     cache = _build_cache(cfg, dataset, transform.prepare, world, device)
     if cache is not None:
         return CachedTestLoader(cache, transform, device=_augmentation_device(device), **share)
@@ -246,7 +247,7 @@ def build_test_loader(
 
 def _train_transform(cfg: CfgNode) -> BatchTransform:
     return BatchTransform(
-        image_size=cfg.MODEL.IMG_SIZE,
+        **vars(build_preprocessing(cfg, training=True)),
         strong=cfg.TRAIN.STRONG_AUGMENTATION,
         hflip=cfg.TRAIN.HFLIP,
         seed=cfg.RNG_SEED,

@@ -211,6 +211,7 @@ def _open_bank(cfg: CfgNode, teacher: Backbone) -> FeatureBank:
         teacher=teacher_name(cfg, options.TEACHER_MODEL),
         weights=weights,
         image_size=cfg.MODEL.IMG_SIZE,
+        resize=cfg.TRAIN.RESIZE,
         teacher_image_size=options.TEACHER_IMG_SIZE,
     )
     return bank

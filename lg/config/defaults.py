@@ -192,6 +192,10 @@ DEFAULTS: dict[str, Any] = {
         # (+) several GPUs: BatchNorm uses the statistics of the whole batch, not of each process's
         # share; every BatchNorm then waits for all processes
         "SYNC_BN": False,
+        # (+) how images that are not square become square. squash: the aspect ratio changes;
+        # letterbox: it is kept, with borders of the mean colour; crop: it is kept, and the central
+        # square is used. STRONG_AUGMENTATION then takes its crops from the square
+        "RESIZE": "squash",
         "HFLIP": 0.5,  # (+) probability of a horizontal flip, [0, 1]; use 0 for digits or letters
         "KEEP_CHECKPOINTS": 2,  # (+) number of latest checkpoints to keep, >= 1
     },
@@ -200,6 +204,7 @@ DEFAULTS: dict[str, Any] = {
         "SPLIT": "val",  # val | test | train; val and test are the same if a set has only one
         "BATCH_SIZE": 200,  # over all processes
         "WEIGHTS": "",  # path or URL, for --mode test
+        "RESIZE": "",  # (+) as TRAIN.RESIZE, for tests and prediction; empty: the same
         "PERIOD": 1,  # (+) epochs between tests in training; the last epoch is always tested
         "PER_CLASS": False,  # (+) --mode test also prints the accuracy per class
     },

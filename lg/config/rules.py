@@ -94,6 +94,8 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "TRAIN.DATASET": ("", *DATASET_NAMES),
     "TRAIN.SPLIT": ("train",),
     "TRAIN.BALANCE": ("none", "weights", "sampling"),
+    "TRAIN.RESIZE": ("squash", "letterbox", "crop"),
+    "TEST.RESIZE": ("", "squash", "letterbox", "crop"),
     "TRAIN.COMPILE": ("none", "default", "reduce-overhead", "max-autotune"),
     "DATA_LOADER.BACKEND": ("auto", "workers", "device"),
     "DATA_LOADER.ON_ERROR": ("stop", "skip"),

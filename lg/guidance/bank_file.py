@@ -43,6 +43,7 @@ class Provenance:
         layers: Tapped blocks of the teacher.
         shapes: [C, H, W] of the maps of each block.
         dtype: `float16` or `float32`.
+        resize: How images become square, see `lg.augment.preprocessing`.
         views: The V stored views of each image, see `lg.augment.view.View`.
         versions: Versions of the software that computed the maps.
     """
@@ -58,6 +59,7 @@ class Provenance:
     layers: list[int]
     shapes: list[list[int]]
     dtype: str
+    resize: str = "squash"  # also of banks that do not state it
     views: list[list[float]] = field(default_factory=lambda: [[0.0, 0.0, 1.0, 1.0, 0.0]])
     versions: dict[str, str] = field(default_factory=dict)
 
@@ -78,9 +80,13 @@ class Provenance:
             ValueError: The text is not JSON, or has other entries.
         """
         values = json.loads(text)
-        if not isinstance(values, dict) or set(values) != {f.name for f in fields(cls)}:
-            raise ValueError(f"{PROVENANCE} has other entries than this version writes")
-        return cls(**values)
+        wrong = ValueError(f"{PROVENANCE} has other entries than this version writes")
+        if not isinstance(values, dict) or not set(values) <= {f.name for f in fields(cls)}:
+            raise wrong
+        try:
+            return cls(**values)
+        except TypeError:  # entries without a default are missing
+            raise wrong from None
 
 
 class StoredMaps(NamedTuple):

@@ -20,6 +20,7 @@ from yacs.config import CfgNode
 
 from lg import builders, trainer
 from lg.augment.batched import BatchTestTransform
+from lg.augment.preprocessing import Preprocessing
 from lg.checkpoint import load_weights
 from lg.config import load_trained_config
 from lg.datasets.cached_loader import CachedTestLoader
@@ -91,7 +92,7 @@ class Predictor:
         model: nn.Module,
         class_names: Sequence[str],
         *,
-        image_size: int,
+        preprocessing: Preprocessing,
         precision: Precision,
         batch_size: int = 64,
         flip: bool = False,
@@ -101,7 +102,7 @@ class Predictor:
         Args:
             model: On the device of `precision`.
             class_names: K names, in the order of the logits.
-            image_size: Side of the model's input in pixels.
+            preprocessing: Of the images.
             precision: Of the model.
             batch_size: Images that are classified at once.
             flip: Average the probabilities of each image and its mirror image.
@@ -109,7 +110,7 @@ class Predictor:
         self.model = model.eval()
         self.class_names = list(class_names)
         self.precision, self.batch_size, self.flip = precision, batch_size, flip
-        self._transform = BatchTestTransform(image_size=image_size)
+        self._transform = BatchTestTransform(**vars(preprocessing))
 
     def __call__(self, images: AnyImage | Sequence[AnyImage]) -> Prediction | list[Prediction]:
         """Classify an image or a list of images, each a path or a PIL image.
@@ -178,7 +179,7 @@ def build_predictor(cfg: CfgNode, *, flip: bool = False) -> Predictor:
     return Predictor(
         model,
         names,
-        image_size=cfg.MODEL.IMG_SIZE,
+        preprocessing=builders.build_preprocessing(cfg),
         precision=precision,
         batch_size=cfg.TEST.BATCH_SIZE,
         flip=flip,

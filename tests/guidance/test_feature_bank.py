@@ -485,3 +485,14 @@ def test_provenance_survives_json() -> None:
     assert Provenance.from_json(provenance.to_json()) == provenance
     other = replace(provenance, versions={"torch": "2"})
     assert other.to_json() != provenance.to_json()
+
+
+def test_banks_without_a_resize_rule_are_squashed() -> None:
+    provenance = Provenance(**FACTS, layers=LAYERS, shapes=SHAPES, dtype="float16")
+    values = json.loads(replace(provenance, resize="crop").to_json())
+    assert Provenance.from_json(json.dumps(values)).resize == "crop"
+    del values["resize"]
+    assert Provenance.from_json(json.dumps(values)).resize == "squash"
+    for broken in ({**values, "color": 1}, {k: v for k, v in values.items() if k != "teacher"}):
+        with pytest.raises(ValueError, match="other entries"):
+            Provenance.from_json(json.dumps(broken))

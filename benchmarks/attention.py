@@ -31,7 +31,7 @@ sys.path.insert(0, str(ROOT))
 
 import lg  # noqa: E402
 from benchmarks.report import make_parser, write_json  # noqa: E402
-from lg.device import select_device, synchronize  # noqa: E402
+from lg.device import Precision, select_device, synchronize  # noqa: E402
 from lg.models.attention import attention_weights  # noqa: E402
 
 MODELS = {
@@ -105,15 +105,19 @@ def compare(name: str, *, device: torch.device, batch_size: int, repeats: int) -
     }
 
 
-def make_step(model: torch.nn.Module, batch_size: int) -> Callable[[], None]:
-    """Return a training step on a fixed batch."""
+def make_step(
+    model: torch.nn.Module, batch_size: int, *, size: int = 224, precision: Precision | None = None
+) -> Callable[[], None]:
+    """Return a training step on a fixed batch of images of `size` pixels."""
     device = next(model.parameters()).device
-    images = torch.randn(batch_size, 3, 224, 224, device=device)
+    precision = precision or Precision(device)
+    images = torch.randn(batch_size, 3, size, size, device=device)
     labels = torch.arange(batch_size, device=device)
     optimizer = torch.optim.AdamW(p for p in model.parameters() if p.requires_grad)
 
     def step() -> None:
-        loss = F.cross_entropy(model(images), labels)
+        with precision.autocast():
+            loss = F.cross_entropy(model(images), labels)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()

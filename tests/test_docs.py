@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import html
 import os
 import re
@@ -14,6 +15,7 @@ import pytest
 from lg.config.defaults import DEFAULT_VALUES
 
 ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
 
 
 @pytest.fixture(scope="module")
@@ -51,3 +53,33 @@ def test_the_site_loads_nothing_from_elsewhere(site: Path) -> None:
         for match in loads.finditer(page.read_text(encoding="utf-8"))
     }
     assert found == set()
+
+
+def messages() -> str:
+    """Return every text in the source, with … for each value that is filled in."""
+    texts = []
+    for path in (*(ROOT / "lg").rglob("*.py"), ROOT / "run_net.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.JoinedStr):
+                parts = [p.value if isinstance(p, ast.Constant) else "…" for p in node.values]
+                texts.append("".join(map(str, parts)))
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                texts.append(node.value)
+    return "\n".join(texts)
+
+
+def test_the_explained_messages_occur_in_the_source() -> None:
+    page = (DOCS / "troubleshooting.md").read_text(encoding="utf-8")
+    quotes = re.findall(r"^> (.+)$", page, re.MULTILINE)
+    assert len(quotes) > 25
+    source = messages()
+    assert [quote for quote in quotes if quote not in source] == []
+
+
+def test_the_numbers_of_the_comparison_are_those_of_the_results() -> None:
+    published = {"65.1", "78.2"}
+    page = (DOCS / "when-to-use.md").read_text(encoding="utf-8")
+    numbers = set(re.findall(r"\d+\.\d+", page)) - published
+    assert len(numbers) > 8
+    results = (DOCS / "results.md").read_text(encoding="utf-8")
+    assert {number for number in numbers if not re.search(rf"\b{number}\b", results)} == set()

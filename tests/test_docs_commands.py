@@ -1,0 +1,163 @@
+"""Every command in README and docs: its mode, files, keys and options exist and fit together.
+
+Commands are parsed and their configs loaded, but nothing is trained.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+import shlex
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+import lg
+import precompute_feature
+import run_net
+from lg.config.defaults import DEFAULT_VALUES
+
+ROOT = Path(__file__).parents[1]
+PAGES = [*ROOT.glob("*.md"), ROOT / "data/README.md", *(ROOT / "docs").glob("*.md")]
+# Configs and folders that the reader makes, with the commands of the page or by hand.
+READERS_FILES = ("OUT_DIR/", "work_dirs/", "my_", "FILE", "GUIDE.yaml", "STUDENT.yaml")
+# Programs that are not part of the project, or change the reader's shell.
+OTHER_PROGRAMS = ("cd", "git", "ls", "open", "pip", "python", "source", "unzip")
+
+
+def commands(page: Path) -> list[str]:
+    """Return the commands of a page: lines of its shell blocks, and inline code that starts one."""
+    text = page.read_text(encoding="utf-8")
+    fences = re.findall(r"^```(?:bash|sh|console)?\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    lines = [
+        line.strip().removeprefix("$ ")
+        for block in fences
+        for line in block.replace("\\\n", " ").splitlines()
+    ]
+    starts = re.compile(r"(\w+=\S+ )*(python|torchrun|make|pip|git|source|cd|\S*/python) ")
+    inline = re.findall(
+        r"(?<!`)`([^`\n]+)`(?!`)", re.sub(r"^```.*?^```$", "", text, flags=re.M | re.S)
+    )
+    return [line for line in (*lines, *inline) if starts.match(f"{line} ")]
+
+
+CASES = [
+    pytest.param(command, id=f"{page.name}: {command[:60]}")
+    for page in sorted(PAGES)
+    for command in dict.fromkeys(commands(page))
+    if page.name != "CHANGELOG.md"
+]
+
+
+def is_readers(path: str) -> bool:
+    return path.startswith(READERS_FILES) or path.isupper()
+
+
+def check_config(path: str | None, opts: list[str]) -> None:
+    """Load a config with overrides; where the reader makes the config, check the keys."""
+    opts = [word for word in opts if word != "..."]
+    if path is not None and not is_readers(path):
+        lg.load_config(ROOT / path, opts)
+        return
+    assert len(opts) % 2 == 0
+    assert set(opts[::2]) <= set(DEFAULT_VALUES)
+
+
+def check_run_net(words: list[str]) -> None:
+    args = run_net.parse_args(words)
+    mode = run_net.MODES[args.mode]
+    if mode.config == "none":
+        return
+    if mode.config == "loaded":
+        check_config(args.cfg, args.opts)
+        return
+    if args.cfg is not None and not is_readers(args.cfg):
+        lg.load_config(ROOT / args.cfg)
+    assert set(args.opts[::2]) <= set(DEFAULT_VALUES)
+
+
+def check_precompute(words: list[str]) -> None:
+    args = precompute_feature.parse_args(words)
+    check_config(args.cfg, args.opts)
+
+
+def check_script(script: str, words: list[str]) -> None:
+    """Check that a script exists and declares the options, and that its configs exist."""
+    source = (ROOT / script).read_text(encoding="utf-8")
+    options = [word for word in words if word.startswith("--")]
+    assert [option for option in options if f'"{option}"' not in source] == []
+    assert [
+        word for word in words if word.startswith("configs/") and not (ROOT / word).exists()
+    ] == []
+    keys = [word for word in words if re.fullmatch(r"[A-Z]+\.[A-Z_]+", word)]
+    assert set(keys) <= set(DEFAULT_VALUES)
+
+
+def check_make(words: list[str]) -> None:
+    targets = re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
+    assert set(words) <= set(targets)
+
+
+def check_pip(words: list[str]) -> None:
+    setup = ast.parse((ROOT / "setup.py").read_text(encoding="utf-8"))
+    (extras,) = (
+        k for k in ast.walk(setup) if isinstance(k, ast.keyword) and k.arg == "extras_require"
+    )
+    named = re.findall(r"[\w-]+", " ".join(re.findall(r"\[([^]]*)\]", " ".join(words))))
+    assert set(named) <= set(ast.literal_eval(extras.value))
+
+
+def check(command: str) -> None:
+    words = shlex.split(command, comments=True)
+    while re.fullmatch(r"[A-Z_]+=.*", words[0]):  # environment variables
+        words = words[1:]
+    program, rest = words[0].rpartition("/")[2], words[1:]
+    if program == "torchrun":
+        script = next(i for i, word in enumerate(rest) if word.endswith(".py"))
+        program, rest = "python", rest[script:]
+    if program == "make":
+        return check_make(rest)
+    if program == "pip" or rest[:2] == ["-m", "pip"]:
+        return check_pip(rest)
+    if program != "python":
+        assert program in OTHER_PROGRAMS
+        return None
+    if rest[0] == "-m":
+        assert rest[1] in ("pytest", "mkdocs", "run_net")
+        if rest[1] == "run_net":
+            return check_run_net(rest[2:])
+        assert [
+            word for word in rest if word.startswith("tests/") and not (ROOT / word).exists()
+        ] == []
+        return None
+    if rest[0] == "-c":
+        compile(rest[1], "inline", "exec")
+        return None
+    kinds = {"run_net.py": check_run_net, "precompute_feature.py": check_precompute}
+    name = rest[0].rpartition("/")[2]
+    return kinds.get(name, partial(check_script, rest[0]))(rest[1:])
+
+
+@pytest.mark.parametrize("command", CASES)
+def test_the_command_is_valid(command: str) -> None:
+    try:
+        check(command)
+    except SystemExit as error:  # argparse
+        pytest.fail(f"{command}: exit {error.code}")
+
+
+def test_commands_are_found_and_checked() -> None:
+    assert len(CASES) > 60
+    for wrong in (
+        "python run_net.py --mode tran --cfg configs/digits/vit_digits_base.yaml",
+        "python run_net.py --mode train --cfg configs/digits/vit_digits_none.yaml",
+        "python run_net.py --mode train --cfg configs/digits/vit_digits_base.yaml OPTIM.LR 1",
+        "python run_net.py --mode predict --photos a.jpg TEST.WEIGHTS work_dirs/RUN/model.pyth",
+        "python benchmarks/digits_demo.py --sedes 3",
+        "python benchmarks/none.py",
+        "make tests",
+        "pip install -e '.[slrum]'",
+    ):
+        with pytest.raises((AssertionError, SystemExit, ValueError, OSError)):
+            check(wrong)

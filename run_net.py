@@ -10,6 +10,8 @@ python run_net.py --mode predict --images a.jpg photos/ TEST.WEIGHTS work_dirs/R
 python run_net.py --mode time  --cfg configs/deit/deit-ti_c100_base.yaml DEVICE cpu
 python run_net.py --mode info  --cfg configs/pvt/pvt-ti_c100_ours.yaml
 python run_net.py --mode doctor --cfg configs/digits/vit_digits_ours.yaml
+python run_net.py --mode init --data my_images
+python run_net.py --mode pipeline --plain --cfg configs/digits/vit_digits_ours.yaml
 """
 
 from __future__ import annotations
@@ -69,6 +71,25 @@ def _pattern(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _init(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--data", required=True, metavar="FOLDER", help="images in class folders")
+    parser.add_argument("--model", default="deit-ti", help="the student (default deit-ti)")
+    parser.add_argument("--out", metavar="FOLDER", help="of the configs (default NAME_configs)")
+    parser.add_argument(
+        "--minutes",
+        type=float,
+        default=10,
+        help="time to train guide and student on this machine, about (default 10)",
+    )
+
+
+def _pipeline(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--guide", metavar="FILE", help="config of the guide (default: by its name)"
+    )
+    parser.add_argument("--plain", action="store_true", help="also train without guidance")
+
+
 def _seeds(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--seeds",
@@ -121,6 +142,19 @@ MODES = {
         config="path",
         arguments=_sweep,
         launched=True,
+    ),
+    "init": Mode(
+        "write the configs of a guide and a student for a folder of images",
+        "lg.tools.init:init",
+        config="none",
+        arguments=_init,
+    ),
+    "pipeline": Mode(
+        "train the guide and the student of a guided config, and compare them",
+        "lg.tools.pipeline:pipeline",
+        config="path",
+        arguments=_pipeline,
+        trains=True,
     ),
     "keys": Mode(
         "list config keys with defaults and meaning",

@@ -25,13 +25,18 @@ def project_folder() -> Path:
     return package if (package / "configs").is_dir() else package.parent
 
 
-def find_config(path: str) -> str:
+def find_config(path: str, *, name: str = "") -> str:
     """Return a path; if there is nothing, that of the config of this name in the project.
 
     So configs/deit/deit-ti_c100_ours.yaml can be named in any working directory.
+
+    Args:
+        path: The path.
+        name: As it was written, if that is not the path.
     """
-    own = project_folder() / path
-    is_named = path.startswith("configs/") and not os.path.exists(path)
+    name = name or path
+    own = project_folder() / name
+    is_named = name.startswith("configs/") and not os.path.exists(path)
     return str(own) if is_named and own.exists() else path
 
 

@@ -64,8 +64,7 @@ def read_with_bases(path: str, chain: tuple[str, ...] = ()) -> Iterator[tuple[st
             base = urljoin(path, base)
         else:
             beside = os.path.join(os.path.dirname(path), os.path.expanduser(base))
-            packaged = find_config(base)
-            base = beside if os.path.exists(beside) or packaged == base else packaged
+            base = find_config(beside, name=base)
         yield from read_with_bases(base, (*chain, identity))
     yield path, tree
 

@@ -40,10 +40,15 @@ def test_the_working_directory_comes_before_the_project(elsewhere: Path) -> None
     assert lg.load_config(OURS).RNG_SEED == 77
 
 
-def test_a_base_of_the_project_is_named_from_any_folder(write: Write, elsewhere: Path) -> None:
+def test_a_base_of_the_project_is_named_from_any_folder(
+    write: Write, elsewhere: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = write(f"_BASE_: [{OURS}]\nMODEL: {{NUM_CLASSES: 2}}", "deep/er/run.yaml")
     cfg = lg.load_config(path)
     assert (cfg.MODEL.NUM_CLASSES, cfg.TRANSFORMER.HIDDEN_DIM) == (2, 192)
+    with monkeypatch.context() as patch:
+        patch.chdir(ROOT)
+        assert lg.load_config(path).TRANSFORMER == cfg.TRANSFORMER
     # The file's own folder comes first.
     write("TRANSFORMER: {HIDDEN_DIM: 64}", f"deep/er/{OURS}")
     assert lg.load_config(path).TRANSFORMER.HIDDEN_DIM == 64

@@ -1,0 +1,5 @@
+"""`--mode init`: configs for a folder of images."""
+
+from lg.tools.init.command import init
+
+__all__ = ["init"]

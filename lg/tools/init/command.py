@@ -1,0 +1,255 @@
+"""`--mode init`: look at a folder of images, and write the configs of a guide and its student."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import sys
+import textwrap
+from pathlib import Path
+
+import yaml
+
+from lg.config import load_config
+from lg.errors import ConfigError
+from lg.files.atomic import write_atomically
+from lg.paths import project_folder
+from lg.tools.init.folder import ImageFacts, look
+from lg.tools.init.plan import GUIDE_SIDE, PATCHES, Length, Plan, make_plan
+from lg.tools.init.speed import seconds_per_image
+
+_GUIDE = "configs/resnet/r-56_c100.yaml"
+
+
+def init(data: str, model: str, out: str | None, minutes: float) -> None:
+    """Write guide and student configs for a folder of images, and print the commands to run next.
+
+    Args:
+        data: The folder.
+        model: Name of the student, one of `student_configs`.
+        out: Folder of the configs; None: NAME_configs for a folder called NAME.
+        minutes: How long both may train on this machine, about.
+
+    Raises:
+        ConfigError: There is no such model, or a config exists with other content.
+        DataError: The folder holds no images in class folders.
+    """
+    known = student_configs()
+    if model not in known:
+        raise ConfigError(f"--model {model} is unknown: choose from {', '.join(known)}.")
+    if minutes <= 0:
+        raise ConfigError(f"--minutes {minutes:g} must be above 0.")
+    name = Path(data).expanduser().resolve().name
+    folder = Path(out or f"{name}_configs").expanduser()
+    facts = look(data, folder / "images")
+    print("\n".join(describe(facts)), flush=True)
+    classes = ["MODEL.NUM_CLASSES", len(facts.class_names)]
+    print("Measuring the speed of this machine, as if no other program used it ...", flush=True)
+
+    def student_seconds(size: int) -> float:
+        opts = [*classes, *_size_opts(known[model], size)]
+        return seconds_per_image(
+            load_config(known[model], [*opts, "DISTILLATION.TEACHER_WEIGHTS", None])
+        )
+
+    plan = make_plan(
+        facts,
+        minutes=minutes,
+        guide_seconds=seconds_per_image(load_config(_GUIDE, classes)),
+        student_seconds=student_seconds,
+    )
+    guide, student = folder / f"{name}_guide.yaml", folder / f"{name}_{model}.yaml"
+    texts = {guide: render_guide(facts, plan, guide)}
+    texts[student] = render_student(facts, plan, student, model, known[model], guide)
+    for path, text in texts.items():
+        _write(path, text)
+        load_config(path)  # cannot fail, unless a rule changes
+    print("\n".join(advise(facts, plan, guide, student)))
+
+
+def student_configs() -> dict[str, str]:
+    """Return the students that can be planned, by name, with a guided config of each."""
+    found = {}
+    for path in sorted((project_folder() / "configs").glob("*/*_c100*_ours.yaml")):
+        found[path.stem.partition("_")[0]] = str(path)
+    return found
+
+
+def describe(facts: ImageFacts) -> list[str]:
+    """Return lines about the images."""
+    splits = ", ".join(f"{count:,} in {split}" for split, count in facts.splits.items())
+    lines = [f"{facts.root}: {len(facts.class_names)} classes; images: {splits}."]
+    low, high = min(facts.sizes), max(facts.sizes)
+    lines.append(
+        f"{low:,} to {high:,} training images per class; the shorter side has about {facts.side} "
+        "pixels."
+    )
+    lines += facts.notes
+    if facts.val_fraction:
+        held_out = sum(facts.sizes) - facts.num_train
+        test = next((split for split in facts.splits if split != "train"), None)
+        use = f"{test}/ is tested once, at the end" if test else "there is no test set"
+        lines.append(
+            f"{held_out:,} training images are held out to choose the best epoch "
+            f"(TRAIN.VAL_FRACTION {facts.val_fraction}); {use}."
+        )
+    if facts.is_imbalanced:
+        lines.append(
+            "The classes have unequal sizes: TRAIN.BALANCE weights; see balanced accuracy."
+        )
+    if facts.are_symbols:
+        lines.append("The class names suggest that mirrored images are wrong: TRAIN.HFLIP 0.")
+    return lines
+
+
+def render_guide(facts: ImageFacts, plan: Plan, path: Path) -> str:
+    """Return the text of the guide's config."""
+    header = [
+        f"The guide for {facts.root.name}: a ResNet-56 on {GUIDE_SIDE}-pixel images.",
+        *_header(facts, plan.guide, plan, path),
+    ]
+    tree = {
+        "_BASE_": ["configs/_base_/recipe_cnn.yaml", "configs/_base_/model_r-56.yaml"],
+        "MODEL": {"NUM_CLASSES": len(facts.class_names)},
+        "OPTIM": {"MAX_EPOCH": plan.guide.epochs, "BASE_LR": plan.guide_lr},
+        **_data(facts, plan.guide, plan),
+    }
+    return _text(header, tree)
+
+
+def render_student(
+    facts: ImageFacts, plan: Plan, path: Path, model: str, source: str, guide: Path
+) -> str:
+    """Return the text of the student's config.
+
+    Args:
+        facts: What the folder holds.
+        plan: The settings.
+        path: The student's config.
+        model: Its name.
+        source: A guided config of the same model, for the blocks that are guided.
+        guide: The config of its guide.
+    """
+    size = plan.image_size
+    weights = f"work_dirs/{guide.stem}/model.pyth"
+    header = [
+        f"{model} on {size}-pixel images, guided by {guide.name} (train that first). For the plain",
+        "model: DISTILLATION.ENABLE_INTER False and another OUT_DIR.",
+        *_header(facts, plan.student, plan, path),
+    ]
+    opts = _size_opts(source, size)
+    transformer = {"TRANSFORMER": {"PATCH_SIZE": PATCHES[size]}} if len(opts) > 2 else {}
+    student = plan.student
+    tree = {
+        "_BASE_": [
+            "configs/_base_/recipe_vt.yaml",
+            f"configs/_base_/model_{model}.yaml",
+            "configs/_base_/guide_r-56.yaml",
+        ],
+        "MODEL": {"IMG_SIZE": size, "NUM_CLASSES": len(facts.class_names)},
+        **transformer,
+        "OPTIM": {
+            "MAX_EPOCH": student.epochs,
+            "BASE_LR": plan.student_lr,
+            "MIN_LR": plan.student_lr / 100,
+            "WARMUP_EPOCHS": student.warmup,
+        },
+        **_data(facts, student, plan),
+        "DISTILLATION": {
+            "INTER_STUDENT_INDEX": load_config(source).DISTILLATION.INTER_STUDENT_INDEX,
+            "TEACHER_WEIGHTS": weights,
+        },
+    }
+    return _text(header, tree)
+
+
+def advise(facts: ImageFacts, plan: Plan, guide: Path, student: Path) -> list[str]:
+    """Return lines about the plan, and the commands to run next."""
+    total = plan.guide.minutes + plan.student.minutes
+    run = f"python {shlex.quote(_script())} --mode"
+    one, two = shlex.quote(str(guide)), shlex.quote(str(student))
+    lines = ["", "file, and its training on this machine:"]
+    for path, length in ((guide, plan.guide), (student, plan.student)):
+        recipe = "strong" if length.strong else "plain"
+        lines.append(
+            f"  {path}: {length.epochs} epochs of {length.steps} steps of {plan.batch_size} "
+            f"images, {recipe} augmentation, about {length.minutes:.0f} min"
+        )
+    image = next((facts.root / split for split in ("test", "val") if split in facts.splits), None)
+    lines += [
+        "",
+        f"Train both (about {total:.0f} min; --plain adds the model without guidance):",
+        f"  {run} pipeline --cfg {two}",
+        "or one after the other, checking the data first:",
+        f"  {run} doctor --cfg {one}",
+        f"  {run} train --cfg {one}",
+        f"  {run} train --cfg {two}",
+        f"  {run} predict --images {shlex.quote(str(image or facts.root))} TEST.WEIGHTS "
+        f"work_dirs/{shlex.quote(student.stem)}/model.pyth",
+    ]
+    return lines
+
+
+def _size_opts(source: str, size: int) -> list[str]:
+    """Return the overrides for a side in pixels; models of one stage get patches to match."""
+    opts = ["MODEL.IMG_SIZE", str(size)]
+    is_plain = load_config(source).MODEL.TYPE in ("DeiT", "ConViT")
+    return [*opts, "TRANSFORMER.PATCH_SIZE", str(PATCHES[size])] if is_plain else opts
+
+
+def _header(facts: ImageFacts, length: Length, plan: Plan, path: Path) -> list[str]:
+    low, high = min(facts.sizes), max(facts.sizes)
+    names = ", ".join(facts.class_names)
+    return [
+        f"  python run_net.py --mode train --cfg {path}",
+        f"{len(facts.class_names)} classes, {low:,} to {high:,} training images each: {names}",
+        f"About {length.minutes:.0f} minutes on the machine where --mode init wrote this: "
+        f"{length.epochs} epochs of {length.steps} steps of {plan.batch_size} images.",
+    ]
+
+
+def _data(facts: ImageFacts, length: Length, plan: Plan) -> dict[str, dict[str, object]]:
+    """Return the sections that guide and student share."""
+    train: dict[str, object] = {
+        "DATASET": "image_folder",
+        "BATCH_SIZE": plan.batch_size,
+        "STRONG_AUGMENTATION": length.strong,
+        "HFLIP": 0.0 if facts.are_symbols else 0.5,
+    }
+    if facts.val_fraction:
+        train["VAL_FRACTION"] = facts.val_fraction
+    if facts.is_imbalanced:
+        train["BALANCE"] = "weights"
+    return {
+        "TRAIN": train,
+        "TEST": {"SPLIT": "test", "PERIOD": length.test_period},
+        "DATA_LOADER": {"ROOT": str(facts.root)},
+    }
+
+
+def _text(header: list[str], tree: dict[str, object]) -> str:
+    """Return a config: comments, and one line a section."""
+    lines = [
+        f"# {part}"
+        for line in header
+        for part in textwrap.wrap(line, 110, drop_whitespace=False, break_long_words=False) or [""]
+    ]
+    for key, value in tree.items():
+        flow = yaml.safe_dump(value, default_flow_style=True, sort_keys=False, width=1000)
+        lines.append(f"{key}: {flow.strip()}")
+    return "\n".join(lines) + "\n"
+
+
+def _write(path: Path, text: str) -> None:
+    """Write a config, unless it exists with other content."""
+    if path.exists() and path.read_text(encoding="utf-8") != text:
+        raise ConfigError(
+            f"{path} exists and differs, perhaps because you changed it: remove it, or give "
+            "another folder with --out."
+        )
+    write_atomically(path, lambda file: file.write(text.encode()))
+
+
+def _script() -> str:
+    """Return the path of run_net.py as a command that is started here names it."""
+    return sys.argv[0] if os.path.basename(sys.argv[0]) == "run_net.py" else "run_net.py"

@@ -1,0 +1,220 @@
+"""`--mode pipeline`: train the guide of a config and the student, and compare them in one table.
+
+Each model trains in a folder whose name ends with a hash of its images and its settings, so a guide
+is trained once for all students, and changed data or settings never meet an old result.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from scipy.stats import binomtest
+from yacs.config import CfgNode
+
+from lg.builders import build_model, fetch_data
+from lg.config import flatten, load_config
+from lg.config.defaults import DEFAULT_VALUES, FREE_ON_RESUME
+from lg.datasets.base import fingerprint
+from lg.distributed import World
+from lg.errors import ConfigError
+from lg.files.atomic import write_atomically
+from lg.logs.log import read_json_lines
+from lg.paths import project_folder
+from lg.tools.seeds import read_result
+
+_GUIDE_MODEL = ("CNN.", "RESNET.")
+# Overrides of these keys and sections apply to the guide as well.
+_SHARED = (
+    *("DATA_LOADER.", "DEVICE", "RNG_SEED", "NUM_GPUS", "TRAIN.DATASET", "TRAIN.FRACTION"),
+    *("TRAIN.VAL_FRACTION", "TEST.", "MODEL.NUM_CLASSES", "LOG_", "VERBOSE", "DIST_BACKEND"),
+    *_GUIDE_MODEL,
+)
+# Keys that do not change what a training learns, beside those that may change when it resumes.
+_PLACES = ("DATA_LOADER.", "DISTILLATION.TEACHER_WEIGHTS", "DEVICE", "DIST_BACKEND")
+_DONE = "pipeline.json"  # in the folder of a finished training
+
+
+@dataclass(frozen=True)
+class Part:
+    """One training of the pipeline.
+
+    Attributes:
+        name: guide, plain or guided.
+        path: Its config.
+        opts: Overrides, without OUT_DIR.
+        folder: Of its result.
+    """
+
+    name: str
+    path: str
+    opts: list[str]
+    folder: str
+
+
+def pipeline(
+    path: str | None,
+    opts: Sequence[str],
+    guide: str | None,
+    plain: bool,
+    train: Callable[[CfgNode], None],
+) -> None:
+    """Train the guide, the plain student if asked for, and the guided student; print a table.
+
+    Finished trainings are read, and interrupted ones resumed.
+
+    Args:
+        path: The config of the guided student.
+        opts: Overrides of the student; those of data, device and seed apply to all. OUT_DIR is the
+            folder in which the folders of the trainings are made.
+        guide: The config of the guide; None: the one whose OUT_DIR holds TEACHER_WEIGHTS.
+        plain: Whether the student is also trained without guidance.
+        train: Trains a config.
+
+    Raises:
+        ConfigError: There is no student or no guide, or the runs would not run here.
+    """
+    if path is None:
+        raise ConfigError("--cfg is missing: give the config of a guided model.")
+    cfg = load_config(path, opts)
+    _check(cfg, path)
+    guide_path = guide or find_guide(path, cfg.DISTILLATION.TEACHER_WEIGHTS)
+    pairs = [pair for pair in zip(opts[::2], opts[1::2], strict=True) if pair[0] != "OUT_DIR"]
+    shared = [part for pair in pairs if pair[0].startswith(_SHARED) for part in pair]
+    own = [part for pair in pairs for part in pair]
+    of_guide = ("DISTILLATION.", *_GUIDE_MODEL)
+    bare = [part for pair in pairs if not pair[0].startswith(of_guide) for part in pair]
+    parent = cfg.OUT_DIR if "OUT_DIR" in opts[::2] else os.path.dirname(cfg.OUT_DIR)
+    first = _part("guide", guide_path, shared, parent)
+    guided = ["DISTILLATION.TEACHER_WEIGHTS", os.path.join(first.folder, "model.pyth")]
+    parts = [first]
+    if plain:
+        off = ["DISTILLATION.ENABLE_INTER", "False", "DISTILLATION.ENABLE_LOGIT", "False"]
+        parts.append(_part("plain", path, [*bare, *off], parent, suffix="_plain"))
+    parts.append(_part("guided", path, [*own, *guided], parent, suffix="", basis=first.folder))
+    results = {part.name: run_part(part, train) for part in parts}
+    lines = table(results)
+    print("\n".join(["", *lines]))
+    target = os.path.join(parent, f"{Path(path).stem}_pipeline.json")
+    content = json.dumps(results, indent=1).encode()
+    write_atomically(target, lambda file: file.write(content))
+
+
+def find_guide(path: str, weights: str | None) -> str:
+    """Return the config of the guide: named like the folder of its weights, beside the student's
+    config or among the configs of the project.
+
+    Raises:
+        ConfigError: There is none.
+    """
+    name = f"{Path(weights or '').parent.name}.yaml"
+    beside = Path(path).with_name(name)
+    own = sorted((project_folder() / "configs").glob(f"*/{name}"))
+    for found in (beside, *own):
+        if weights and found.is_file():
+            return str(found)
+    raise ConfigError(
+        f"DISTILLATION.TEACHER_WEIGHTS of {path} is {weights!r}, and there is no config {name} "
+        "beside it: give that of the guide with --guide."
+    )
+
+
+def _check(cfg: CfgNode, path: str) -> None:
+    """Reject configs without a guide, and runs that would not follow each other here."""
+    options = cfg.DISTILLATION
+    if not (options.ENABLE_INTER or options.ENABLE_LOGIT):
+        raise ConfigError(
+            f"{path} is not guided: give the config of a guided model (--plain adds "
+            "the model without guidance)."
+        )
+    if options.OFFLINE:
+        raise ConfigError(
+            f"DISTILLATION.OFFLINE is True in {path}, but stored features belong to one guide: "
+            "give the config without it."
+        )
+    if cfg.LAUNCH.MODE != "local" or "RANK" in os.environ:
+        raise ConfigError(
+            "--mode pipeline trains one model after the other on this machine: set LAUNCH.MODE "
+            "local and NUM_GPUS instead of a cluster job or torchrun."
+        )
+
+
+def _part(
+    name: str, path: str, opts: list[str], parent: str, *, suffix: str = "", basis: str = ""
+) -> Part:
+    """Return a training, in a folder that is named after what it learns."""
+    cfg = load_config(path, opts)
+    ident = settings_hash(cfg, basis)[:8]
+    return Part(name, path, opts, os.path.join(parent, f"{Path(path).stem}{suffix}-{ident}"))
+
+
+def settings_hash(cfg: CfgNode, basis: str = "") -> str:
+    """Return a SHA-256 of the images of a training and of all settings that change its result.
+
+    Args:
+        cfg: The config.
+        basis: What else it depends on: the name of its guide's folder.
+    """
+    skipped = (*FREE_ON_RESUME, *_PLACES)
+    settings = {
+        key: value
+        for key, value in flatten(cfg)
+        if not key.startswith(skipped) and value != DEFAULT_VALUES[key]
+    }
+    images = []
+    for dataset in filter(None, fetch_data(cfg, World())):
+        files = [dataset.describe(index) for index in range(len(dataset))]
+        for file in filter(os.path.isfile, files):
+            images.append([os.path.relpath(file, cfg.DATA_LOADER.ROOT), os.path.getsize(file)])
+        images.append([dataset.indices.tolist(), fingerprint(dataset)])
+    text = json.dumps([settings, images, os.path.basename(basis)], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def run_part(part: Part, train: Callable[[CfgNode], None]) -> dict[str, Any]:
+    """Train one model, unless its folder has the result, and return the result."""
+    done = Path(part.folder, _DONE)
+    if done.is_file():
+        print(f"The {part.name} model is finished: {part.folder}", flush=True)
+        return json.loads(done.read_text(encoding="utf-8"))
+    print(f"Training the {part.name} model: {part.folder}", flush=True)
+    cfg = load_config(part.path, [*part.opts, "OUT_DIR", part.folder])
+    train(cfg)
+    log = read_json_lines(os.path.join(part.folder, "log.txt"))
+    seconds = sum(line["time_epoch"] for line in log if "time_epoch" in line)
+    model = build_model(cfg, pretrained=False)
+    data = fetch_data(cfg, World())
+    found = read_result(part.folder, validated=cfg.TRAIN.VAL_FRACTION > 0)
+    result = {
+        "folder": part.folder,
+        "model": cfg.MODEL.TYPE if cfg.MODEL.TYPE != "ResNet" else f"ResNet-{cfg.CNN.DEPTH}",
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "count": len(data.final or data.test),
+        "minutes": round(seconds / 60, 2),
+        **found,
+    }
+    write_atomically(done, lambda file: file.write(json.dumps(result, indent=1).encode()))
+    return result
+
+
+def table(results: dict[str, dict[str, Any]]) -> list[str]:
+    """Return the lines of the table: one row a model, with the 95 % interval of its top-1."""
+    last = list(results.values())[-1]
+    lines = [
+        f"{last['split']}, {last['count']:,} images, {last['choice']}",
+        f"{'':<24}{'top-1':>9}  {'95 % interval':<16}{'parameters':>12}{'minutes':>9}",
+    ]
+    for name, result in results.items():
+        hits = round(result["count"] * (1 - result["top1_err"] / 100))
+        interval = binomtest(hits, result["count"]).proportion_ci(method="wilson")
+        shown = f"{100 * interval.low:.1f} to {100 * interval.high:.1f} %"
+        lines.append(
+            f"{result['model'] + ', ' + name:<24}{100 - result['top1_err']:>7.2f} %  {shown:<16}"
+            f"{result['parameters']:>12,}{result['minutes']:>9.1f}"
+        )
+    return lines

@@ -1,0 +1,156 @@
+"""`--mode pipeline`: guide, plain and guided student in one go."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import lg
+import run_net
+from lg import trainer
+from lg.errors import ConfigError
+from lg.tools import pipeline
+from tests.test_trainer import TINY
+
+CONFIG = "configs/digits/vit_digits_ours.yaml"
+
+
+def opts(**changes: Any) -> list[str]:
+    keys = ("TRAIN.FRACTION", "DATA_LOADER.NUM_WORKERS", "DEVICE", "LOG_PERIOD")
+    values = {key: TINY[key] for key in keys if key in TINY}
+    values |= {"TRAIN.FRACTION": 0.1, "LOG_PICTURES": False, "VERBOSE": False}
+    values |= {"DEVICE": "cpu", "DATA_LOADER.NUM_WORKERS": 0}
+    values |= {key.replace("__", "."): value for key, value in changes.items()}
+    return [str(part) for pair in values.items() for part in pair]
+
+
+@pytest.fixture(name="guide")
+def guide_fixture(tmp_path: Path) -> str:
+    """A guide of one epoch."""
+    path = tmp_path / "g.yaml"
+    path.write_text("_BASE_: configs/digits/r-8_digits.yaml\nOPTIM: {MAX_EPOCH: 1}")
+    return str(path)
+
+
+def count_steps(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    steps, train_step = [], trainer.train_step
+    monkeypatch.setattr(
+        trainer, "train_step", lambda *a, **k: steps.append(1) or train_step(*a, **k)
+    )
+    return steps
+
+
+def test_three_models_are_trained_once_and_compared(
+    tmp_path: Path,
+    guide: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    steps = count_steps(monkeypatch)
+    words = ["run_net.py", "--mode", "pipeline", "--guide", guide, "--plain", "--cfg", CONFIG]
+    student = {"OPTIM__MAX_EPOCH": 1, "OPTIM__WARMUP_EPOCHS": 0}
+    more = opts(**student, TRAIN__BATCH_SIZE=60, OUT_DIR=tmp_path / "out")
+    monkeypatch.setattr(sys, "argv", [*words, *more])
+    run_net.main()
+    assert len(steps) == 1 + 2 * 2  # of 120 images: batches of 100 for the guide, else of 60
+    found = json.loads((tmp_path / "out/vit_digits_ours_pipeline.json").read_text())
+    assert list(found) == ["guide", "plain", "guided"]
+    assert [found[k]["parameters"] for k in found] == [78_042, 678_634, 678_634]
+    for name, result in found.items():
+        folder = Path(result["folder"])
+        assert folder.parent == tmp_path / "out" and (folder / "model.pyth").is_file()
+        assert result["count"] == 597 and result["split"] == "digits/test"
+        cfg = lg.load_config(folder / "config.yaml")
+        assert cfg.DISTILLATION.ENABLE_INTER is (name == "guided")
+    weights = Path(found["guide"]["folder"], "model.pyth")
+    assert Path(cfg.DISTILLATION.TEACHER_WEIGHTS) == weights
+    rows = capsys.readouterr().out.splitlines()[-4:]
+    assert "top-1" in rows[0] and "95 % interval" in rows[0]
+    assert [row.split("  ")[0] for row in rows[1:]] == [
+        "ResNet-8, guide",
+        "DeiT, plain",
+        "DeiT, guided",
+    ]
+    assert f"{100 - found['guided']['top1_err']:.2f} %" in rows[3] and "678,634" in rows[3]
+    # Nothing is trained again, and another student shares the guide.
+    run_net.main()
+    assert len(steps) == 5
+    assert "The guide model is finished" in capsys.readouterr().out
+    monkeypatch.setattr(sys, "argv", [*words, *more, "DISTILLATION.INTER_WEIGHT", "1"])
+    run_net.main()
+    assert len(steps) == 5 + 2
+
+
+def test_an_interrupted_pipeline_goes_on(
+    tmp_path: Path, guide: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done: list[str] = []
+
+    def train(cfg: Any) -> None:
+        if len(done) == 1:
+            done.append("stopped")
+            raise KeyboardInterrupt
+        done.append(cfg.OUT_DIR)
+        trainer.train(cfg)
+
+    more = opts(OPTIM__MAX_EPOCH=1, OPTIM__WARMUP_EPOCHS=0, OUT_DIR=tmp_path)
+    with pytest.raises(KeyboardInterrupt):
+        pipeline.pipeline(CONFIG, more, guide, False, train)
+    pipeline.pipeline(CONFIG, more, guide, False, train)
+    assert "g-" in done[0] and "vit_digits_ours-" in done[2] and len(done) == 3
+
+
+def test_the_hash_follows_images_and_settings_but_not_places(tmp_path: Path) -> None:
+    root = tmp_path / "photos"
+    for name in ("train/a", "train/b", "test/a", "test/b"):
+        (root / name).mkdir(parents=True)
+        for number in range(3):
+            pixels = np.full((8, 8, 3), 40 * number, np.uint8)
+            Image.fromarray(pixels).save(root / name / f"{number}.png")
+
+    def ident(place: Path, *more: str) -> str:
+        data = ["TRAIN.DATASET", "image_folder", "TEST.DATASET", "", "DATA_LOADER.ROOT", str(place)]
+        sizes = ["MODEL.NUM_CLASSES", "2", "TRAIN.BATCH_SIZE", "2", "TRAIN.FRACTION", "1.0"]
+        cfg = lg.load_config("configs/digits/r-8_digits.yaml", [*data, *sizes, *more])
+        return pipeline.settings_hash(cfg)
+
+    first = ident(root)
+    assert first == ident(root, "OUT_DIR", "x", "DEVICE", "cpu", "LOG_PERIOD", "3")
+    shutil.copytree(root, tmp_path / "moved")
+    assert first == ident(tmp_path / "moved")
+    assert first != ident(root, "OPTIM.BASE_LR", "0.01")
+    (root / "train/a/1.png").rename(root / "train/a/9.png")
+    assert first != ident(root)
+
+
+def test_the_guide_is_found_by_the_name_of_its_weights(tmp_path: Path) -> None:
+    found = pipeline.find_guide(CONFIG, "work_dirs/r-8_digits/model.pyth")
+    assert Path(found).samefile("configs/digits/r-8_digits.yaml")
+    (tmp_path / "mine.yaml").touch()
+    student = str(tmp_path / "student.yaml")
+    assert pipeline.find_guide(student, "x/mine/model.pyth") == str(tmp_path / "mine.yaml")
+    for weights in ("x/none/model.pyth", None):
+        with pytest.raises(ConfigError, match="of the guide with --guide"):
+            pipeline.find_guide(student, weights)
+
+
+@pytest.mark.parametrize(
+    ("config", "more", "message"),
+    [
+        (None, [], "--cfg is missing"),
+        ("configs/digits/vit_digits_base.yaml", [], "is not guided"),
+        ("configs/digits/vit_digits_ours_offline.yaml", [], "give the config without it"),
+        (CONFIG, ["LAUNCH.MODE", "slurm"], "set LAUNCH.MODE local"),
+    ],
+)
+def test_what_cannot_run_is_rejected(config: str | None, more: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        pipeline.pipeline(config, more, None, False, trainer.train)

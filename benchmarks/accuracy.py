@@ -9,7 +9,8 @@ python benchmarks/accuracy.py --check    # exit with 1 if the tables differ from
 differ from the defaults, tests, parameters, hours, commit and hardware (of the machine that runs
 `--add`, so run it where the model was trained). docs/evidence/tables.yaml lists the rows of each
 table and the runs of each row. A table stands in docs/results.md between `<!-- table NAME -->` and
-`<!-- end NAME -->`.
+`<!-- end NAME -->`. An entry with `images` and `series` is a learning curve: a table of top-1 over
+the number of training images, plotted as docs/NAME.png.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import yaml
@@ -28,6 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks.report import make_parser
 from lg.config.defaults import DEFAULT_VALUES, flatten
 from lg.logs.log import read_json_lines
+from lg.logs.plots import draw_lines, save_figure
 from lg.tools.seeds import interval
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -131,7 +134,35 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
 
 
-def fill(text: str, tables: dict[str, list[dict[str, Any]]]) -> str:
+def last_accuracies(names: list[str]) -> list[float]:
+    """Return the top-1 accuracy of runs in their last test, in percent."""
+    runs = [json.loads((EVIDENCE / name / "run.json").read_text()) for name in names]
+    return [100 - run["tests"][-1]["top1_err"] for run in runs]
+
+
+def curve_table(entry: dict[str, Any]) -> str:
+    """Return a learning curve as a Markdown table: a row per series, a column per set size."""
+    head = ["top-1, %, of training images:", *(f"{count:,}" for count in entry["images"])]
+    lines = [head, ["---"] * len(head)]
+    for label, points in entry["series"].items():
+        lines.append([label, *(spread(last_accuracies(names)) for names in points)])
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+
+
+def draw_curve(figure: Any, entry: dict[str, Any]) -> None:
+    """Draw a learning curve."""
+    axes = figure.subplots()
+    series = {
+        label: (entry["images"], [fmean(last_accuracies(names)) for names in points])
+        for label, points in entry["series"].items()
+    }
+    draw_lines(axes, series, title="top-1 on the test set, %", xlabel="training images")
+    axes.set_xscale("log")
+    axes.set_xticks(entry["images"], [f"{count:,}" for count in entry["images"]], minor=False)
+    axes.set_xticks([], minor=True)
+
+
+def fill(text: str, tables: dict[str, Any]) -> str:
     """Return a page with each table between its two marks replaced.
 
     Raises:
@@ -142,7 +173,8 @@ def fill(text: str, tables: dict[str, list[dict[str, Any]]]) -> str:
         if start not in text or end not in text:
             raise ValueError(f"docs/results.md lacks the marks of table {name!r}.")
         before, rest = text.split(start, 1)
-        text = before + start + table(rows) + end + rest.split(end, 1)[1]
+        lines = table(rows) if isinstance(rows, list) else curve_table(rows)
+        text = before + start + lines + end + rest.split(end, 1)[1]
     return text
 
 
@@ -163,6 +195,11 @@ def main() -> None:
         sys.exit("docs/results.md differs from docs/evidence: run python benchmarks/accuracy.py")
     if filled != page:
         RESULTS.write_text(filled, encoding="utf-8")
+    curves = {name: entry for name, entry in tables.items() if isinstance(entry, dict)}
+    if not args.check:
+        for name, entry in curves.items():
+            with (ROOT / "docs" / f"{name}.png").open("wb") as stream:
+                save_figure(stream, 6, 3.6, draw_curve, entry, format="png", dpi=110)
 
 
 if __name__ == "__main__":

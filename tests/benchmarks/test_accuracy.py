@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from matplotlib.figure import Figure
 
 from benchmarks import accuracy
 
@@ -52,6 +53,18 @@ def test_table_gives_mean_and_student_interval(evidence):
     assert lines[2] == "| plain | 1.50 M | 0.25 | 2 | 1 | 60.0 |  |  | 1.0 |"
     # Student t at 97.5 % with one degree of freedom is 12.706; the standard error is 1.
     assert lines[3] == "| guided | 1.50 M | 0.25 | 2 | 2 | 61.0 ± 12.7 |  |  | 1.0 |"
+
+
+def test_learning_curve_as_table_and_plot(evidence):
+    series = {"plain": [["one"], ["one"]], "guided": [["one", "two"], ["two"]]}
+    entry = {"images": [102, 2040], "series": series}
+    lines = accuracy.curve_table(entry).splitlines()
+    assert lines[0] == "| top-1, %, of training images: | 102 | 2,040 |"
+    assert lines[2:] == ["| plain | 60.0 | 60.0 |", "| guided | 61.0 ± 12.7 | 62.0 |"]
+    figure = Figure()
+    accuracy.draw_curve(figure, entry)
+    drawn = {line.get_label(): list(line.get_ydata()) for line in figure.axes[0].get_lines()}
+    assert drawn == {"plain": [60.0, 60.0], "guided": [61.0, 62.0]}
 
 
 def test_fill_replaces_a_table_and_needs_its_marks(evidence):

@@ -12,6 +12,7 @@ python run_net.py --mode info  --cfg configs/pvt/pvt-ti_c100_ours.yaml
 python run_net.py --mode doctor --cfg configs/digits/vit_digits_ours.yaml
 python run_net.py --mode init --data my_images
 python run_net.py --mode pipeline --plain --cfg configs/digits/vit_digits_ours.yaml
+python run_net.py --mode report work_dirs/vit_digits_base work_dirs/vit_digits_ours
 """
 
 from __future__ import annotations
@@ -40,7 +41,8 @@ class Mode(NamedTuple):
         function: MODULE:FUNCTION that runs it.
         config: loaded: --cfg is required, and the function gets the config that it describes;
             path: --cfg is optional, and the function gets its path (None without it) and the
-            KEY VALUE list; none: the mode takes neither.
+            KEY VALUE list; overrides: it gets the KEY VALUE list as `opts`; none: the mode takes
+            neither.
         arguments: Declares the arguments of this mode alone, which the function gets by keyword.
         launched: Whether NUM_GPUS processes run it; needs a loaded config.
         trains: Whether the function also gets `train`, a picklable function that trains a config.
@@ -49,7 +51,7 @@ class Mode(NamedTuple):
 
     help: str
     function: str
-    config: Literal["loaded", "path", "none"] = "loaded"
+    config: Literal["loaded", "path", "overrides", "none"] = "loaded"
     arguments: Callable[[argparse.ArgumentParser], Any] = lambda parser: None
     launched: bool = False
     trains: bool = False
@@ -63,6 +65,13 @@ def _predict(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", metavar="FILE", help="write a .csv file or .jsonl lines")
     parser.add_argument("--top", type=int, default=3, help="classes to show (default 3)")
     parser.add_argument("--flip", action="store_true", help="average with the mirrored image")
+
+
+def _report(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("out_dirs", nargs="+", metavar="OUT_DIR", help="folders of runs")
+    parser.add_argument(
+        "--out", metavar="FILE", help="the page to write (default: report.html in the first folder)"
+    )
 
 
 def _pattern(parser: argparse.ArgumentParser) -> None:
@@ -162,6 +171,12 @@ MODES = {
         config="none",
         arguments=_pattern,
     ),
+    "report": Mode(
+        "write one HTML file about runs: curves, mistakes, calibration, attention, cost",
+        "lg.tools.report:report",
+        config="overrides",
+        arguments=_report,
+    ),
     "doctor": Mode(
         "check images, labels, guide, memory and disk before training", "lg.tools.doctor:doctor"
     ),
@@ -187,8 +202,11 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = _parser(f"run_net.py --mode {name}", description=mode.help)
     mode.arguments(parser)
     end = len(words)
-    if mode.config != "none":
+    if mode.config == "overrides":
+        parser.set_defaults(cfg=None, opts=[])
+    elif mode.config != "none":
         _add_config(parser, required=mode.config == "loaded" and not mode.from_weights)
+    if mode.config != "none":
         # Found here because an argument that takes several values would take the overrides too.
         is_key = (bool(_KEY.fullmatch(w)) and not os.path.exists(w) for w in words)
         end = next((i for i, found in enumerate(is_key) if found), end)
@@ -315,7 +333,9 @@ def dispatch(mode: str, cfg: str | None, opts: Sequence[str], **arguments: Any) 
     if takes == "loaded":
         start(mode, load_config(cfg, opts) if cfg else _config_of_weights(opts), **arguments)
         return
-    more = {"train": train} if MODES[mode].trains else {}
+    more: dict[str, Any] = {"train": train} if MODES[mode].trains else {}
+    if takes == "overrides":
+        more["opts"] = opts
     _function(mode)(*((cfg, opts) if takes == "path" else ()), **arguments, **more)
 
 

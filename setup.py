@@ -27,16 +27,20 @@ setup(
     long_description_content_type="text/markdown",
     license="MIT",
     packages=find_packages(include=["lg", "lg.*"]),
-    package_data={"lg": ["py.typed"]},  # type checkers read the annotations of installed packages
+    # Type checkers read the annotations of installed packages.
+    package_data={"lg": ["py.typed", "tools/report/style.css"]},
     py_modules=["run_net", "precompute_feature"],  # for `python -m run_net`
     cmdclass={"build_py": WithConfigs},
     python_requires=">=3.10,<3.14",
     install_requires=(HERE / "requirements.txt").read_text(encoding="utf-8").split(),
     extras_require={
+        "report": ["cleanlab>=2.7,<3", "grad-cam>=1.5.4,<2"],
         "slurm": ["submitit>=1.5,<2"],
         "docs": ["mkdocs>=1.6,<2", "mkdocs-material>=9.6,<10"],
         "sweep": ["optuna>=5,<6"],
         "dev": [
+            "cleanlab>=2.7,<3",
+            "grad-cam>=1.5.4,<2",
             "mkdocs>=1.6,<2",
             "mkdocs-material>=9.6,<10",
             "mypy>=1.11,<3",

@@ -22,6 +22,7 @@ def test_an_installation_is_typed_and_a_source_distribution_can_be_installed(
     subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
     assert (tmp_path / "lib/lg/py.typed").is_file()
     assert (tmp_path / "lib/lg/tools/doctor/checkup.py").is_file()
+    assert (tmp_path / "lib/lg/tools/report/style.css").is_file()
     sources = (tmp_path / "lg.egg-info/SOURCES.txt").read_text().splitlines()
     # setup.py reads the first two.
     assert {"README.md", "requirements.txt", "lg/py.typed", "CITATION.cff"} < set(sources)

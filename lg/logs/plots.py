@@ -32,6 +32,7 @@ _RC: Any = {  # any: mypy would want a literal type of every key
     "xtick.color": INK,
     "ytick.color": INK,
     "legend.frameon": False,
+    "svg.fonttype": "none",  # text stays text
     "text.parse_math": False,  # class names may have dollar signs
 }
 
@@ -91,7 +92,11 @@ def draw_curves(figure: Figure, panels: Mapping[str, Series]) -> None:
 
 
 def draw_confusion(
-    figure: Figure, confusion: np.ndarray, names: Sequence[str], title: str = ""
+    figure: Figure,
+    confusion: np.ndarray,
+    names: Sequence[str],
+    title: str = "",
+    colors: Any = "Blues",
 ) -> None:
     """Draw a confusion matrix: rows are labels, colours the share of the label's images.
 
@@ -100,10 +105,11 @@ def draw_confusion(
         confusion: [K, K], counts.
         names: K class names; shown with the counts up to READABLE_CLASSES classes.
         title: Above the matrix.
+        colors: Colormap of matplotlib.
     """
     axes = figure.subplots()
     shares = confusion / np.maximum(confusion.sum(axis=1, keepdims=True), 1)
-    image = axes.imshow(100 * shares, cmap="Blues", vmin=0, vmax=100, interpolation="nearest")
+    image = axes.imshow(100 * shares, cmap=colors, vmin=0, vmax=100, interpolation="nearest")
     axes.grid(visible=False)
     axes.set(xlabel="predicted class", ylabel="label")
     axes.set_title(title, loc="left")

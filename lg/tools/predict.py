@@ -23,6 +23,7 @@ from lg.augment.batched import BatchTestTransform
 from lg.augment.preprocessing import Preprocessing
 from lg.checkpoint import load_weights
 from lg.config import load_trained_config
+from lg.datasets.base import ImageDataset
 from lg.datasets.cached_loader import CachedTestLoader
 from lg.datasets.image import open_rgb, to_rgb
 from lg.datasets.image_folder import SUFFIXES
@@ -186,7 +187,6 @@ def build_predictor(cfg: CfgNode, *, flip: bool = False) -> Predictor:
     )
 
 
-@torch.no_grad()
 def evaluate(cfg: CfgNode) -> Predictions:
     """Return what TEST.WEIGHTS predicts for the images that `--mode test` tests, in this process.
 
@@ -194,7 +194,14 @@ def evaluate(cfg: CfgNode) -> Predictions:
         ConfigError: There are no weights.
         DataError: The images cannot be read, or have classes that the model does not know.
     """
-    model, dataset, device = trainer.load_tested(cfg, World())
+    return evaluate_loaded(cfg, *trainer.load_tested(cfg, World()))
+
+
+@torch.no_grad()
+def evaluate_loaded(
+    cfg: CfgNode, model: nn.Module, dataset: ImageDataset, device: torch.device
+) -> Predictions:
+    """Return what a model, on its device and left in evaluation mode, predicts for a set."""
     precision = builders.build_precision(cfg, device)
     loader = builders.build_test_loader(cfg, dataset, World(), device)
     model.eval()

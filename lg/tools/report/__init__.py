@@ -1,0 +1,5 @@
+"""`--mode report`: one HTML file about one or several runs."""
+
+from lg.tools.report.report import report
+
+__all__ = ["report"]

@@ -1,0 +1,46 @@
+"""Class activation maps (Grad-CAM, arXiv 1610.02391): which places speak for the predicted class.
+
+Shapes: B images, S image side in pixels.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from lg.models.backbone import Backbone
+
+
+def class_activation(model: Backbone, images: Tensor) -> tuple[int, Tensor] | None:
+    """Return Grad-CAM of the predicted classes at the last block whose map decides about them.
+
+    Where a class token is classified, the map of the last block has no part in it.
+
+    Args:
+        model: In evaluation mode.
+        images: [B, C, S, S], on the model's device.
+
+    Returns:
+        (block, [B, S, S], each map from 0 to 1), or None if no map decides.
+
+    Raises:
+        ImportError: pytorch-grad-cam is not installed.
+    """
+    from pytorch_grad_cam import GradCAM  # an extra
+    from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
+
+    with torch.no_grad():
+        predicted = model(images).argmax(dim=1).tolist()
+    targets = [ClassifierOutputTarget(label) for label in predicted]
+    for index in reversed(range(len(model.blocks))):
+        layout = model.layouts[index]
+        if layout.item is not None:  # the package reads single outputs
+            continue
+        reshape = partial(model.to_map, index)
+        with GradCAM(model, [model.blocks[index]], reshape_transform=reshape) as explain:
+            maps = torch.from_numpy(explain(images.clone(), targets))
+        if bool((maps.amax(dim=(1, 2)) > 0).any()):
+            return index, maps
+    return None

@@ -1,0 +1,150 @@
+"""Where attention goes: its mean distance in each block and head, and its map for an image.
+
+Shapes: B images, M heads, Q queries, K keys, P prefix tokens, H x W map, S image side in pixels.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lg.models.attention import attention_maps
+from lg.models.backbone import Backbone
+from lg.models.taps import FeatureTaps
+
+_BATCH = 8  # images at once; attention weights are large
+
+
+@dataclass(frozen=True)
+class SpatialAttention:
+    """The attention of one block between places of the image.
+
+    Attributes:
+        weights: [B, M, P + H * W, P + h * w]; rows sum to 1. Keys may lie on a coarser grid.
+        prefix: P, class and similar tokens.
+        size: H and W.
+        key_size: h and w.
+    """
+
+    weights: Tensor
+    prefix: int
+    size: tuple[int, int]
+    key_size: tuple[int, int]
+
+
+def spatial_attention(model: Backbone, images: Tensor, index: int) -> SpatialAttention | None:
+    """Return the attention of a block; None if it is not between places of the image.
+
+    That is so for convolutions, attention inside windows, and attention between channels.
+
+    Args:
+        model: The model.
+        images: [B, C, S, S].
+        index: Block, as INTER_STUDENT_INDEX counts.
+    """
+    try:
+        weights = attention_maps(model, images, index).float()
+    except ValueError:
+        return None
+    with torch.no_grad(), FeatureTaps(model, [index]) as taps:
+        model(images)
+        height, width = taps.maps()[0].shape[-2:]
+    prefix = weights.shape[2] - height * width
+    if len(weights) != len(images) or prefix not in (0, 1, model.layouts[index].prefix):
+        return None
+    num_keys = weights.shape[3] - prefix
+    # Keys lie on the same grid or on one that is coarser by a whole factor.
+    factor = math.isqrt(height * width // num_keys) if num_keys > 0 else 0
+    key_size = (-(-height // factor), -(-width // factor)) if factor else (0, 0)
+    if not num_keys or key_size[0] * key_size[1] != num_keys:
+        return None
+    return SpatialAttention(weights, prefix, (height, width), key_size)
+
+
+def distances(size: tuple[int, int], key_size: tuple[int, int], image_size: int) -> Tensor:
+    """Return the distances in pixels between the centres of queries and keys, [H * W, h * w]."""
+    return torch.cdist(_centres(size, image_size), _centres(key_size, image_size))
+
+
+def _centres(size: tuple[int, int], image_size: int) -> Tensor:
+    axes = ((torch.arange(count) + 0.5) * image_size / count for count in size)
+    return torch.cartesian_prod(*axes).reshape(-1, 2)
+
+
+def mean_distances(attention: SpatialAttention, image_size: int) -> Tensor:
+    """Return the mean distance in pixels between query and key for each head, [M].
+
+    Keys count with their attention weights; prefix tokens, which have no place, are left out.
+    """
+    places = attention.weights[:, :, attention.prefix :, attention.prefix :]
+    places = places / places.sum(dim=-1, keepdim=True).clamp_min(1e-12)
+    far = distances(attention.size, attention.key_size, image_size).to(places.device)
+    return (places * far).sum(dim=-1).mean(dim=(0, 2)).cpu()
+
+
+@dataclass(frozen=True)
+class BlockDistance:
+    """The mean attention distance of a block.
+
+    Attributes:
+        block: Number of the block.
+        heads: Mean distance of each head in pixels.
+        uniform: What it would be if every query attended to all keys alike, pixels.
+    """
+
+    block: int
+    heads: list[float]
+    uniform: float
+
+    @property
+    def mean(self) -> float:
+        """Mean over heads in pixels."""
+        return sum(self.heads) / len(self.heads)
+
+
+def block_distances(model: Backbone, images: Tensor) -> list[BlockDistance]:
+    """Return the mean attention distance of each block that attends to places.
+
+    Args:
+        model: In evaluation mode.
+        images: [B, C, S, S], on the model's device.
+    """
+    size = images.shape[-1]
+    found = []
+    for index in range(len(model.blocks)):
+        parts = [spatial_attention(model, part, index) for part in images.split(_BATCH)]
+        known = [part for part in parts if part is not None]
+        if len(known) < len(parts):
+            continue
+        counts = torch.tensor([float(len(part.weights)) for part in known])
+        heads = torch.stack([mean_distances(part, size) for part in known])
+        mean = (heads * counts[:, None]).sum(dim=0) / counts.sum()
+        uniform = float(distances(known[0].size, known[0].key_size, size).mean())
+        found.append(BlockDistance(index, mean.tolist(), uniform))
+    return found
+
+
+def image_attention(model: Backbone, images: Tensor) -> tuple[int, Tensor] | None:
+    """Return where the last attending block looks, the mean over its heads.
+
+    With a class token, this is what that token attends to; otherwise what all places together do.
+
+    Returns:
+        (block, [B, h, w], each map from 0 to 1), or None if no block attends to places.
+    """
+    for index in reversed(range(len(model.blocks))):
+        found = spatial_attention(model, images, index)
+        if found is None:
+            continue
+        places = found.weights.mean(dim=1)[:, :, found.prefix :]
+        seen = places[:, 0] if found.prefix else places.mean(dim=1)
+        return index, _to_unit(seen.unflatten(1, found.key_size)).cpu()
+    return None
+
+
+def _to_unit(maps: Tensor) -> Tensor:
+    low, high = maps.amin(dim=(1, 2), keepdim=True), maps.amax(dim=(1, 2), keepdim=True)
+    return (maps - low) / (high - low).clamp_min(1e-12)

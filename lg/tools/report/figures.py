@@ -1,0 +1,140 @@
+"""Charts of the report as inline SVG, whose colours the page sets for light and dark screens.
+
+Lines are drawn by run: the first run has the same colour in every chart.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from lg.logs import plots
+from lg.tools.report.results import Reliability
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+WIDTH, HEIGHT = 4.5, 2.8  # inches of a chart; the page scales it
+_RULE = "#94a3b8"  # of axes and grid in lg.logs.plots
+# Colours of lg.logs.plots -> properties of the page's style.
+_PROPERTIES = {plots.INK: "var(--ink-2)", _RULE: "var(--rule)"} | {
+    color: f"var(--run-{number})" for number, color in enumerate(plots.COLORS)
+}
+
+
+class Line(NamedTuple):
+    """A line of a chart.
+
+    Attributes:
+        run: Number of the run, which sets the colour.
+        x: Positions.
+        y: Values.
+        style: Of matplotlib.
+    """
+
+    run: int
+    x: Sequence[float]
+    y: Sequence[float]
+    style: str = "-"
+
+
+def color(run: int) -> str:
+    """Return the colour of a run (counted from 0)."""
+    return plots.COLORS[run % len(plots.COLORS)]
+
+
+def svg(label: str, draw: Any, *args: Any, width: float = WIDTH, height: float = HEIGHT) -> str:
+    """Draw with `draw(figure, *args)` and return an <svg> element.
+
+    Args:
+        label: What a screen reader says.
+        draw: Takes a matplotlib figure and `args`.
+        *args: Passed to `draw`.
+        width: Inches.
+        height: Inches.
+    """
+    from html import escape
+
+    stream = io.BytesIO()
+    options = {"format": "svg", "transparent": True, "metadata": {"Date": None}}
+    plots.save_figure(stream, width, height, draw, *args, **options)
+    text = stream.getvalue().decode()
+    text = text[text.index("<svg") :]
+    text = re.sub(r"<(metadata|style)\b.*?</\1>", "", text, flags=re.DOTALL)
+    text = re.sub(r' id="(?:figure|axes|patch|text|line2d|matplotlib|xtick|ytick)[^"]*"', "", text)
+    for fixed, variable in _PROPERTIES.items():
+        text = text.replace(fixed, variable)
+    head = re.match(r"<svg[^>]*>", text)
+    assert head is not None
+    box = re.search(r'viewBox="[^"]*"', head[0])
+    assert box is not None
+    opening = (
+        f'<svg role="img" aria-label="{escape(label)}" {box[0]} '
+        'xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink">'
+    )
+    return opening + text[head.end() :].strip()
+
+
+def lines(
+    title: str, series: Sequence[Line], *, percent: bool = False, xlabel: str = "epoch"
+) -> str:
+    """Return a chart of lines."""
+    return svg(title, _draw_lines, title, series, percent, xlabel)
+
+
+def _draw_lines(
+    figure: Figure, title: str, series: Sequence[Line], percent: bool, xlabel: str
+) -> None:
+    axes: Axes = figure.subplots()
+    for line in series:
+        axes.plot(
+            line.x,
+            line.y,
+            color=color(line.run),
+            linestyle=line.style,
+            linewidth=1.6,
+            marker="o" if len(line.x) < 5 else None,
+            markersize=3.5,
+        )
+    axes.set_title(title, loc="left")
+    axes.set_xlabel(xlabel)
+    if percent:
+        axes.set_ylim(0, 100)
+
+
+def reliability_plot(runs: Sequence[tuple[int, Reliability]]) -> str:
+    """Return the plot of accuracy over confidence; the area of a point grows with its images."""
+    title = "Accuracy over confidence, %"
+    return svg(title, _draw_reliability, title, runs, width=3.6, height=3.4)
+
+
+def _draw_reliability(figure: Figure, title: str, runs: Sequence[tuple[int, Reliability]]) -> None:
+    axes = figure.subplots()
+    axes.plot([0, 100], [0, 100], color=_RULE, linestyle="--", linewidth=1)
+    for run, bins in runs:
+        area = 12 + 140 * bins.counts / bins.counts.sum()
+        axes.plot(bins.confidence, bins.accuracy, color=color(run), linewidth=1.2)
+        axes.scatter(bins.confidence, bins.accuracy, area, color=color(run), alpha=0.75)
+    axes.set(xlim=(0, 102), ylim=(0, 104), xlabel="confidence, %", aspect="equal")
+    axes.set_title(title, loc="left")
+
+
+def confusion_plot(confusion: np.ndarray, names: Sequence[str], run: int) -> str:
+    """Return the plot of a confusion matrix [K, K] in the run's colour."""
+    from matplotlib.colors import LinearSegmentedColormap, to_rgba
+
+    # A transparent background suits light and dark screens.
+    full = to_rgba(color(run))
+    colors = LinearSegmentedColormap.from_list("share", [(*full[:3], 0.0), full])
+    size = min(3.4 + 0.22 * len(names), 10)
+    return svg(
+        "Confusion matrix",
+        lambda figure: plots.draw_confusion(figure, confusion, names, colors=colors),
+        width=size + 0.6,
+        height=size,
+    )

@@ -1,6 +1,7 @@
 """Every command in README and docs: its mode, files, keys and options exist and fit together.
 
-Commands are parsed and their configs loaded, but nothing is trained.
+Commands are parsed and their configs loaded, but nothing is trained. `pytest -m slow` runs those
+that need nothing but the digits.
 """
 
 from __future__ import annotations
@@ -8,6 +9,8 @@ from __future__ import annotations
 import ast
 import re
 import shlex
+import subprocess
+import sys
 from functools import partial
 from pathlib import Path
 
@@ -20,10 +23,19 @@ from lg.config.defaults import DEFAULT_VALUES
 
 ROOT = Path(__file__).parents[1]
 PAGES = [*ROOT.glob("*.md"), ROOT / "data/README.md", *(ROOT / "docs").glob("*.md")]
-# Configs and folders that the reader makes, with the commands of the page or by hand.
-READERS_FILES = ("OUT_DIR/", "work_dirs/", "my_", "FILE", "GUIDE.yaml", "STUDENT.yaml")
 # Programs that are not part of the project, or change the reader's shell.
 OTHER_PROGRAMS = ("cd", "git", "ls", "open", "pip", "python", "source", "unzip")
+# Why the slow test does not run a command: the first pattern that it contains.
+NOT_RUN = {
+    "torchrun|LAUNCH.MODE": "needs several GPUs, machines or a cluster; see tests/distributed",
+    "NUM_GPUS [2-9]": "needs several GPUs",
+    r"my_|my\.yaml|photo|OUT_DIR/|FILE|GUIDE|work_dirs/RUN": "needs the reader's files",
+    "benchmarks/": "takes minutes to hours; see tests/benchmarks",
+    "make |pip |git |source |-m pytest|-m mkdocs": "installs or runs tests",
+    "python -c": "checks the reader's machine",
+    r"KEY VALUE|\bMODE\b|PATTERN|\.\.\.": "describes the form of a command",
+    "configs/(?!digits)": "needs a data set or trained weights, and hours",
+}
 
 
 def commands(page: Path) -> list[str]:
@@ -50,14 +62,10 @@ CASES = [
 ]
 
 
-def is_readers(path: str) -> bool:
-    return path.startswith(READERS_FILES) or path.isupper()
-
-
 def check_config(path: str | None, opts: list[str]) -> None:
     """Load a config with overrides; where the reader makes the config, check the keys."""
     opts = [word for word in opts if word != "..."]
-    if path is not None and not is_readers(path):
+    if path is not None and path.startswith("configs/"):
         lg.load_config(ROOT / path, opts)
         return
     assert len(opts) % 2 == 0
@@ -65,14 +73,14 @@ def check_config(path: str | None, opts: list[str]) -> None:
 
 
 def check_run_net(words: list[str]) -> None:
-    args = run_net.parse_args(words)
+    args = run_net.parse_args(["train" if word == "MODE" else word for word in words])
     mode = run_net.MODES[args.mode]
     if mode.config == "none":
         return
     if mode.config == "loaded":
         check_config(args.cfg, args.opts)
         return
-    if args.cfg is not None and not is_readers(args.cfg):
+    if args.cfg is not None and args.cfg.startswith("configs/"):
         lg.load_config(ROOT / args.cfg)
     assert set(args.opts[::2]) <= set(DEFAULT_VALUES)
 
@@ -144,7 +152,18 @@ def test_the_command_is_valid(command: str) -> None:
     try:
         check(command)
     except SystemExit as error:  # argparse
-        pytest.fail(f"{command}: exit {error.code}")
+        if error.code != 0:  # --help exits with 0
+            pytest.fail(f"{command}: exit {error.code}")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_modes_and_keys_in_the_text_exist(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    modes = set(re.findall(r"--mode ([a-z]+)", text))
+    assert modes <= set(run_net.MODES)
+    sections = "|".join({key.partition(".")[0] for key in DEFAULT_VALUES if "." in key})
+    keys = set(re.findall(rf"`((?:{sections})\.[A-Z0-9_]+)[ `]", text))
+    assert keys <= set(DEFAULT_VALUES)
 
 
 def test_commands_are_found_and_checked() -> None:
@@ -161,3 +180,27 @@ def test_commands_are_found_and_checked() -> None:
     ):
         with pytest.raises((AssertionError, SystemExit, ValueError, OSError)):
             check(wrong)
+
+
+def reason(command: str) -> str:
+    """Return why a command is not run; empty if it is."""
+    if "--mode info" in command and "configs/" in command:
+        return ""  # needs no data
+    return next((why for pattern, why in NOT_RUN.items() if re.search(pattern, command)), "")
+
+
+RUN = [case for case in CASES if not reason(str(case.values[0]))]
+
+
+def test_most_kinds_of_commands_are_run() -> None:
+    commands = " ".join(str(case.values[0]) for case in RUN)
+    assert {"train", "info", "keys", "sweep"} <= set(re.findall(r"--mode (\w+)", commands))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", RUN)
+def test_the_command_runs(command: str, tmp_path: Path) -> None:
+    words = [sys.executable if word == "python" else word for word in shlex.split(command)]
+    words[1] = str(ROOT / words[1])
+    run = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr

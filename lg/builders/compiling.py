@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from lg.device import Precision
 from lg.guidance import FrozenTeacher, GuidedStudent
+from lg.guidance.losses import KeptMap
 
 _TRIES = 3  # CUDA graphs: the first call runs, the second records, the third replays
 
@@ -81,6 +82,7 @@ def _try_step(
     """Run student and teacher forward, then the student backward, as training does."""
     with precision.autocast():
         logits, maps = student(example, imitate=imitate)
+        maps = [m.features if isinstance(m, KeptMap) else m for m in maps]
         if teacher is not None:
             maps = [*maps, *teacher(example, None, None)[0]]
     outputs = [*(logits if isinstance(logits, tuple) else [logits]), *maps]

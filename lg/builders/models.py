@@ -26,6 +26,7 @@ from lg.guidance import (
 from lg.guidance.losses import PROJECTED
 from lg.models.backbone import Backbone
 from lg.models.mimetic import init_mimetic
+from lg.models.patch_drop import drop_patches
 from lg.models.published import weights_hash
 from lg.models.resnet import resnet
 from lg.models.taps import map_shapes
@@ -51,6 +52,8 @@ def build_model(cfg: CfgNode, *, pretrained: bool = True) -> Backbone:
         model = _build_by_type(cfg, pretrained=pretrained)
         if cfg.MODEL.INIT == "mimetic":
             _init_mimetic(model)
+        if cfg.TRAIN.PATCH_DROP > 0:
+            _drop_patches(model, cfg.TRAIN.PATCH_DROP)
         return model
     except UserError:
         raise
@@ -71,6 +74,13 @@ def _init_mimetic(model: Backbone) -> None:
         init_mimetic(model)
     except ValueError as error:
         raise ConfigError(f"MODEL.INIT is 'mimetic', but {error}: set it to default.") from error
+
+
+def _drop_patches(model: Backbone, rate: float) -> None:
+    try:
+        drop_patches(model, rate)
+    except ValueError as error:
+        raise ConfigError(f"TRAIN.PATCH_DROP is {rate}, but {error}: set it to 0.") from error
 
 
 def _build_by_type(cfg: CfgNode, *, pretrained: bool) -> Backbone:

@@ -29,6 +29,7 @@ from lg.builders.training import (
     build_precision,
     build_schedule,
     build_settings,
+    patch_drop_note,
     precision_hint,
     precision_note,
     synchronize_batch_norms,
@@ -63,7 +64,11 @@ def build_run(cfg: CfgNode, data: Splits, world: World, log: RunLog) -> Run:
     prepare_bank(cfg, guide, data.train, device)
     precision = build_precision(cfg, device)
     guided.to(device)
-    for note in (place_model(guided.student, precision), precision_hint(cfg, precision)):
+    for note in (
+        place_model(guided.student, precision),
+        precision_hint(cfg, precision),
+        patch_drop_note(cfg, guided.student),
+    ):
         if note:
             log.info(note)
     if isinstance(guide, nn.Module):

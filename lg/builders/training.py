@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -170,6 +171,15 @@ def precision_hint(cfg: CfgNode, precision: Precision) -> str:
     if cfg.TRAIN.MIXED_PRECISION or not on_cpu or not computes_in_bf16(precision.device):
         return ""
     return "This CPU computes in bf16: TRAIN.MIXED_PRECISION True trains 1.5 to 2 times as fast."
+
+
+def patch_drop_note(cfg: CfgNode, student: Backbone) -> str:
+    """Return how many patches TRAIN.PATCH_DROP keeps; empty if it is off."""
+    if cfg.TRAIN.PATCH_DROP == 0:
+        return ""
+    count = math.prod(student.layouts[0].size)
+    kept = max(1, int(count * (1 - cfg.TRAIN.PATCH_DROP)))
+    return f"TRAIN.PATCH_DROP: training keeps {kept} of {count} patches of each image."
 
 
 def build_settings(cfg: CfgNode, class_names: Sequence[str]) -> Settings:

@@ -183,6 +183,9 @@ DEFAULTS: dict[str, Any] = {
         # (+) tests in a row without a lower error after which training stops, >= 0; 0: never. Needs
         # VAL_FRACTION, or an image_folder with val/ and test/
         "EARLY_STOP": 0,
+        # (+) share of the patches that each image leaves out in training, [0, 1): faster steps.
+        # Guidance compares the positions that are left (DeiT, T2TViT, timm's VisionTransformer)
+        "PATCH_DROP": 0.0,
         # (+) classes of unequal size. none; weights: weight the cross-entropy of an image by the
         # inverse size of its class, 1 on average over the images; sampling: draw the images of an
         # epoch with replacement, each class equally often on average

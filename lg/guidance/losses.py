@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +17,26 @@ from lg.guidance.resize import resize
 
 TRANSFORMS = ("linear", "gram", "attention", "similarity")
 PROJECTED = ("linear", "gram")  # transforms of maps that 1x1 heads bring to the teacher's channels
+
+
+class KeptMap(NamedTuple):
+    """A student's map at the positions of the patches that it has not dropped.
+
+    Attributes:
+        features: [N, C, 1, P].
+        positions: [N, P], in the grid of all patches, row by row.
+        size: Height and width of that grid.
+    """
+
+    features: Tensor
+    positions: Tensor
+    size: tuple[int, int]
+
+    def gather(self, teacher_map: Tensor) -> Tensor:
+        """Resize a map [N, C', H', W'] to the grid and return its values [N, C', 1, P] there."""
+        grid = resize(teacher_map, self.size).flatten(2)
+        index = self.positions.unsqueeze(1).expand(-1, grid.shape[1], -1)
+        return grid.gather(2, index).unsqueeze(2)
 
 
 def imitation_loss(student_map: Tensor, teacher_map: Tensor, transform: str = "linear") -> Tensor:
@@ -144,7 +165,7 @@ class GuidanceLoss:
     def __call__(
         self,
         logits: Tensor | tuple[Tensor, Tensor],
-        student_maps: Sequence[Tensor],
+        student_maps: Sequence[Tensor | KeptMap],
         targets: Tensor,
         teacher_maps: Sequence[Tensor] = (),
         teacher_logits: Tensor | None = None,
@@ -156,7 +177,8 @@ class GuidanceLoss:
         Args:
             logits: [N, K]; or the pair (class, distillation) of a student with a distillation
                 token: the first learns the labels, the second imitates the teacher.
-            student_maps: T maps [N, C, H, W], already projected for a transform in `PROJECTED`.
+            student_maps: T maps [N, C, H, W], already projected for a transform in `PROJECTED`; of
+                a student that drops patches, the positions that are left are compared.
             targets: Distributions over classes [N, K].
             teacher_maps: T maps, in the same order.
             teacher_logits: [N, K]; required if `logit_weight` and `factor` are above 0.
@@ -193,9 +215,15 @@ class GuidanceLoss:
             loss = (1 - self.logit_weight) * cls + self.logit_weight * learned
         if student_maps:
             pairs = zip(student_maps, teacher_maps, strict=True)
-            inter = torch.stack([imitation_loss(s, t, self.transform) for s, t in pairs]).sum()
+            inter = torch.stack([self._imitation(s, t) for s, t in pairs]).sum()
             loss = loss + factor * self.inter_weight * inter
         return {"loss": loss, "cls": cls, "inter": inter, "logit": logit}
+
+    def _imitation(self, student_map: Tensor | KeptMap, teacher_map: Tensor) -> Tensor:
+        if isinstance(student_map, KeptMap):
+            teacher_map = student_map.gather(teacher_map)
+            student_map = student_map.features
+        return imitation_loss(student_map, teacher_map, self.transform)
 
 
 def _widen(tensor: Tensor) -> Tensor:

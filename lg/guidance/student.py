@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lg.guidance.losses import KeptMap
 from lg.guidance.mixture import MixedHeads
 from lg.models.backbone import Backbone
 from lg.models.taps import PermanentTaps
@@ -57,10 +58,11 @@ class GuidedStudent(nn.Module):
 
     def forward(
         self, images: Tensor, imitate: bool = True
-    ) -> tuple[Tensor | tuple[Tensor, Tensor], list[Tensor]] | Tensor:
+    ) -> tuple[Tensor | tuple[Tensor, Tensor], list[Tensor] | list[KeptMap]] | Tensor:
         """Map images [N, 3, S, S] to (logits [N, K], maps) in training and to logits in evaluation.
 
-        In training, a student with a distillation token returns a pair of logits.
+        In training, a student with a distillation token returns a pair of logits, and one that
+        drops patches returns its maps at the positions that are left.
 
         Args:
             images: [N, 3, S, S].
@@ -76,6 +78,10 @@ class GuidedStudent(nn.Module):
             maps = self.heads(maps)
         elif self.heads:
             maps = [head(m) for head, m in zip(self.heads, maps, strict=True)]
+        kept = self.student.kept
+        if kept is not None:
+            size = self.student.layouts[0].size
+            return logits, [KeptMap(m, kept, size) for m in maps]
         return logits, maps
 
     def _with_idle_heads(self, logits: Any) -> Any:

@@ -59,8 +59,13 @@ class MapLayout:
     size: tuple[int, int] = (0, 0)
     item: int | None = None
 
-    def to_map(self, output: Any) -> torch.Tensor:
+    def to_map(self, output: Any, kept: torch.Tensor | None = None) -> torch.Tensor:
         """Return the map [B, C, H, W] inside `output`; a view where the layout allows one.
+
+        Args:
+            output: What the block returned.
+            kept: Positions of the patch tokens that were not dropped, [B, K]; the map is then
+                [B, C, 1, K].
 
         Raises:
             ValueError: The number of tokens is not the one the model was built for.
@@ -70,7 +75,7 @@ class MapLayout:
             return tensor
         if self.kind == "nhwc":
             return tensor.permute(0, 3, 1, 2)
-        height, width = self.size
+        height, width = self.size if kept is None else (1, kept.shape[1])
         tokens = tensor[:, self.prefix :]
         if tokens.shape[1] != height * width:
             raise ValueError(
@@ -149,9 +154,17 @@ class Backbone(nn.Module):
         mine = {id(parameter) for head in heads for parameter in head.parameters()}
         return {name for name, parameter in self.named_parameters() if id(parameter) in mine}
 
+    @property
+    def kept(self) -> torch.Tensor | None:
+        """Positions [B, K] of the patches that the last pass kept; None if it dropped none."""
+        return getattr(getattr(self.net, "patch_drop", None), "kept", None)
+
     def to_map(self, index: int, output: Any) -> torch.Tensor:
-        """Return the map [B, C, H, W] of what block `index` returned."""
-        return self.layouts[index].to_map(output)
+        """Return the map of what block `index` returned in the last pass.
+
+        It is [B, C, H, W], or [B, C, 1, K] if the pass dropped patches (see `kept`).
+        """
+        return self.layouts[index].to_map(output, self.kept)
 
     def forward(self, images: torch.Tensor) -> Any:
         """Return logits [B, K]; a distilled model in training returns a pair of them."""

@@ -153,6 +153,8 @@ def _windows(features: torch.Tensor, kernel: int, stride: int, padding: int) -> 
 class T2TViT(nn.Module):
     """Tokens-to-token module, class token, fixed positions, plain blocks, class token head."""
 
+    num_prefix_tokens = 1  # the class token
+
     def __init__(
         self,
         t2t_module: TokensToToken,
@@ -169,6 +171,7 @@ class T2TViT(nn.Module):
         self.pos_embed = nn.Parameter(sinusoid(num_tokens, hidden_dim), requires_grad=False)
         self.t2t_module = t2t_module
         self.pos_drop = nn.Dropout(drop_rate)
+        self.patch_drop: nn.Module = nn.Identity()
         self.layers = nn.Sequential(*blocks)
         self.norm = nn.LayerNorm(hidden_dim, eps=ln_eps)
         self.head = nn.Linear(hidden_dim, num_classes)
@@ -179,7 +182,7 @@ class T2TViT(nn.Module):
         """Map images [B, C, H, W] to logits [B, K]."""
         tokens = self.t2t_module(images)
         tokens = torch.cat([self.cls_token.expand(len(tokens), -1, -1), tokens], dim=1)
-        tokens = self.layers(self.pos_drop(tokens + self.pos_embed))
+        tokens = self.layers(self.patch_drop(self.pos_drop(tokens + self.pos_embed)))
         return self.head(self.norm(tokens)[:, 0])
 
     def get_classifier(self) -> nn.Module:

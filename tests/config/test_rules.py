@@ -157,6 +157,24 @@ BROKEN: list[tuple[str, dict[str, Any], str]] = [
         "only MODEL.TYPE CvT reads it: leave it at null.",
     ),
     ("MODEL.INIT", {"MODEL.TYPE": "CvT", "MODEL.INIT": "mimetic"}, "CvT has no plain multi-head"),
+    *(
+        ("TRAIN.PATCH_DROP", {"MODEL.TYPE": kind, "TRAIN.PATCH_DROP": 0.5}, advice)
+        for kind, advice in [
+            ("PiT", "needs all patches, because it reduces maps"),
+            ("ConViT", "gated attention depends on the distances"),
+            ("ResNet", "because it has none"),
+        ]
+    ),
+    (
+        "TRAIN.PATCH_DROP",
+        {
+            **INTER,
+            "MODEL.TYPE": "DeiT",
+            "TRAIN.PATCH_DROP": 0.5,
+            "DISTILLATION.INTER_TRANSFORM": "similarity",
+        },
+        "each image keeps other positions",
+    ),
     (
         "MODEL.INIT",
         {"MODEL.TYPE": "DeiT", "MODEL.INIT": "mimetic", "TRAIN.WEIGHTS": "w"},

@@ -79,19 +79,6 @@ def build_run(cfg: CfgNode, data: Splits, world: World, log: RunLog) -> Run:
     module, called_guide = _wrap(cfg, guided, guide, world, device, precision, log)
     loader = build_train_loader(cfg, data.train, world, device)
     log.info(f"DATA_LOADER.BACKEND {cfg.DATA_LOADER.BACKEND}: {loader}.")
-    report = Reporter(
-        log=log,
-        pictures=Pictures(log, data.train.class_names, enabled=cfg.LOG_PICTURES),
-        device=device,
-        split=str(data.test),
-        final_split=str(data.final or ""),
-        published=published_curve(cfg),
-        steps_per_epoch=loader.steps_per_epoch,
-        max_epoch=cfg.OPTIM.MAX_EPOCH,
-        batch_size=cfg.TRAIN.BATCH_SIZE,
-        inter=cfg.DISTILLATION.ENABLE_INTER,
-        logit=cfg.DISTILLATION.ENABLE_LOGIT,
-    )
     return Run(
         guided=guided,
         module=module,
@@ -109,9 +96,27 @@ def build_run(cfg: CfgNode, data: Splits, world: World, log: RunLog) -> Run:
         device=device,
         world=world,
         log=log,
-        report=report,
+        report=_build_report(cfg, data, log, device, loader.steps_per_epoch),
         checkpoints=CheckpointFolder(cfg.OUT_DIR, keep=cfg.TRAIN.KEEP_CHECKPOINTS),
         settings=build_settings(cfg, data.train.class_names),
+    )
+
+
+def _build_report(
+    cfg: CfgNode, data: Splits, log: RunLog, device: torch.device, steps_per_epoch: int
+) -> Reporter:
+    return Reporter(
+        log=log,
+        pictures=Pictures(log, data.train.class_names, enabled=cfg.LOG_PICTURES),
+        device=device,
+        split=str(data.test),
+        final_split=str(data.final or ""),
+        published=published_curve(cfg),
+        steps_per_epoch=steps_per_epoch,
+        max_epoch=cfg.OPTIM.MAX_EPOCH,
+        batch_size=cfg.TRAIN.BATCH_SIZE,
+        inter=cfg.DISTILLATION.ENABLE_INTER,
+        logit=cfg.DISTILLATION.ENABLE_LOGIT,
     )
 
 

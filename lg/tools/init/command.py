@@ -6,6 +6,7 @@ import os
 import shlex
 import sys
 import textwrap
+from collections.abc import Mapping
 from pathlib import Path
 
 import yaml
@@ -227,7 +228,7 @@ def _data(facts: ImageFacts, length: Length, plan: Plan) -> dict[str, dict[str, 
     }
 
 
-def _text(header: list[str], tree: dict[str, object]) -> str:
+def _text(header: list[str], tree: Mapping[str, object]) -> str:
     """Return a config: comments, and one line a section."""
     lines = [
         f"# {part}"

@@ -281,15 +281,9 @@ def load_tested(cfg: CfgNode, world: World) -> tuple[nn.Module, ImageDataset, to
     names = facts.get("class_names")
     other_root = names is not None and not _same_root(facts.get("cfg", ""), cfg.DATA_LOADER.ROOT)
     dataset = builders.build_test_data(cfg, names, other_root=other_root)
-    absent = sorted(set(range(dataset.num_classes)) - set(dataset.labels.tolist()))
-    if absent and world.is_main:
-        shown = ", ".join(dataset.class_names[k] for k in absent[:5]) + ", ..." * (len(absent) > 5)
-        print(
-            f"Warning: {dataset} has no images of {len(absent)} of {dataset.num_classes} classes "
-            f"({shown}).",
-            file=sys.stderr,
-            flush=True,
-        )
+    if world.is_main:
+        for note in builders.data_notes(dataset):
+            print(f"Warning: {note}.", file=sys.stderr, flush=True)
     builders.place_model(model, builders.build_precision(cfg, device))
     return model, dataset, device
 

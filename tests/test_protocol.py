@@ -168,6 +168,57 @@ def test_val_of_a_folder_chooses_and_test_is_tested_at_the_end(
     assert [str(each) for each in data][1:] == ["image_folder/held-out", "image_folder/test"]
 
 
+@pytest.mark.parametrize(
+    ("splits", "asked", "roles", "note"),
+    [
+        ("train test", "test", "test", ""),
+        ("train test", "val", "test", "image_folder: {} has no val split, so test takes its place"),
+        ("train val", "val", "val", ""),
+        (
+            "train val",
+            "test",
+            "val",
+            "TEST.SPLIT is test, but {} has no test set: its val split takes that place, and its "
+            "best accuracy is optimistic",
+        ),
+        ("train val test", "test", "val test", ""),
+        ("train val test", "val", "val test", ""),
+    ],
+)
+def test_no_split_of_a_folder_replaces_another_silently(
+    tmp_path: Path, splits: str, asked: str, roles: str, note: str
+) -> None:
+    root = test_scan.make_folder(tmp_path / "set")
+    for split in ("val", "test"):
+        shutil.copytree(root / "val", root / split, dirs_exist_ok=True)
+    for split in {"val", "test"} - set(splits.split()):
+        shutil.rmtree(root / split)
+    data = builders.fetch_data(folder(tmp_path, TEST__SPLIT=asked), World())
+    assert [str(each) for each in data[1:] if each] == [f"image_folder/{r}" for r in roles.split()]
+    assert builders.data_notes(*data) == ([note.format(root)] if note else [])
+
+
+def test_val_without_test_is_no_test_set(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = test_scan.make_folder(tmp_path / "set")
+    shutil.rmtree(root / "val/dog")
+    cfg = folder(tmp_path, TEST__SPLIT="test", OPTIM__MAX_EPOCH=1, TRAIN__EARLY_STOP=5)
+    trainer.train(cfg)
+    said = capsys.readouterr()
+    missing = "Warning: image_folder/val has no images of 1 of 2 classes (dog).\n"
+    assert missing in said.err and f"but {root} has no test set: its val" in said.err
+    assert missing in (tmp_path / "run/log.txt").read_text()
+    assert said.out.strip().endswith(
+        "The best epoch was chosen on image_folder/val, and there is no test set: this result is "
+        "final, and its best accuracy is optimistic."
+    )
+    assert trainer.test(cfg).count == 3
+    assert f"but {root} has no test set" in capsys.readouterr().err
+    facts = [each.text for each in check_config(cfg) if each.level == FACT]
+    assert any(text.startswith("image_folder/val chooses the best epoch, and th") for text in facts)
+
+
 def test_a_folder_without_a_test_set(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     test_scan.make_folder(tmp_path / "split", val=0)
     (tmp_path / "split/train").rename(tmp_path / "set")  # classes only

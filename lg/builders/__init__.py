@@ -18,6 +18,7 @@ from lg.builders.models import (
 )
 from lg.builders.preprocessing import build_preprocessing
 from lg.builders.run import build_run, place_model
+from lg.builders.splits import data_notes
 from lg.builders.training import (
     build_average,
     build_device,
@@ -54,6 +55,7 @@ __all__ = [
     "build_train_loader",
     "check_training",
     "check_world",
+    "data_notes",
     "dataset_facts",
     "fetch_data",
     "fetch_weights",

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,18 +15,19 @@ from yacs.config import CfgNode
 from lg.augment.batched import BatchTestTransform, BatchTransform
 from lg.augment.mixing import Mixing
 from lg.builders.preprocessing import build_preprocessing
-from lg.datasets import build_dataset
-from lg.datasets.base import (
-    MISSING,
-    ImageDataset,
-    class_weights,
-    fingerprint,
-    hold_out,
-    stratified_subset,
+from lg.builders.splits import (
+    Splits,
+    check_validation,
+    has_test_split,
+    has_val_split,
+    list_split,
+    list_test_data,
+    list_train_data,
+    list_val_data,
 )
+from lg.datasets.base import ImageDataset, class_weights, fingerprint
 from lg.datasets.cache import ImageCache, Prepare, cache_bytes, free_memory
 from lg.datasets.cached_loader import CachedTestLoader, CachedTrainLoader
-from lg.datasets.image_folder import splits_of
 from lg.datasets.loader import (
     Batch,
     Samples,
@@ -38,21 +39,6 @@ from lg.datasets.loader import (
 from lg.datasets.scan import drop_unreadable, find_unreadable, skip_message
 from lg.distributed import World, from_main, in_turn
 from lg.errors import ConfigError, DataError
-
-
-class Splits(NamedTuple):
-    """The images of a training run.
-
-    Attributes:
-        train: Trained on.
-        test: Tested every TEST.PERIOD epochs; chooses the best epoch.
-        final: The test set, tested once at the end with the best weights; None if `test` is the
-            test set, or there is none.
-    """
-
-    train: ImageDataset
-    test: ImageDataset
-    final: ImageDataset | None = None
 
 
 def build_train_data(cfg: CfgNode) -> ImageDataset:
@@ -78,7 +64,7 @@ def build_test_data(
     """
     if has_test_split(cfg) or (other_root and class_names is not None):
         name = cfg.TEST.DATASET or cfg.TRAIN.DATASET
-        return _prepare(cfg, _list(cfg, name, cfg.TEST.SPLIT, (), class_names), "TEST")
+        return _prepare(cfg, list_split(cfg, name, cfg.TEST.SPLIT, (), class_names), "TEST")
     dataset = list_val_data(cfg)
     if class_names is not None:
         dataset.rename(class_names)
@@ -100,78 +86,6 @@ def fetch_data(cfg: CfgNode, world: World) -> Splits:
         assert test is not None
         return Splits(train, test)
     return Splits(train, val, test)
-
-
-def has_val_split(cfg: CfgNode) -> bool:
-    """Return whether other images than the test set choose the best epoch."""
-    return cfg.TRAIN.VAL_FRACTION > 0 or _has_val_folder(cfg)
-
-
-def has_test_split(cfg: CfgNode) -> bool:
-    """Return whether there is a test set; only with TRAIN.VAL_FRACTION there may be none."""
-    is_folder = (cfg.TEST.DATASET or cfg.TRAIN.DATASET) == "image_folder"
-    has_one = not is_folder or bool({"val", "test"} & set(splits_of(cfg.DATA_LOADER.ROOT)))
-    return has_one or cfg.TRAIN.VAL_FRACTION == 0  # without one, listing it is an error
-
-
-def _has_val_folder(cfg: CfgNode) -> bool:
-    """Return whether val/ of an image_folder is tested during training, and test/ at the end."""
-    is_folder = (cfg.TEST.DATASET or cfg.TRAIN.DATASET) == "image_folder"
-    is_tested = is_folder and cfg.TEST.SPLIT != "train"
-    return is_tested and {"val", "test"} <= set(splits_of(cfg.DATA_LOADER.ROOT))
-
-
-def check_validation(cfg: CfgNode) -> None:
-    """Check that one split chooses the best epoch, and that it may stop training.
-
-    Raises:
-        ConfigError: There are two, or none.
-    """
-    train, root = cfg.TRAIN, cfg.DATA_LOADER.ROOT
-    if train.VAL_FRACTION > 0 and _has_val_folder(cfg):
-        raise ConfigError(
-            f"TRAIN.VAL_FRACTION is {train.VAL_FRACTION}, but {root} has val/ besides test/, which "
-            "chooses the best epoch: set it to 0, or move the images of val/ to train/."
-        )
-    if train.EARLY_STOP > 0 and not has_val_split(cfg):
-        raise ConfigError(
-            f"TRAIN.EARLY_STOP is {train.EARLY_STOP}, but the test set must not decide when "
-            f"training stops and {root} does not have both val/ and test/: "
-            "hold out images with TRAIN.VAL_FRACTION, such as 0.1, or set this to 0."
-        )
-
-
-def list_train_data(cfg: CfgNode, tolerate: Iterable[str] = ()) -> ImageDataset:
-    """List the training images without opening them; see `build_dataset` for `tolerate`."""
-    dataset = _list_train_split(cfg, tolerate)
-    if cfg.TRAIN.VAL_FRACTION == 0:
-        return dataset
-    return hold_out(dataset, cfg.TRAIN.VAL_FRACTION, cfg.RNG_SEED)[0]
-
-
-def list_val_data(cfg: CfgNode, tolerate: Iterable[str] = ()) -> ImageDataset:
-    """List the images other than the test set that choose the best epoch; see `has_val_split`."""
-    if cfg.TRAIN.VAL_FRACTION == 0:
-        return list_test_data(cfg, "val", tolerate)
-    dataset = _list_train_split(cfg, tolerate)
-    return hold_out(dataset, cfg.TRAIN.VAL_FRACTION, cfg.RNG_SEED)[1]
-
-
-def list_test_data(cfg: CfgNode, split: str = "", tolerate: Iterable[str] = ()) -> ImageDataset:
-    """List the test images without opening them; see `build_dataset` for `tolerate`.
-
-    Args:
-        cfg: The config.
-        split: By default TEST.SPLIT, or test if val/ of an image_folder chooses the best epoch.
-        tolerate: As for `build_dataset`.
-    """
-    split = split or ("test" if _has_val_folder(cfg) else cfg.TEST.SPLIT)
-    return _list(cfg, cfg.TEST.DATASET or cfg.TRAIN.DATASET, split, tolerate)
-
-
-def _list_train_split(cfg: CfgNode, tolerate: Iterable[str]) -> ImageDataset:
-    dataset = _list(cfg, cfg.TRAIN.DATASET, cfg.TRAIN.SPLIT, tolerate)
-    return stratified_subset(dataset, cfg.TRAIN.FRACTION, cfg.RNG_SEED)
 
 
 def check_same_classes(train: ImageDataset, test: ImageDataset) -> None:
@@ -340,26 +254,6 @@ def build_mixing(cfg: CfgNode) -> Mixing:
         smoothing=cfg.TRAIN.LABEL_SMOOTHING,
         mixup_alpha=cfg.TRAIN.MIXUP_ALPHA,
         cutmix_alpha=cfg.TRAIN.CUTMIX_ALPHA,
-    )
-
-
-def _list(
-    cfg: CfgNode,
-    name: str,
-    split: str,
-    tolerate: Iterable[str],
-    class_names: Sequence[str] | None = None,
-) -> ImageDataset:
-    options = cfg.DATA_LOADER
-    if options.ON_ERROR == "skip":
-        tolerate = {MISSING, *tolerate}
-    return build_dataset(
-        name,
-        options.ROOT,
-        split,
-        download=options.DOWNLOAD,
-        tolerate=tolerate,
-        class_names=class_names,
     )
 
 

@@ -14,13 +14,13 @@ from yacs.config import CfgNode
 
 from lg.builders.compiling import compile_student, limit_compile_workers
 from lg.builders.data import (
-    Splits,
     build_class_weights,
     build_mixing,
     build_test_loader,
     build_train_loader,
 )
 from lg.builders.models import Guide, build_guided, prepare_bank
+from lg.builders.splits import Splits, data_notes
 from lg.builders.training import (
     build_average,
     build_device,
@@ -54,6 +54,8 @@ def build_run(cfg: CfgNode, data: Splits, world: World, log: RunLog) -> Run:
         log.warn("No GPU found: running on the CPU (set DEVICE cpu to silence this).")
     if cfg.MODEL.NUM_CLASSES == 1:
         log.warn("MODEL.NUM_CLASSES is 1: labels teach nothing, and every test gives 100 %.")
+    for note in data_notes(*data):
+        log.warn(f"{note}.")
     torch.backends.cudnn.benchmark = cfg.CUDNN.BENCHMARK
     torch.manual_seed(cfg.RNG_SEED)  # the same initial weights in every process
     guided, guide, loss = build_guided(cfg)

@@ -44,6 +44,7 @@ class ImageDataset(ABC):
         indices: [n] int64, position of each image in the full set: 0..n-1 unless it is a subset.
         full: The set that `indices` refers to: this one, unless it is a subset.
         faults: Faults found while listing the set; `build_dataset` raises those not tolerated.
+        notes: What a user should know about the list, such as files that are not read.
     """
 
     def __init__(
@@ -60,6 +61,7 @@ class ImageDataset(ABC):
         self.labels = check_labels(labels, len(self.class_names), f"{name}, split {split!r}")
         self.indices: np.ndarray = np.arange(len(self.labels), dtype=np.int64)
         self.faults: list[Fault] = []
+        self.notes: list[str] = []
         self.full = self
 
     @property
@@ -119,6 +121,7 @@ class DatasetSubset(ImageDataset):
         self.full = dataset.full
         self.indices = dataset.indices[chosen]
         self.faults = dataset.faults
+        self.notes = dataset.notes
 
     def image(self, index: int) -> Image.Image:
         return self.full.image(int(self.indices[index]))

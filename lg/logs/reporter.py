@@ -325,10 +325,11 @@ class Reporter:
                 f"{final['calibration_err']:.2f} %."
             )
         name = self.split.rpartition("/")[2]
-        if name == "held-out":
+        if name in ("held-out", "val"):
+            which = "the held-out images" if name == "held-out" else self.split
             return (
-                "The best epoch was chosen on the held-out images, and there is no test set: this "
-                "result is final, and its best accuracy is optimistic."
+                f"The best epoch was chosen on {which}, and there is no test set: this result is "
+                "final, and its best accuracy is optimistic."
             )
         which = "training images" if name == "train" else "test set"
         return f"The best epoch was chosen on the {which}, so its accuracy is optimistic."

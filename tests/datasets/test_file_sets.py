@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import pickle
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,6 @@ from scipy.io import savemat
 
 from lg.datasets import build_dataset
 from lg.datasets.flowers import CLASS_NAMES
-from lg.datasets.image_folder import splits_of
 from lg.errors import DataError
 
 
@@ -199,66 +197,6 @@ def test_chaoyang_damage(tmp_path: Path) -> None:
         build_dataset("chaoyang", tmp_path, "train")
 
 
-def make_folder(root: Path, names: list[str]) -> None:
-    for number, name in enumerate(names):
-        draw(root / name, 10 * number)
-
-
-def test_image_folder(tmp_path: Path) -> None:
-    make_folder(
-        tmp_path,
-        ["train/dog/b.PNG", "train/dog/deep/er/a.jpeg", "train/cat/x.Tiff", "val/dog/y.png",
-         "train/.git/z.png", "train/dog/.hidden.png", "train/dog/.trash/z.png",
-         "train/dog/notes.txt", "train/stray.png", "train/dog/z.png"],
-    )  # fmt: skip
-    train = build_dataset("image_folder", tmp_path, "train")
-    assert train.class_names == ["cat", "dog"] and train.labels.tolist() == [0, 1, 1, 1]
-    assert brightnesses(train) == [20, 0, 10, 90], "not sorted by path"
-    for split in ("val", "test"):
-        held_out = build_dataset("image_folder", tmp_path, split)
-        assert (held_out.split, held_out.labels.tolist()) == ("val", [1])
-        assert held_out.class_names == ["cat", "dog"]
-    make_folder(tmp_path, ["test/cat/z.png"])
-    assert build_dataset("image_folder", tmp_path, "test").labels.tolist() == [0]
-    assert build_dataset("image_folder", tmp_path, "val").labels.tolist() == [1]
-
-
-def test_a_folder_of_classes_is_the_training_split(tmp_path: Path) -> None:
-    make_folder(tmp_path, ["dog/a.png", "cat/b.png", "dog/c.png"])
-    train = build_dataset("image_folder", tmp_path, "train")
-    assert (train.class_names, train.labels.tolist()) == (["cat", "dog"], [0, 1, 1])
-    assert brightnesses(train) == [10, 0, 20] and splits_of(tmp_path) == []
-    with pytest.raises(DataError, match=r"test is missing; .* TRAIN\.VAL_FRACTION can hold out"):
-        build_dataset("image_folder", tmp_path, "test")
-
-
-def test_image_folder_links(tmp_path: Path) -> None:
-    make_folder(tmp_path, ["elsewhere/a.png", "train/dog/b.png"])
-    (tmp_path / "train" / "cat").symlink_to(tmp_path / "elsewhere")
-    (tmp_path / "train" / "dog" / "circle").symlink_to(tmp_path / "train" / "dog")
-    (tmp_path / "train" / "dog" / "more").symlink_to(tmp_path / "elsewhere")
-    train = build_dataset("image_folder", tmp_path, "train")
-    assert train.labels.tolist() == [0, 1, 1] and brightnesses(train) == [0, 10, 0]
-
-
-def test_image_folder_damage(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"train is missing; .* must contain train/CLASS"):
-        build_dataset("image_folder", tmp_path, "train")
-    make_folder(tmp_path, ["train/dog/a.png", "test/dog/a.png", "test/wolf/a.png"])
-    with pytest.raises(
-        DataError, match=r"test has the class 'wolf', which is not among those trained \(dog\)"
-    ):
-        build_dataset("image_folder", tmp_path, "val")
-    os.makedirs(tmp_path / "train" / "wolf")
-    with pytest.raises(DataError, match=r"wolf contains no images .*\.webp"):
-        build_dataset("image_folder", tmp_path, "train")
-    with pytest.raises(DataError, match=r"split of image_folder is 'dev': set it to train, val"):
-        build_dataset("image_folder", tmp_path, "dev")
-    (tmp_path / "empty" / "train").mkdir(parents=True)
-    with pytest.raises(DataError, match="one folder per class"):
-        build_dataset("image_folder", tmp_path / "empty", "train")
-
-
 @pytest.mark.parametrize(
     ("name", "where", "remedy"),
     [
@@ -274,12 +212,3 @@ def test_the_error_for_a_missing_set_has_a_remedy(
         build_dataset(name, tmp_path, "test")
     assert str(caught.value).startswith(f"{name}: {tmp_path / where} is missing; ")
     assert remedy in str(caught.value)
-
-
-def test_the_error_for_a_damaged_image_names_it(tmp_path: Path) -> None:
-    make_folder(tmp_path, ["train/dog/a.png", "train/dog/b.png"])
-    (tmp_path / "train" / "dog" / "b.png").write_bytes(b"")
-    train = build_dataset("image_folder", tmp_path, "train")
-    assert train.image(0).size == (4, 3)
-    with pytest.raises(DataError, match=r"b\.png: the image file is empty"):
-        train.image(1)

@@ -117,12 +117,12 @@ def test_all_problems_are_found_at_once(tmp_path: Path, capsys: pytest.CaptureFi
     assert f"{root}/train/empty contains no images" in joined
     assert f"{root}/val has the class 'wolf', which is not among those trained (" in joined
     assert "3 of the 14 training images cannot be read; the first one stops the run." in joined
-    assert "1 of the 7 test images cannot be read; " in joined
+    assert "1 of the 7 validation images cannot be read; " in joined
     assert all(f"\n{'':13}{path}: " in text for path in bad)
     assert "1 training image identical to an image of another class, so one label is" in joined
     pair = f"{root}/train/cat/2.png and {root}/train/dog/other.png ('cat' and 'dog')"
     assert f"\n{'':13}{pair}\n" in text
-    assert "1 of the 7 test images are identical to training images, so the test error is" in joined
+    assert "1 of the 7 validation images are identical to training images, so the valid" in joined
     assert f"{root}/val/cat/taught.png and {root}/train/cat/3.png" in joined
     assert f"OUT_DIR {tmp_path}/run is not writable: Not a directory in {tmp_path}/run. M" in joined
     assert "not measured because of problems with data: fix them and run this again." in joined
@@ -139,8 +139,8 @@ def test_skipped_images_are_a_note_and_training_is_measured(tmp_path: Path) -> N
         "3 of the 13 training images cannot be read and are skipped (DATA_LOADER.ON_ERROR skip):",
         "10 training images less than 16 pixels wide or high (the first is "
         f"{tmp_path}/set/train/cat/0.png, 12 x 9)",
-        "1 of the 6 test images cannot be read and are skipped (DATA_LOADER.ON_ERROR skip):",
-        "5 test images less than 16 pixels wide or high (the first is "
+        "1 of the 6 validation images cannot be read and are skipped (DATA_LOADER.ON_ERROR skip):",
+        "5 validation images less than 16 pixels wide or high (the first is "
         f"{tmp_path}/set/val/cat/6.png, 12 x 9)",
     ]
     assert "for the 4 steps of 2 epochs" in texts(found, FACT, COST)[0]

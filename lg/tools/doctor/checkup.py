@@ -17,20 +17,22 @@ import yaml
 from yacs.config import CfgNode
 
 from lg.builders.data import (
-    Splits,
     check_batch_size,
     check_num_classes,
     check_same_classes,
-    check_validation,
     dataset_facts,
+)
+from lg.builders.models import build_guided, build_model, build_teacher
+from lg.builders.run import build_run
+from lg.builders.splits import (
+    Splits,
+    check_validation,
     has_test_split,
     has_val_split,
     list_test_data,
     list_train_data,
     list_val_data,
 )
-from lg.builders.models import build_guided, build_model, build_teacher
-from lg.builders.run import build_run
 from lg.builders.training import (
     build_device,
     build_precision,
@@ -213,6 +215,7 @@ def _check_data(cfg: CfgNode, found: Findings) -> dict[str, ImageDataset]:
         with found.catch(DATA, "listing the images"):
             dataset = list_data(cfg, tolerate=(MISSING, EMPTY_CLASS, UNTRAINED_CLASS))
             listed[role] = dataset
+            found.add(*(Finding(NOTE, DATA, f"{note}.") for note in dataset.notes))
             for fault in dataset.faults:
                 has_empty_class |= fault.kind == EMPTY_CLASS
                 if fault.kind != MISSING:  # missing files are counted as unreadable

@@ -7,14 +7,16 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import yaml
 from yacs.config import CfgNode
 
 from lg.builders.data import dataset_facts
 from lg.builders.families import build_family, single, with_keys
 from lg.checkpoint import foreign_weights, load_weights, read_checkpoint
+from lg.config.defaults import flatten
 from lg.config.rules import FAMILIES
 from lg.datasets.base import ImageDataset
-from lg.errors import ConfigError, UserError
+from lg.errors import CheckpointError, ConfigError, UserError
 from lg.guidance import (
     FeatureBank,
     FrozenTeacher,
@@ -194,12 +196,51 @@ def build_teacher(cfg: CfgNode, *, trained: bool = True) -> Backbone:
                     f"{message}"
                 ) from error
     if path and foreign is None:
-        load_weights(teacher, path, cache=cfg.DOWNLOAD_CACHE)
+        _load_guide(cfg, teacher, path)
     elif trained and not path:
         warnings.warn(
             "DISTILLATION.TEACHER_WEIGHTS is null: the guide has random weights.", stacklevel=2
         )
     return teacher
+
+
+def _load_guide(cfg: CfgNode, teacher: Backbone, path: str) -> None:
+    """Load the guide's weights.
+
+    Raises:
+        CheckpointError: They do not fit; the message names the key, and where the config that the
+            file was trained with differs from this one.
+    """
+    try:
+        load_weights(teacher, path, cache=cfg.DOWNLOAD_CACHE)
+    except CheckpointError as error:
+        hint = _guide_differences(cfg, path)
+        raise CheckpointError(f"DISTILLATION.TEACHER_WEIGHTS: {error}{hint}") from None
+
+
+def _guide_differences(cfg: CfgNode, path: str) -> str:
+    """Return how the config of a guide's file differs from what this config expects of the guide;
+    empty if the file holds no config, or no such difference."""
+    try:
+        text = read_checkpoint(path, cache=cfg.DOWNLOAD_CACHE).get("cfg")
+        theirs = dict(flatten(yaml.safe_load(str(text))))
+    except (CheckpointError, yaml.YAMLError, AttributeError):
+        return ""
+    kind = cfg.DISTILLATION.TEACHER_MODEL
+    sections = ("MODEL.NUM_CLASSES", "MODEL.IN_CHANNELS") + ("CNN.", "RESNET.") * (kind == "ResNet")
+    mine = {key: value for key, value in flatten(cfg) if key.startswith(sections)}
+    if theirs.get("MODEL.TYPE") != kind:  # then depths say nothing
+        mine = {"MODEL.TYPE": kind}
+    wrong = [key for key in mine if key in theirs and theirs[key] != mine[key]]
+    if not wrong:
+        return ""
+    trained = ", ".join(f"{key} {theirs[key]}" for key in wrong)
+    expected = ", ".join(f"{key} {mine[key]}" for key in wrong)
+    expected = expected.replace("MODEL.TYPE", "DISTILLATION.TEACHER_MODEL")
+    return (
+        f". The file was trained with {trained} (TRAIN.DATASET {theirs.get('TRAIN.DATASET')}); "
+        f"this config expects {expected}: make them equal, or name the weights of another guide"
+    )
 
 
 def _open_bank(cfg: CfgNode, teacher: Backbone) -> FeatureBank:

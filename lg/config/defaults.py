@@ -319,6 +319,19 @@ REPORTED_ON_RESUME = (
 )
 
 
+# Keys of files and folders: ~ is the home folder.
+PATHS = (
+    "MODEL.PRETRAINED",
+    "DISTILLATION.TEACHER_WEIGHTS",
+    "DISTILLATION.FEATURE_FILE",
+    "TRAIN.WEIGHTS",
+    "TEST.WEIGHTS",
+    "DATA_LOADER.ROOT",
+    "OUT_DIR",
+    "DOWNLOAD_CACHE",
+)
+
+
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Yield ("SECTION.KEY", value) for every leaf of a config tree, in order."""
     for name, value in tree.items():

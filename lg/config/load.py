@@ -21,7 +21,14 @@ import yaml
 from yacs.config import CfgNode
 
 from lg.config.combinations import faults
-from lg.config.defaults import DEFAULT_VALUES, DEFAULTS, FREE_ON_RESUME, REPORTED_ON_RESUME, flatten
+from lg.config.defaults import (
+    DEFAULT_VALUES,
+    DEFAULTS,
+    FREE_ON_RESUME,
+    PATHS,
+    REPORTED_ON_RESUME,
+    flatten,
+)
 from lg.config.rules import CHOICES, RANGES, accepted_types
 from lg.config.yaml_files import read_with_bases
 from lg.errors import ConfigError
@@ -275,6 +282,8 @@ def _coerce(key: str, value: Any, where: str) -> Any:
                 f"{key} is {_shown(value)}, set {where}; it takes text without control characters, "
                 "such as line breaks."
             )
+    if key in PATHS and isinstance(value, str):
+        return os.path.expanduser(value)
     return float(value) if isinstance(default, float) else value
 
 

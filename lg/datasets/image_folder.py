@@ -164,7 +164,7 @@ def _list(place: Path, notes: list[str]) -> dict[str, list[str]]:
         return read_labels(place)
     skipped: list[str] = []  # folders
     others: list[str] = []  # files that are not read
-    names = []
+    names: list[str] = []
     for each in sorted(place.iterdir()):
         if each.is_dir():
             (skipped if _is_skipped(each.name) else names).append(each.name)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 import lg
 from lg.builders import build_teacher
-from lg.errors import ConfigError
+from lg.config import dump_config
+from lg.errors import CheckpointError, ConfigError
 
 PLAIN = "PATCH_SIZE: 16, HIDDEN_DIM: 33, DEPTH: 2, NUM_HEADS: 2, MLP_RATIO: 2"
 STAGED = "HIDDEN_DIM: [8, 16], DEPTH: [1, 1], NUM_HEADS: 1, MLP_RATIO: 2"
@@ -82,3 +85,34 @@ def test_an_image_size_that_the_guide_rejects_is_named_by_the_key_of_the_guide(
     )
     with pytest.raises(ConfigError, match=message):
         build_teacher(lg.load_config(run))
+
+
+def test_a_wrong_guide_is_named_with_its_own_config(tmp_path: Path) -> None:
+    guide = ["MODEL.TYPE", "ResNet", "MODEL.NUM_CLASSES", "10", "CNN.DEPTH", "8"]
+    own = load(tmp_path, *guide[:2], "MODEL.NUM_CLASSES", "5", "CNN.DEPTH", "14")
+    weights = lg.published_state_dict(lg.build_model(own))
+    state = {"model_state": weights, "cfg": dump_config(own)}
+    torch.save(state, tmp_path / "guide.pyth")
+    guided = ["DISTILLATION.ENABLE_LOGIT", "True", *guide[2:], "MODEL.TYPE", "timm/test_vit"]
+    guided += ["DISTILLATION.TEACHER_WEIGHTS", f"{tmp_path}/guide.pyth"]
+    with pytest.raises(CheckpointError) as caught:
+        build_teacher(load(tmp_path, *guided))
+    text = str(caught.value)
+    assert text.startswith(f"DISTILLATION.TEACHER_WEIGHTS: {tmp_path}/guide.pyth: the weights do n")
+    assert text.endswith(
+        ". The file was trained with MODEL.NUM_CLASSES 5, CNN.DEPTH 14 (TRAIN.DATASET digits); "
+        "this config expects MODEL.NUM_CLASSES 10, CNN.DEPTH 8: make them equal, or name the "
+        "weights of another guide"
+    )
+    student = load(tmp_path, "MODEL.TYPE", "timm/test_vit", "MODEL.NUM_CLASSES", "10")
+    torch.save({**state, "cfg": dump_config(student)}, tmp_path / "guide.pyth")
+    with pytest.raises(CheckpointError, match=r"with MODEL\.TYPE timm/test_vit \(.* expects D"):
+        build_teacher(load(tmp_path, *guided))
+    torch.save({**state, "cfg": ": not YAML ["}, tmp_path / "guide.pyth")
+    with pytest.raises(CheckpointError, match=r"depth, width\)$"):
+        build_teacher(load(tmp_path, *guided))
+
+
+def load(folder: Path, *opts: str) -> Any:
+    (folder / "run.yaml").write_text("TRAIN: {DATASET: digits}\nMODEL: {IMG_SIZE: 32}\n")
+    return lg.load_config(folder / "run.yaml", opts)

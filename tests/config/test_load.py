@@ -10,13 +10,14 @@ import yaml
 
 import lg
 from lg.config import changed_keys, dump_config, flatten
-from lg.config.defaults import DEFAULTS
+from lg.config.defaults import DEFAULTS, PATHS
 from tests.config.config_cases import (
     PUBLISHED_CONFIGS,
     PUBLISHED_DEFAULTS,
     Write,
     fault,
     leaf,
+    nested,
 )
 
 # --- Published configs -------------------------------------------------------------------------
@@ -216,3 +217,18 @@ def test_the_last_override_wins_and_overrides_are_pairs(write: Write) -> None:
     assert "TRAIN.DATASET" in fault(write(), "TRAIN", "5")
     text = fault(write(), "LOG_PERIOD", "1.5")
     assert text == "LOG_PERIOD is 1.5 (float), set on the command line; it takes int."
+
+
+@pytest.mark.parametrize("key", PATHS)
+def test_the_home_folder_is_expanded_in_paths(
+    write: Write, key: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    opts = ["MODEL.TYPE", "timm/test_vit"] if key == "MODEL.PRETRAINED" else []
+    if key.startswith("DISTILLATION"):
+        opts = ["DISTILLATION.ENABLE_LOGIT", "True"]
+    for cfg in (
+        lg.load_config(write(), [*opts, key, "~/a/b"]),
+        lg.load_config(write(yaml.dump(nested({key: "~/a/b"}))), opts),
+    ):
+        assert leaf(cfg, key) == "/home/me/a/b"

@@ -127,7 +127,7 @@ def test_all_problems_are_found_at_once(tmp_path: Path, capsys: pytest.CaptureFi
     assert f"OUT_DIR {tmp_path}/run is not writable: Not a directory in {tmp_path}/run. M" in joined
     assert "not measured because of problems with data: fix them and run this again." in joined
     assert "NUM_CLASSES" not in joined  # two classes, once the empty folder is gone
-    assert text.splitlines()[-1] == "7 problems to fix before training, 3 notes."
+    assert text.splitlines()[-1] == "7 problems to fix before training, 4 notes."
 
 
 def test_skipped_images_are_a_note_and_training_is_measured(tmp_path: Path) -> None:
@@ -135,7 +135,9 @@ def test_skipped_images_are_a_note_and_training_is_measured(tmp_path: Path) -> N
     cfg = config(tmp_path / "set", tmp_path / "run", DATA_LOADER__ON_ERROR="skip")
     found = check_config(cfg)
     assert texts(found, PROBLEM) == []
-    assert [text.splitlines()[0] for text in texts(found, NOTE, DATA)] == [
+    first, *notes = (text.splitlines()[0] for text in texts(found, NOTE, DATA))
+    assert first.startswith(f"TEST.SPLIT is test, but {tmp_path}/set has no test set: ")
+    assert notes == [
         "3 of the 13 training images cannot be read and are skipped (DATA_LOADER.ON_ERROR skip):",
         "10 training images less than 16 pixels wide or high (the first is "
         f"{tmp_path}/set/train/cat/0.png, 12 x 9)",
@@ -156,7 +158,7 @@ def test_problems_of_the_guide_are_all_found(tmp_path: Path) -> None:
     )
     assert taps == (
         "DISTILLATION.INTER_STUDENT_INDEX is [0, 5]: block index 5 is out of range: the model has "
-        "2 blocks, numbered 0 to 1."
+        "2 blocks, numbered 0 to 1; [0, 1] has the same relative depth."
     )
     assert weights.startswith(f"DISTILLATION.TEACHER_WEIGHTS: {guide}: the weights do not fit ")
     assert "head.fc.weight is [7, 64], the model has [10, 64]" in weights
@@ -186,7 +188,7 @@ def test_settings_that_training_rejects_are_problems(tmp_path: Path) -> None:
     ]
     nowhere = config(tmp_path / "nowhere", tmp_path / "run")
     (missing,) = texts(check_config(nowhere), PROBLEM)
-    assert missing.startswith(f"image_folder: {tmp_path}/nowhere/train is missing; ")
+    assert missing.startswith(f"image_folder: {tmp_path}/nowhere is missing; set DATA_LOADER.ROOT")
 
 
 def test_every_exception_is_a_finding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

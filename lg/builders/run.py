@@ -50,12 +50,7 @@ from lg.run import Run
 def build_run(cfg: CfgNode, data: Splits, world: World, log: RunLog) -> Run:
     """Build all parts of a run on its device, and seed the random streams."""
     device = build_device(cfg, world)
-    if device.type == "cpu" and cfg.DEVICE == "auto":
-        log.warn("No GPU found: running on the CPU (set DEVICE cpu to silence this).")
-    if cfg.MODEL.NUM_CLASSES == 1:
-        log.warn("MODEL.NUM_CLASSES is 1: labels teach nothing, and every test gives 100 %.")
-    for note in data_notes(*data):
-        log.warn(f"{note}.")
+    _warn(cfg, data, device, log)
     torch.backends.cudnn.benchmark = cfg.CUDNN.BENCHMARK
     torch.manual_seed(cfg.RNG_SEED)  # the same initial weights in every process
     guided, guide, loss = build_guided(cfg)
@@ -136,6 +131,16 @@ def place_model(net: nn.Module, precision: Precision) -> str:
         return ""
     net.to(memory_format=torch.channels_last)
     return "Memory format: channels_last, which is faster for this model on CPUs."
+
+
+def _warn(cfg: CfgNode, data: Splits, device: torch.device, log: RunLog) -> None:
+    """Log what may not be intended about device and images."""
+    if device.type == "cpu" and cfg.DEVICE == "auto":
+        log.warn("No GPU found: running on the CPU (set DEVICE cpu to silence this).")
+    if cfg.MODEL.NUM_CLASSES == 1:
+        log.warn("MODEL.NUM_CLASSES is 1: labels teach nothing, and every test gives 100 %.")
+    for note in data_notes(*data):
+        log.warn(f"{note}.")
 
 
 def _wrap(

@@ -38,6 +38,9 @@ setup(
         "slurm": ["submitit>=1.5,<2"],
         "docs": ["mkdocs>=1.6,<2", "mkdocs-material>=9.6,<10"],
         "sweep": ["optuna>=5,<6"],
+        "wandb": ["wandb>=0.19,<1"],
+        "mlflow": ["mlflow-skinny>=2.20,<4"],
+        "trackio": ["trackio>=0.2,<1"],
         "dev": [
             "cleanlab>=2.7,<3",
             "grad-cam>=1.5.4,<2",

@@ -333,7 +333,7 @@ def resume(run: Run, *, auto: bool, changed: bool) -> None:
         epoch, step = run.progress.epoch, run.progress.step
         where = f"step {step} of epoch {epoch + 1}" if step else f"epoch {epoch}"
         log.info(f"Resuming after {where} of {run.settings.max_epoch}.")
-    log.open_tensorboard(run.progress.epoch * run.loader.steps_per_epoch + run.progress.step + 1)
+    log.open_curves(run.progress.epoch * run.loader.steps_per_epoch + run.progress.step + 1)
 
 
 def restore_last(run: Run, warn: Callable[[str], None]) -> dict[str, Any] | None:

@@ -35,6 +35,7 @@ from lg.builders.training import (
     synchronize_batch_norms,
 )
 from lg.checkpoint import CheckpointFolder, load_weights
+from lg.config.defaults import flatten
 from lg.config.published import published_curve
 from lg.datasets.loader import MODEL
 from lg.device import Precision
@@ -43,6 +44,7 @@ from lg.guidance import GuidedStudent
 from lg.logs.log import RunLog
 from lg.logs.pictures import Pictures
 from lg.logs.reporter import Reporter
+from lg.logs.tracker import Tracker
 from lg.models.layers import fuse_attention, gains_from_channels_last
 from lg.run import Run
 
@@ -50,7 +52,7 @@ from lg.run import Run
 def build_run(cfg: CfgNode, data: Splits, world: World, log: RunLog) -> Run:
     """Build all parts of a run on its device, and seed the random streams."""
     device = build_device(cfg, world)
-    _warn(cfg, data, device, log)
+    _prepare_log(cfg, data, device, log)
     torch.backends.cudnn.benchmark = cfg.CUDNN.BENCHMARK
     torch.manual_seed(cfg.RNG_SEED)  # the same initial weights in every process
     guided, guide, loss = build_guided(cfg)
@@ -133,8 +135,10 @@ def place_model(net: nn.Module, precision: Precision) -> str:
     return "Memory format: channels_last, which is faster for this model on CPUs."
 
 
-def _warn(cfg: CfgNode, data: Splits, device: torch.device, log: RunLog) -> None:
-    """Log what may not be intended about device and images."""
+def _prepare_log(cfg: CfgNode, data: Splits, device: torch.device, log: RunLog) -> None:
+    """Set the tracker, and log what may not be intended about device and images."""
+    if cfg.LOG_TRACKER != "none" and log.enabled:
+        log.tracker = Tracker(cfg.LOG_TRACKER, cfg.OUT_DIR, dict(flatten(cfg)), log.warn)
     if device.type == "cpu" and cfg.DEVICE == "auto":
         log.warn("No GPU found: running on the CPU (set DEVICE cpu to silence this).")
     if cfg.MODEL.NUM_CLASSES == 1:

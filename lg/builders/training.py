@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -263,6 +264,11 @@ def check_training(cfg: CfgNode, *, trained_guide: bool = True) -> None:
         ConfigError: Something is missing; names the key and the fix.
     """
     options = cfg.DISTILLATION
+    if cfg.LOG_TRACKER != "none" and importlib.util.find_spec(cfg.LOG_TRACKER) is None:
+        raise ConfigError(
+            f"LOG_TRACKER is {cfg.LOG_TRACKER}, which is not installed: pip install -e "
+            f"'.[{cfg.LOG_TRACKER}]', or set it to none."
+        )
     if not cfg.TRAIN.DATASET:
         raise ConfigError("TRAIN.DATASET is '': set it to a data set, such as digits or cifar100.")
     if cfg.MODEL.IN_CHANNELS != 3:

@@ -259,6 +259,9 @@ DEFAULTS: dict[str, Any] = {
     # (+) training writes results.csv, curves.png, train_batch.jpg and confusion_matrix.png to
     # OUT_DIR
     "LOG_PICTURES": True,
+    # (+) none, or who gets the config and the scalars of TensorBoard as well: wandb | mlflow |
+    # trackio, each with the extra of that name and set up by its own environment variables
+    "LOG_TRACKER": "none",
     "DIST_BACKEND": "nccl",  # nccl | gloo; processes without a GPU always use gloo
     "HOST": "localhost",  # address at which the processes of one machine connect
     "PORT_RANGE": [10000, 65000],  # ports to try for that, [first, last]

@@ -104,6 +104,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "TEST.SPLIT": ("val", "test", "train"),
     "LAUNCH.MODE": ("local", "slurm", "submitit_local"),
     "LOG_DEST": ("stdout", "file"),
+    "LOG_TRACKER": ("none", "wandb", "mlflow", "trackio"),
     "DIST_BACKEND": ("nccl", "gloo"),
     "DEVICE": ("auto", "cpu", "cuda", "mps"),
 }

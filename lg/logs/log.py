@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 if TYPE_CHECKING:
     from lg.logs.tensorboard import EventFile
+    from lg.logs.tracker import Tracker
 
 TAG = "json_stats: "
 
@@ -72,18 +73,21 @@ class RunLog:
         self.console = enabled and console
         self._file = _LogFile(self.out_dir / file_name, self._report) if enabled else None
         self._events: EventFile | None = None
+        self.tracker: Tracker | None = None  # gets the scalars too; set before `open_curves`
         self._bar: tqdm | None = None
         self._reported: set[str] = set()
         if enabled and _is_cut(self.out_dir / file_name):
             self.write("")
 
-    def open_tensorboard(self, first_step: int) -> None:
-        """Start the curves; hide points of earlier runs in the folder from `first_step` on."""
+    def open_curves(self, first_step: int) -> None:
+        """Start TensorBoard and the tracker; hide TensorBoard's points from `first_step` on."""
         if self.enabled:
             from lg.logs.tensorboard import EventFile  # slow to import
 
             self._events = EventFile(self.out_dir / "tensorboard", first_step=first_step)
             self.scalars(first_step, {})
+            if self.tracker is not None:
+                self.tracker.open()
 
     def info(self, message: str) -> None:
         """Print a message and write it to the file."""
@@ -105,12 +109,14 @@ class RunLog:
             self._file.emit(logging.makeLogRecord({"msg": text.rstrip("\n")}))
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
-        """Add TensorBoard scalars, tag to value."""
+        """Add a point to several curves, tag to value."""
         if self._events is not None:
             try:
                 self._events.add(step, values)
             except OSError as error:
                 self._report("TensorBoard curves", error)
+            if self.tracker is not None:
+                self.tracker.log(step, values)
 
     def start_bar(self, title: str, *, total: int, done: int = 0) -> None:
         """Show a progress bar if the console is a terminal."""
@@ -148,6 +154,9 @@ class RunLog:
         """Close everything; later messages are not written."""
         self.close_bar()
         self._events = None
+        if self.tracker is not None:
+            self.tracker.close()
+            self.tracker = None
         if self._file is not None:
             self._file.close()
             self._file = None

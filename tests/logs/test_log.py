@@ -77,7 +77,7 @@ def test_disabled_log_prints_and_writes_nothing(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     log = RunLog(tmp_path / "out", enabled=False)
-    log.open_tensorboard(1)
+    log.open_curves(1)
     log.start_bar("epoch", total=3)
     log.info("a"), log.warn("b"), log.write("c"), log.stats("t", {"d": 1}), log.scalars(1, {"e": 2})
     log.advance("f")
@@ -133,7 +133,7 @@ def test_full_disk_is_reported_once_and_cuts_no_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     log = RunLog(tmp_path, console=False)
-    log.open_tensorboard(0)
+    log.open_curves(0)
     with files_up_to(330):
         for step in range(400):
             log.stats("t", {"step": step}), log.scalars(step, {"loss": 1.0})
@@ -158,7 +158,7 @@ def test_log_that_cannot_be_opened_is_reported(
 ) -> None:
     (tmp_path / "file").touch()
     log = RunLog(tmp_path / "file" / "run")
-    log.open_tensorboard(0)
+    log.open_curves(0)
     log.info("said"), log.stats("t", {}), log.scalars(1, {"a": 1.0})
     log.close()
     out, err = capsys.readouterr()
@@ -200,7 +200,7 @@ def test_line_after_a_cut_line_starts_a_new_one(tmp_path: Path) -> None:
 def test_environment_is_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LG_TEST_TOKEN", "a-secret-of-the-user")
     log = RunLog(tmp_path, console=False)
-    log.open_tensorboard(0)
+    log.open_curves(0)
     log.info("start"), log.warn("w"), log.stats("cfg", {"a": {"b": 1}}), log.scalars(1, {"x": 1.0})
     log.close()
     files = [p for p in tmp_path.rglob("*") if p.is_file()]
@@ -221,7 +221,7 @@ def scalars(out_dir: Path, tag: str) -> list[tuple[int, float]]:
 def test_tensorboard_hides_points_that_a_resumed_run_repeats(tmp_path: Path) -> None:
     for first, last, value in ((0, 4, 1.0), (3, 6, 2.0)):
         log = RunLog(tmp_path, console=False)
-        log.open_tensorboard(first)
+        log.open_curves(first)
         for step in range(first, last):
             log.scalars(step, {"iteration/loss": value, "test/top1_acc": 10 * value})
         assert len(scalars(tmp_path, "iteration/loss")) == last  # though it may yet be killed
@@ -233,7 +233,7 @@ def test_tensorboard_hides_points_that_a_resumed_run_repeats(tmp_path: Path) -> 
 
 def test_curves_continue_after_their_folder_is_removed(tmp_path: Path) -> None:
     log = RunLog(tmp_path, console=False)
-    log.open_tensorboard(1)
+    log.open_curves(1)
     log.scalars(1, {"loss": 1.0})
     shutil.rmtree(tmp_path / "tensorboard")
     log.scalars(2, {"loss": 2.0}), log.scalars(3, {"loss": 3.0})

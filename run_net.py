@@ -7,6 +7,7 @@ python run_net.py --mode sweep --trials 20 --cfg FILE TRAIN.VAL_FRACTION 0.2 \\
     OPTIM.BASE_LR log:1e-4:1e-2 DISTILLATION.INTER_WEIGHT 1,2.5,5
 python run_net.py --mode test  --cfg configs/digits/vit_digits_base.yaml TEST.PER_CLASS True
 python run_net.py --mode predict --images a.jpg photos/ TEST.WEIGHTS work_dirs/RUN/model.pyth
+python run_net.py --mode export --format onnx TEST.WEIGHTS work_dirs/RUN/model.pyth
 python run_net.py --mode time  --cfg configs/deit/deit-ti_c100_base.yaml DEVICE cpu
 python run_net.py --mode info  --cfg configs/pvt/pvt-ti_c100_ours.yaml
 python run_net.py --mode doctor --cfg configs/digits/vit_digits_ours.yaml
@@ -74,6 +75,25 @@ def _report(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _export(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--format",
+        dest="formats",
+        nargs="+",
+        choices=("onnx", "torch", "timm"),
+        default=["onnx"],
+        help="one or several (default onnx)",
+    )
+    parser.add_argument("--out", metavar="FOLDER", help="default: export/ beside the weights")
+    parser.add_argument(
+        "--images",
+        nargs="+",
+        default=[],
+        metavar="PATH",
+        help="files, folders or patterns to check the export with (default: the test images)",
+    )
+
+
 def _pattern(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "pattern", nargs="?", default="", metavar="PATTERN", help="part of a key or its meaning"
@@ -136,6 +156,12 @@ MODES = {
         "classify images with TEST.WEIGHTS",
         "lg.tools.predict:predict",
         arguments=_predict,
+        from_weights=True,
+    ),
+    "export": Mode(
+        "write TEST.WEIGHTS for use without this project: ONNX, torch.export or timm",
+        "lg.tools.export:export",
+        arguments=_export,
         from_weights=True,
     ),
     "time": Mode(

@@ -34,6 +34,12 @@ setup(
     python_requires=">=3.10,<3.14",
     install_requires=(HERE / "requirements.txt").read_text(encoding="utf-8").split(),
     extras_require={
+        "export": [
+            "onnx>=1.17,<2",
+            "onnxruntime>=1.20,<2",
+            "onnxscript>=0.5.3,<1",
+            "safetensors>=0.4,<1",
+        ],
         "report": ["cleanlab>=2.7,<3", "grad-cam>=1.5.4,<2"],
         "slurm": ["submitit>=1.5,<2"],
         "docs": ["mkdocs>=1.6,<2", "mkdocs-material>=9.6,<10"],
@@ -47,6 +53,9 @@ setup(
             "mkdocs>=1.6,<2",
             "mkdocs-material>=9.6,<10",
             "mypy>=1.11,<3",
+            "onnx>=1.17,<2",
+            "onnxruntime>=1.20,<2",
+            "onnxscript>=0.5.3,<1",
             "optuna>=5,<6",
             "pytest>=9.0.3,<10",
             "pytest-timeout>=2.3,<3",

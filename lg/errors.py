@@ -29,6 +29,10 @@ class CheckpointError(UserError):
     """A file that cannot be used as a checkpoint."""
 
 
+class ExportError(UserError):
+    """A model that cannot be exported, or whose export computes something else."""
+
+
 class BankError(UserError):
     """Stored features that cannot be used."""
 

@@ -104,7 +104,8 @@ class Stage(nn.Module):
         """Map [B, C, H, W] to the next map and the class token [B, 1, C], if there is one."""
         tokens, size = self.patch_embed(features)
         if self.cls_token is not None:
-            tokens = torch.cat([self.cls_token.expand(len(tokens), -1, -1), tokens], dim=1)
+            # Not len(): it would fix the batch size of an exported model.
+            tokens = torch.cat([self.cls_token.expand(tokens.shape[0], -1, -1), tokens], dim=1)
         if self.pos_embed is not None:
             tokens = tokens + self.pos_embed
         tokens = self.pos_drop(tokens)

@@ -181,7 +181,8 @@ class T2TViT(nn.Module):
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """Map images [B, C, H, W] to logits [B, K]."""
         tokens = self.t2t_module(images)
-        tokens = torch.cat([self.cls_token.expand(len(tokens), -1, -1), tokens], dim=1)
+        # Not len(): it would fix the batch size of an exported model.
+        tokens = torch.cat([self.cls_token.expand(tokens.shape[0], -1, -1), tokens], dim=1)
         tokens = self.layers(self.patch_drop(self.pos_drop(tokens + self.pos_embed)))
         return self.head(self.norm(tokens)[:, 0])
 

@@ -110,6 +110,7 @@ class Predictor:
         """
         self.model = model.eval()
         self.class_names = list(class_names)
+        self.preprocessing = preprocessing
         self.precision, self.batch_size, self.flip = precision, batch_size, flip
         self._transform = BatchTestTransform(**vars(preprocessing))
 
@@ -130,15 +131,22 @@ class Predictor:
             for prediction in self._classify(images[first : first + self.batch_size])
         ]
 
-    @torch.no_grad()
-    def _classify(self, images: Sequence[AnyImage]) -> list[Prediction]:
+    def prepare(self, images: Sequence[AnyImage]) -> torch.Tensor:
+        """Return images as the model's input [N, 3, S, S], in host memory.
+
+        Raises:
+            DataError: An image cannot be read.
+        """
         pixels = []
         for image in images:
             rgb = to_rgb(image.copy()) if isinstance(image, Image.Image) else open_rgb(image)
             pixels.append(torch.from_numpy(np.array(self._transform.prepare(rgb))))
         count = len(images)
-        batch = self._transform(stack(pixels), epochs=[0] * count, index=range(count))[0]
-        batch = batch.to(self.precision.device)
+        return self._transform(stack(pixels), epochs=[0] * count, index=range(count))[0]
+
+    @torch.no_grad()
+    def _classify(self, images: Sequence[AnyImage]) -> list[Prediction]:
+        batch = self.prepare(images).to(self.precision.device)
         with self.precision.autocast():
             views = [batch, batch.flip(-1)] if self.flip else [batch]
             scores = [self.model(view).float().softmax(dim=1) for view in views]

@@ -1,0 +1,225 @@
+"""`--mode export`: write a trained model for use without this project, checked on real images."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from torch import nn
+from yacs.config import CfgNode
+
+from lg import __version__, builders, trainer
+from lg.errors import DataError, ExportError, UserError
+from lg.files.atomic import TEMPORARY
+from lg.paths import is_local_file
+from lg.tools.export_formats import FORMATS, Source, check_packages, timm_recipe
+from lg.tools.predict import Predictor, build_predictor, find_images
+
+MIN_IMAGES, MAX_IMAGES = 8, 32  # that an export is checked with
+# Allowed difference of the logits, over their spread. Rounding gives 1e-6 to 1e-5.
+TOLERANCE = 1e-4
+
+
+@dataclass(frozen=True)
+class Parity:
+    """How the logits of an exported model differ from those of the model itself.
+
+    Attributes:
+        difference: Largest absolute difference.
+        spread: Largest absolute deviation of a logit from its mean over the images.
+        num_equal: Images with the same most probable class.
+        count: Images.
+    """
+
+    difference: float
+    spread: float
+    num_equal: int
+    count: int
+
+    @property
+    def is_met(self) -> bool:
+        """Whether the export computes the same up to rounding; False for NaN."""
+        return self.difference <= TOLERANCE * self.spread
+
+    def __str__(self) -> str:
+        return (
+            f"largest difference of the logits {self.difference:.1e} "
+            f"({self.difference / self.spread:.1e} of their spread), same class for "
+            f"{self.num_equal} of {self.count} images"
+        )
+
+
+def export(cfg: CfgNode, *, formats: Sequence[str], out: str | None, images: list[str]) -> None:
+    """Export TEST.WEIGHTS, by default the best weights of OUT_DIR, without guide and heads.
+
+    A file gets its name only after its logits were compared with those of the model.
+
+    Args:
+        cfg: The config of the model; TEST.WEIGHTS names its weights.
+        formats: Names in `FORMATS`.
+        out: Folder to write to; None for `export` beside the weights.
+        images: Files, folders and patterns to compare with; none for the test images.
+
+    Raises:
+        ConfigError: There are no weights, or timm has no such model.
+        DataError: There are fewer than MIN_IMAGES images.
+        ExportError: A package is missing, or an export computes something else.
+    """
+    check_packages(formats)
+    cfg = _on_cpu(cfg)
+    recipe = timm_recipe(cfg) if "timm" in formats else None
+    predictor = build_predictor(cfg)
+    batch = predictor.prepare(_check_images(cfg, images))
+    source = Source(predictor.model, batch[:2], describe(cfg, predictor), recipe)
+    weights = trainer.tested_weights(cfg)
+    folder = Path(out or _default_folder(cfg, weights))
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in dict.fromkeys(formats):
+        started = time.perf_counter()
+        place, parity = write_checked(source, name, folder, batch)
+        files = [place] if place.is_file() else list(place.iterdir())
+        size = sum(file.stat().st_size for file in files)
+        print(
+            f"{name}: {place} ({size / 1e6:.1f} MB, {time.perf_counter() - started:.0f} s)\n"
+            f"  {parity}",
+            flush=True,
+        )
+
+
+def write_checked(
+    source: Source, name: str, folder: Path, images: torch.Tensor
+) -> tuple[Path, Parity]:
+    """Write one format, compare it with the model, and only then give it its name.
+
+    Args:
+        source: The model.
+        name: In `FORMATS`.
+        folder: Where to write; exists.
+        images: [N, C, S, S], N at least MIN_IMAGES.
+
+    Returns:
+        The file or folder, and the comparison.
+
+    Raises:
+        ExportError: The logits differ. Nothing is left; an earlier export of that name stays.
+    """
+    form = FORMATS[name]
+    with tempfile.TemporaryDirectory(prefix=TEMPORARY, dir=folder) as temporary:
+        fresh = Path(temporary) / form.place
+        form.write(source, fresh)
+        parity = compare(source.model, form.load(fresh), images)
+        if not parity.is_met:
+            raise ExportError(
+                f"The {name} export is removed, because it does not compute what the model "
+                f"computes: {parity}. Try another --format, or another version of torch."
+            )
+        place = folder / form.place
+        if fresh.is_dir():
+            place.mkdir(exist_ok=True)
+            for file in sorted(fresh.iterdir()):
+                os.replace(file, place / file.name)
+        else:
+            os.replace(fresh, place)
+    return place, parity
+
+
+@torch.no_grad()
+def compare(
+    model: nn.Module, exported: Callable[[torch.Tensor], torch.Tensor], images: torch.Tensor
+) -> Parity:
+    """Compare the logits of a model and its export on images [N, C, S, S].
+
+    The export gets batches of 1 and N - 1 images, which are other sizes than that of its example.
+
+    Raises:
+        ExportError: The model gives all images the same logits, which shows nothing.
+    """
+    expected = model(images)
+    spread = float((expected - expected.mean(dim=0)).abs().max())
+    if not spread > 0:
+        raise ExportError(
+            "The model gives the same logits for all images, so an export of it cannot be checked: "
+            "train it first."
+        )
+    actual = torch.cat([exported(images[:1]), exported(images[1:])])
+    return Parity(
+        difference=float((actual - expected).abs().max()),
+        spread=spread,
+        num_equal=int((actual.argmax(dim=1) == expected.argmax(dim=1)).sum()),
+        count=len(images),
+    )
+
+
+def describe(cfg: CfgNode, predictor: Predictor) -> dict[str, str]:
+    """Return what the use of an exported model needs, as texts; lists and numbers are JSON."""
+    preparation, channels = predictor.preprocessing, cfg.MODEL.IN_CHANNELS
+    size, num_classes = preparation.image_size, len(predictor.class_names)
+    facts = {
+        "input": f"images: float32 [N, {channels}, {size}, {size}], RGB / 255, minus mean, / std",
+        "output": f"logits: float32 [N, {num_classes}], softmax gives probabilities",
+        "image_size": size,
+        "resize": preparation.resize,
+        "interpolation": "bicubic",
+        "mean": IMAGENET_DEFAULT_MEAN,
+        "std": IMAGENET_DEFAULT_STD,
+        "class_names": predictor.class_names,
+        "model": cfg.MODEL.TYPE,
+        "lg_version": __version__,
+    }
+    return {
+        key: value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+        for key, value in facts.items()
+    }
+
+
+def _on_cpu(cfg: CfgNode) -> CfgNode:
+    """Return the config for a CPU, where exports are made and compared, and without downloads."""
+    cfg = cfg.clone()
+    cfg.defrost()
+    cfg.DEVICE, cfg.DATA_LOADER.DOWNLOAD = "cpu", False
+    cfg.freeze()
+    return cfg
+
+
+def _default_folder(cfg: CfgNode, weights: str) -> str:
+    beside = os.path.dirname(weights) if is_local_file(weights) else cfg.OUT_DIR
+    return os.path.join(beside, "export")
+
+
+def _check_images(cfg: CfgNode, places: list[str]) -> list[str | Image.Image]:
+    """Return images to check the export with, spread over those that there are.
+
+    Raises:
+        DataError: There are fewer than MIN_IMAGES, or they cannot be read.
+    """
+    if places:
+        paths = find_images(places)
+        _check_count(len(paths), "--images names")
+        return [paths[index] for index in _spread(len(paths))]
+    try:
+        dataset = builders.build_test_data(cfg)
+        _check_count(len(dataset), f"{dataset} has")
+        return [dataset.image(index) for index in _spread(len(dataset))]
+    except (UserError, OSError) as error:
+        raise DataError(
+            f"An export is checked on real images, but the test images cannot be used: {error} "
+            f"Name at least {MIN_IMAGES} images (files or a folder) with --images."
+        ) from None
+
+
+def _check_count(count: int, where: str) -> None:
+    if count < MIN_IMAGES:
+        raise DataError(f"{where} {count} images; the check needs at least {MIN_IMAGES}.")
+
+
+def _spread(count: int) -> list[int]:
+    return np.linspace(0, count - 1, min(count, MAX_IMAGES)).round().astype(int).tolist()

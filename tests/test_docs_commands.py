@@ -29,7 +29,7 @@ OTHER_PROGRAMS = ("cd", "git", "ls", "open", "pip", "python", "source", "unzip")
 NOT_RUN = {
     "torchrun|LAUNCH.MODE": "needs several GPUs, machines or a cluster; see tests/distributed",
     "NUM_GPUS [2-9]": "needs several GPUs",
-    r"my_|my\.yaml|photo|OUT_DIR/|FILE|GUIDE|work_dirs/RUN": "needs the reader's files",
+    r"my_images|my\.yaml|photo|OUT_DIR/|FILE|GUIDE|work_dirs/RUN": "needs the reader's files",
     "benchmarks/": "takes minutes to hours; see tests/benchmarks",
     "make |pip |git |source |-m pytest|-m mkdocs": "installs or runs tests",
     "python -c": "checks the reader's machine",
@@ -164,6 +164,12 @@ def test_modes_and_keys_in_the_text_exist(page: Path) -> None:
     sections = "|".join({key.partition(".")[0] for key in DEFAULT_VALUES if "." in key})
     keys = set(re.findall(rf"`((?:{sections})\.[A-Z0-9_]+)[ `]", text))
     assert keys <= set(DEFAULT_VALUES)
+
+
+def test_the_readme_lists_every_mode() -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    table = readme.partition("| `--mode` |")[2].partition("\n\n")[0]
+    assert sorted(re.findall(r"^\| `(\w+)` \|", table, re.MULTILINE)) == sorted(run_net.MODES)
 
 
 def test_commands_are_found_and_checked() -> None:

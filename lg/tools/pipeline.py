@@ -98,8 +98,9 @@ def pipeline(
         parts.append(_part("plain", path, [*bare, *off], parent, suffix="_plain"))
     parts.append(_part("guided", path, [*own, *guided], parent, suffix="", basis=first.folder))
     results = {part.name: run_part(part, train) for part in parts}
-    lines = table(results)
-    print("\n".join(["", *lines]))
+    weights = os.path.join(results["guided"]["folder"], "model.pyth")
+    predict = f"python run_net.py --mode predict --images IMAGES TEST.WEIGHTS {weights}"
+    print("\n".join(["", *table(results), "", f"Classify images: {predict}"]))
     target = os.path.join(parent, f"{Path(path).stem}_pipeline.json")
     content = json.dumps(results, indent=1).encode()
     write_atomically(target, lambda file: file.write(content))

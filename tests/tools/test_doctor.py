@@ -58,9 +58,12 @@ def test_a_good_config_has_no_problems_and_leaves_no_files(
     assert snapshot(tmp_path) == before
     lines = capsys.readouterr().out.splitlines()
     assert [line for line in lines if line in findings.TOPICS] == list(findings.TOPICS)
-    assert lines[-1] == "No problems, 0 notes: ready to train."
+    # The training is shorter than any that trains something.
+    assert lines[-1] == "No problems, 2 notes: ready to train."
     text = " ".join(" ".join(lines).split())
     assert "digits/train: 120 training images in 10 classes of 12, 8 x 8 pixels" in text
+    assert "3 epochs are short for strong augmentation: " in text
+    assert "has only 12 optimiser steps (3 epochs of 4): raise OPTIM.MAX_EPOCH to 50 or" in text
     assert f"the guide's test error is 12.5 % ({guide})." in text
     assert "Blocks: 0 imitates 0, 1 imitates 2 of the guide (--mode info shows them)." in text
     assert (

@@ -27,6 +27,7 @@ from lg.tools.doctor.findings import (
     with_examples,
 )
 from lg.tools.doctor.images import Split
+from lg.tools.doctor.recipe import check_recipe
 from lg.tools.doctor.trial import Trial
 from tests.test_trainer import CONFIGS
 
@@ -206,3 +207,16 @@ def test_lines_are_wrapped_and_paths_are_not(monkeypatch: pytest.MonkeyPatch) ->
         "1 problem to fix before training, 2 notes.",
     ]
     assert format_findings([]) == ["No problems, 0 notes: ready to train."]
+
+
+def test_short_trainings_are_noted() -> None:
+    def notes(**changes: Any) -> list[str]:
+        settings = {"strong": True, "max_epoch": 300, "batch_size": 100, "num_train": 2040}
+        return [each.text for each in check_recipe(**{**settings, **changes})]
+
+    assert notes() == [] and notes(strong=False, max_epoch=15) == []
+    (text,) = notes(max_epoch=15)
+    assert text.startswith("15 epochs are short for strong augmentation")
+    (text,) = notes(strong=False, max_epoch=5)
+    assert "only 100 optimiser steps (5 epochs of 20): raise OPTIM.MAX_EPOCH to 10 or" in text
+    assert notes(num_train=50, max_epoch=100) == []  # a batch larger than the set is a problem

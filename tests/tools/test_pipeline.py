@@ -72,7 +72,8 @@ def test_three_models_are_trained_once_and_compared(
         assert cfg.DISTILLATION.ENABLE_INTER is (name == "guided")
     weights = Path(found["guide"]["folder"], "model.pyth")
     assert Path(cfg.DISTILLATION.TEACHER_WEIGHTS) == weights
-    rows = capsys.readouterr().out.splitlines()[-4:]
+    *rows, _, command = capsys.readouterr().out.splitlines()[-6:]
+    assert command.endswith(f"TEST.WEIGHTS {found['guided']['folder']}/model.pyth")
     assert "top-1" in rows[0] and "95 % interval" in rows[0]
     assert [row.split("  ")[0] for row in rows[1:]] == [
         "ResNet-8, guide",

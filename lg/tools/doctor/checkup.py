@@ -66,6 +66,7 @@ from lg.tools.doctor.findings import (
     Findings,
     format_findings,
 )
+from lg.tools.doctor.recipe import check_recipe
 from lg.tools.info import describe_config
 from lg.trainer import find_differences, restore_last
 
@@ -99,6 +100,14 @@ def check_config(cfg: CfgNode) -> Findings:
             _check_bank(cfg, data["TRAIN"], found)
         blocked = found.has_problem(DEVICE, MODEL)
         if not blocked and data.keys() == _roles(cfg).keys():
+            found.add(
+                *check_recipe(
+                    strong=cfg.TRAIN.STRONG_AUGMENTATION,
+                    max_epoch=cfg.OPTIM.MAX_EPOCH,
+                    batch_size=cfg.TRAIN.BATCH_SIZE,
+                    num_train=len(data["TRAIN"]),
+                )
+            )
             _check_run(cfg, _describe_protocol(data, found), found)
         else:
             topic = "model, guide or device" if blocked else "data"

@@ -17,7 +17,7 @@ from lg.files.atomic import write_atomically
 from lg.paths import project_folder
 from lg.tools.init.folder import ImageFacts, look
 from lg.tools.init.plan import GUIDE_SIDE, PATCHES, Length, Plan, make_plan
-from lg.tools.init.speed import seconds_per_image
+from lg.tools.init.speed import Speed, measure_speed
 
 _GUIDE = "configs/resnet/r-56_c100.yaml"
 
@@ -42,22 +42,22 @@ def init(data: str, model: str, out: str | None, minutes: float) -> None:
         raise ConfigError(f"--minutes {minutes:g} must be above 0.")
     name = Path(data).expanduser().resolve().name
     folder = Path(out or f"{name}_configs").expanduser()
-    facts = look(data, folder / "images")
+    facts = look(data)
     print("\n".join(describe(facts)), flush=True)
     classes = ["MODEL.NUM_CLASSES", len(facts.class_names)]
     print("Measuring the speed of this machine, as if no other program used it ...", flush=True)
 
-    def student_seconds(size: int) -> float:
+    def student_speed(size: int) -> Speed:
         opts = [*classes, *_size_opts(known[model], size)]
-        return seconds_per_image(
+        return measure_speed(
             load_config(known[model], [*opts, "DISTILLATION.TEACHER_WEIGHTS", None])
         )
 
     plan = make_plan(
         facts,
         minutes=minutes,
-        guide_seconds=seconds_per_image(load_config(_GUIDE, classes)),
-        student_seconds=student_seconds,
+        guide_speed=measure_speed(load_config(_GUIDE, classes)),
+        student_speed=student_speed,
     )
     guide, student = folder / f"{name}_guide.yaml", folder / f"{name}_{model}.yaml"
     texts = {guide: render_guide(facts, plan, guide)}
@@ -221,6 +221,8 @@ def _data(facts: ImageFacts, length: Length, plan: Plan) -> dict[str, dict[str, 
         train["VAL_FRACTION"] = facts.val_fraction
     if facts.is_imbalanced:
         train["BALANCE"] = "weights"
+    if length.mixed:
+        train["MIXED_PRECISION"] = True
     return {
         "TRAIN": train,
         "TEST": {"SPLIT": "test", "PERIOD": length.test_period},
@@ -236,7 +238,7 @@ def _text(header: list[str], tree: Mapping[str, object]) -> str:
         for part in textwrap.wrap(line, 110, drop_whitespace=False, break_long_words=False) or [""]
     ]
     for key, value in tree.items():
-        flow = yaml.safe_dump(value, default_flow_style=True, sort_keys=False, width=1000)
+        flow = yaml.safe_dump(value, default_flow_style=True, sort_keys=False, width=110)
         lines.append(f"{key}: {flow.strip()}")
     return "\n".join(lines) + "\n"
 

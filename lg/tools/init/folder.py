@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -10,15 +9,9 @@ import numpy as np
 
 from lg.datasets import build_dataset
 from lg.datasets.base import ImageDataset
-from lg.datasets.image_folder import SUFFIXES, splits_of
+from lg.datasets.image_folder import splits_of
 from lg.errors import DataError
 
-# Names of split folders in lower case -> the names that the image_folder data set reads.
-_SPLITS = {
-    **dict.fromkeys(("train", "training"), "train"),
-    **dict.fromkeys(("val", "valid", "validation", "dev"), "val"),
-    **dict.fromkeys(("test", "testing"), "test"),
-}
 _NUM_SAMPLES = 24  # images whose sizes are looked at
 
 
@@ -72,15 +65,15 @@ class ImageFacts:
 _SIDES = ("left", "right")
 
 
-def look(data: str, arranged: Path) -> ImageFacts:
+def look(data: str) -> ImageFacts:
     """Look at a folder of images.
 
     Args:
-        data: The folder: train/, and val/ and test/ or one of them, in any spelling, or classes.
-        arranged: Where links to split folders of other names are put, if there are any.
+        data: The folder, in one of the layouts of the image_folder data set, perhaps below folders
+            that contain nothing else.
 
     Raises:
-        DataError: It is no folder of class folders with images.
+        DataError: It holds no images in classes, or no training images.
     """
     root = Path(data).expanduser().resolve()
     if not root.is_dir():
@@ -89,76 +82,42 @@ def look(data: str, arranged: Path) -> ImageFacts:
     inner = _unwrap(root)
     if inner != root:
         notes.append(f"The images are in {inner}.")
-    _check_layout(inner)
-    root = _arrange(inner, arranged, notes)
-    present = splits_of(root) or ["train"]
-    if "train" not in present:
+        root = inner
+    sets = {
+        each: build_dataset("image_folder", root, each) for each in splits_of(root) or ["train"]
+    }
+    if "train" not in sets:
         raise DataError(
-            f"{root} has {' and '.join(f'{name}/' for name in present)} but no train/: name the "
-            "folder of the training images train."
+            f"{root} has {' and '.join(sets)} but no train: give the folder of the training images "
+            "that name."
         )
-    sets = {split: build_dataset("image_folder", str(root), split) for split in present}
     train = sets["train"]
-    sizes = np.bincount(train.labels, minlength=train.num_classes).tolist()
     if train.num_classes < 2:
         raise DataError(
             f"{root} has one class ({train.class_names[0]}): give a folder with at least two."
         )
+    sizes = np.bincount(train.labels, minlength=train.num_classes).tolist()
     counts = {split: len(dataset) for split, dataset in sets.items()}
+    notes += dict.fromkeys(note for dataset in sets.values() for note in dataset.notes)
     return ImageFacts(root, train.class_names, sizes, counts, _median_side(train), notes)
-
-
-def _folders(root: Path) -> list[Path]:
-    """Return the folders in a folder, without hidden ones and those that macOS adds."""
-    inside = (each for each in root.iterdir() if each.is_dir())
-    return sorted(each for each in inside if each.name[0] != "." and each.name != "__MACOSX")
 
 
 def _unwrap(root: Path) -> Path:
     """Return the folder below a chain of folders that contain nothing but the next one."""
-    while len(inside := _folders(root)) == 1 and _split(inside[0]) is None:
-        if not _folders(inside[0]):
+    while not _has_splits(root):
+        inside = [each for each in sorted(root.iterdir()) if each.is_dir()]
+        inside = [each for each in inside if each.name[0] != "." and each.name != "__MACOSX"]
+        if len(inside) != 1 or not any(each.is_dir() for each in inside[0].iterdir()):
             break
         root = inside[0]
     return root
 
 
-def _split(folder: Path) -> str | None:
-    return _SPLITS.get(folder.name.lower())
-
-
-def _check_layout(root: Path) -> None:
-    """Reject a folder without folders, and one that mixes splits with classes."""
-    inside = _folders(root)
-    images = [each for each in root.iterdir() if each.suffix.lower() in SUFFIXES]
-    if not inside:
-        found = f"{len(images):,} images" if images else "no folders and no images"
-        raise DataError(
-            f"{root} has {found} but no folder per class: move the images of each class into a "
-            f"folder with the name of the class, such as {root.name}/cat/1.jpg."
-        )
-    splits = {_split(each): each.name for each in inside if _split(each)}
-    names = [each.name for each in inside if _split(each)]
-    if len(names) > len(splits):
-        raise DataError(f"{root} has several folders for one split ({', '.join(names)}): keep one.")
-
-
-def _arrange(root: Path, arranged: Path, notes: list[str]) -> Path:
-    """Return a root whose splits are named train, val and test: `root`, or a folder of links."""
-    splits = {split: each for each in _folders(root) if (split := _split(each))}
-    if all(each.name == split for split, each in splits.items()):
-        return root
-    arranged.mkdir(parents=True, exist_ok=True)
-    for split, each in splits.items():
-        link = arranged / split
-        if link.is_symlink() or link.exists():
-            if os.path.realpath(link) != str(each):
-                raise DataError(f"{link} exists and is not {each}: remove it.")
-        else:
-            link.symlink_to(each, target_is_directory=True)
-    names = ", ".join(f"{split} -> {each.name}" for split, each in splits.items())
-    notes.append(f"Split folders have the names train, val and test: links in {arranged} ({names})")
-    return arranged.resolve()
+def _has_splits(root: Path) -> bool:
+    try:
+        return bool(splits_of(root))
+    except DataError:  # they are one folder further down
+        return False
 
 
 def _median_side(dataset: ImageDataset) -> int:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from math import ceil, sqrt
 
 from lg.tools.init.folder import ImageFacts
+from lg.tools.init.speed import Speed
 
 # Sides of the student's images in pixels, and the patches of models whose patches can be chosen,
 # so that there are 64 to 196 tokens.
@@ -31,11 +32,13 @@ class Length:
         epochs: Number of epochs.
         steps: Optimiser steps of an epoch.
         minutes: Estimate for training and tests on this machine.
+        mixed: Whether mixed precision is faster here.
     """
 
     epochs: int
     steps: int
     minutes: float
+    mixed: bool
 
     @property
     def warmup(self) -> int:
@@ -69,8 +72,8 @@ def make_plan(
     facts: ImageFacts,
     *,
     minutes: float,
-    guide_seconds: float,
-    student_seconds: Callable[[int], float],
+    guide_speed: Speed,
+    student_speed: Callable[[int], Speed],
 ) -> Plan:
     """Return settings with which guide and student train in about `minutes` on this machine.
 
@@ -78,17 +81,16 @@ def make_plan(
         facts: What the folder holds.
         minutes: Of training in all; at least MIN_EPOCHS epochs and MIN_STEPS steps are
             planned.
-        guide_seconds: Seconds to train the guide on one image.
-        student_seconds: From a side in pixels to the seconds to train the guided student on one
-            image of this size.
+        guide_speed: Of the guide.
+        student_speed: From a side in pixels to the speed of the guided student on such images.
     """
     batch = choose_batch(facts.num_train)
     num_tested = sum(facts.sizes) - facts.num_train or facts.splits.get("val", 0)
-    guide = _fit(facts.num_train, batch, num_tested, guide_seconds, minutes * _GUIDE_SHARE)
+    guide = _fit(facts.num_train, batch, num_tested, guide_speed, minutes * _GUIDE_SHARE)
     left, sizes = minutes - guide.minutes, choose_sizes(facts.side)
     size, student = 0, guide
     for tried in sizes:  # a large size is measured only where it may fit
-        longest = _fit(facts.num_train, batch, num_tested, student_seconds(tried), left)
+        longest = _fit(facts.num_train, batch, num_tested, student_speed(tried), left)
         fits = longest.epochs >= ENOUGH_EPOCHS and longest.minutes <= 1.1 * left
         if fits or not size:
             size, student = tried, longest
@@ -117,18 +119,18 @@ def choose_sizes(side: int) -> list[int]:
     return [size for size in sorted(PATCHES)[1:] if size <= 1.5 * side] or [min(PATCHES)]
 
 
-def _fit(num_train: int, batch: int, num_tested: int, seconds: float, minutes: float) -> Length:
+def _fit(num_train: int, batch: int, num_tested: int, speed: Speed, minutes: float) -> Length:
     """Return the longest training that takes at most `minutes`, within its limits.
 
     A test of an image takes about a third of the time to train on it.
     """
     steps = max(1, num_train // batch)
-    epoch = seconds * steps * batch / 60
+    epoch = speed.seconds * steps * batch / 60
     least = max(MIN_EPOCHS, ceil(MIN_STEPS / steps))
     epochs = min(MAX_EPOCHS, max(least, int(minutes / epoch)))
     period = max(1, epochs // 20)
-    tests = ceil(epochs / period) * num_tested * seconds / 3 / 60
-    return Length(epochs, steps, epochs * epoch + tests)
+    tests = ceil(epochs / period) * num_tested * speed.seconds / 3 / 60
+    return Length(epochs, steps, epochs * epoch + tests, speed.mixed)
 
 
 def _rounded(value: float) -> float:

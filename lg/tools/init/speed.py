@@ -4,21 +4,30 @@ from __future__ import annotations
 
 import time
 import warnings
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from yacs.config import CfgNode
 
 from lg.builders import build_device, build_guided
-from lg.device import core_wait_seconds, synchronize
+from lg.device import Precision, computes_in_bf16, synchronize
 from lg.distributed import World
 from lg.models.layers import gains_from_channels_last
 
-_BATCH = 8  # images of a measured step
+_BATCH = 16  # images of a measured step
 _REPEATS = 2  # measured steps, after one that is not counted
 
 
-def seconds_per_image(cfg: CfgNode) -> float:
-    """Return the seconds of forward and backward, with the guide if there is one, for an image.
+class Speed(NamedTuple):
+    """How fast a model trains here."""
+
+    seconds: float  # for one image
+    mixed: bool  # whether that takes TRAIN.MIXED_PRECISION
+
+
+def measure_speed(cfg: CfgNode) -> Speed:
+    """Measure forward and backward, with the guide if there is one, in the faster precision.
 
     Time without a core, because other programs use them at the moment, is not counted. Weights are
     random.
@@ -36,12 +45,25 @@ def seconds_per_image(cfg: CfgNode) -> float:
         images = torch.rand(_BATCH, cfg.MODEL.IN_CHANNELS, side, side, device=device)
         targets = torch.full((_BATCH, cfg.MODEL.NUM_CLASSES), 1 / cfg.MODEL.NUM_CLASSES)
         targets = targets.to(device)
-        seconds = []
-        for _ in range(1 + _REPEATS):
-            started = time.perf_counter() - core_wait_seconds()
-            logits, maps = guided(images, imitate=True)
-            terms = loss(logits, maps, targets, *guide(images), factor=1.0)
-            terms["loss"].backward()
+
+        def step(precision: Precision) -> None:
+            with precision.autocast():
+                logits, maps = guided(images, imitate=True)
+                imitated = guide(images)
+            loss(logits, maps, targets, *imitated, factor=1.0)["loss"].backward()
             synchronize(device)
-            seconds.append(time.perf_counter() - core_wait_seconds() - started)
+
+        kinds = [False, True] if computes_in_bf16(device) else [False]
+        return min(Speed(_time(step, Precision(device, mixed=kind)), kind) for kind in kinds)
+
+
+def _time(step: Callable[[Precision], None], precision: Precision) -> float:
+    """Return the seconds of a step for one image, the best of some."""
+    # On CPUs, forward and backward run in this thread, which does not count time without a core.
+    clock = time.thread_time if precision.device.type == "cpu" else time.perf_counter
+    seconds = []
+    for _ in range(1 + _REPEATS):
+        started = clock()
+        step(precision)
+        seconds.append(clock() - started)
     return min(seconds[1:]) / _BATCH

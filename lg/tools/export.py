@@ -18,7 +18,7 @@ from torch import nn
 from yacs.config import CfgNode
 
 from lg import __version__, builders, trainer
-from lg.errors import DataError, ExportError, UserError
+from lg.errors import DataError, ExportError, UserError, first_line
 from lg.files.atomic import TEMPORARY
 from lg.paths import is_local_file
 from lg.tools.export_formats import FORMATS, Source, check_packages, timm_recipe
@@ -58,7 +58,26 @@ class Parity:
         )
 
 
-def export(cfg: CfgNode, *, formats: Sequence[str], out: str | None, images: list[str]) -> None:
+@dataclass(frozen=True)
+class Exported:
+    """A written export.
+
+    Attributes:
+        place: The file or folder.
+        num_bytes: Its size.
+        seconds: To write, load and compare it.
+        parity: The comparison.
+    """
+
+    place: Path
+    num_bytes: int
+    seconds: float
+    parity: Parity
+
+
+def export(
+    cfg: CfgNode, *, formats: Sequence[str], out: str | None, images: list[str]
+) -> list[Exported]:
     """Export TEST.WEIGHTS, by default the best weights of OUT_DIR, without guide and heads.
 
     A file gets its name only after its logits were compared with those of the model.
@@ -68,6 +87,9 @@ def export(cfg: CfgNode, *, formats: Sequence[str], out: str | None, images: lis
         formats: Names in `FORMATS`.
         out: Folder to write to; None for `export` beside the weights.
         images: Files, folders and patterns to compare with; none for the test images.
+
+    Returns:
+        What was written, in the order of `formats`.
 
     Raises:
         ConfigError: There are no weights, or timm has no such model.
@@ -83,16 +105,15 @@ def export(cfg: CfgNode, *, formats: Sequence[str], out: str | None, images: lis
     weights = trainer.tested_weights(cfg)
     folder = Path(out or _default_folder(cfg, weights))
     folder.mkdir(parents=True, exist_ok=True)
+    written = []
     for name in dict.fromkeys(formats):
         started = time.perf_counter()
         place, parity = write_checked(source, name, folder, batch)
         files = [place] if place.is_file() else list(place.iterdir())
-        size = sum(file.stat().st_size for file in files)
-        print(
-            f"{name}: {place} ({size / 1e6:.1f} MB, {time.perf_counter() - started:.0f} s)\n"
-            f"  {parity}",
-            flush=True,
-        )
+        size, seconds = sum(f.stat().st_size for f in files), time.perf_counter() - started
+        print(f"{name}: {place} ({size / 1e6:.1f} MB, {seconds:.0f} s)\n  {parity}", flush=True)
+        written.append(Exported(place, size, seconds, parity))
+    return written
 
 
 def write_checked(
@@ -110,12 +131,21 @@ def write_checked(
         The file or folder, and the comparison.
 
     Raises:
-        ExportError: The logits differ. Nothing is left; an earlier export of that name stays.
+        ExportError: The model cannot be exported, or the logits differ. Nothing is left; an earlier
+            export of that name stays.
     """
     form = FORMATS[name]
     with tempfile.TemporaryDirectory(prefix=TEMPORARY, dir=folder) as temporary:
         fresh = Path(temporary) / form.place
-        form.write(source, fresh)
+        try:
+            form.write(source, fresh)
+        except (UserError, OSError):
+            raise
+        except Exception as error:  # torch raises many types for code that it cannot record
+            raise ExportError(
+                f"This model cannot be exported to {name} ({first_line(error)}). Try another "
+                "--format."
+            ) from error
         parity = compare(source.model, form.load(fresh), images)
         if not parity.is_met:
             raise ExportError(
@@ -182,10 +212,11 @@ def describe(cfg: CfgNode, predictor: Predictor) -> dict[str, str]:
 
 
 def _on_cpu(cfg: CfgNode) -> CfgNode:
-    """Return the config for a CPU, where exports are made and compared, and without downloads."""
+    """Return the config for a CPU in full precision, where exports are made, without downloads."""
     cfg = cfg.clone()
     cfg.defrost()
-    cfg.DEVICE, cfg.DATA_LOADER.DOWNLOAD = "cpu", False
+    cfg.DEVICE, cfg.TRAIN.MIXED_PRECISION = "cpu", False
+    cfg.DATA_LOADER.DOWNLOAD = False
     cfg.freeze()
     return cfg
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 import timm
 import torch
@@ -21,6 +24,7 @@ from lg.errors import ConfigError, DataError, ExportError
 from lg.models.published import published_state_dict
 from lg.tools import export_formats
 from lg.tools.export import Parity, compare, export
+from lg.tools.predict import build_predictor
 
 ROOT = Path(__file__).parents[2]
 BASE = ROOT / "configs/digits/vit_digits_base.yaml"
@@ -145,6 +149,35 @@ def timm_logits(path: Path, images: torch.Tensor) -> torch.Tensor:
     return model(images)
 
 
+def test_the_documented_code(tmp_path: Path, monkeypatch, capsys) -> None:
+    """The code of docs/export.md classifies a photo as `predict` does, whatever TEST.RESIZE."""
+    weights = save_checkpoint(tmp_path / "model.pyth", "DeiT")
+    run_export(weights, "onnx", "torch", "timm")
+    monkeypatch.chdir(tmp_path / "export")
+    noise = np.random.default_rng(0).integers(0, 256, (6, 9, 3), dtype=np.uint8)
+    Image.fromarray(noise).resize((93, 60)).save("photo.jpg")
+    text = (ROOT / "docs/export.md").read_text(encoding="utf-8")
+    with_onnx, with_torch, with_timm = re.findall("^```python\n(.*?)^```$", text, re.M | re.S)
+    model = onnx.load("model.onnx")
+    answers = set()
+    for rule in ("letterbox", "crop", "squash"):
+        next(p for p in model.metadata_props if p.key == "resize").value = rule
+        onnx.save(model, "model.onnx")
+        cfg = load_trained_config(weights, ["TEST.RESIZE", rule, "TEST.WEIGHTS", str(weights)])
+        expected = build_predictor(cfg)("photo.jpg")
+        capsys.readouterr()
+        exec(with_onnx, {})
+        lines = [f"{name} {100 * p:.1f} %" for name, p in expected.top(3)]
+        assert capsys.readouterr().out.splitlines() == lines
+        answers.add(tuple(lines))
+    assert len(answers) == 3  # the rules differ for this photo
+    exec(with_timm, {})
+    assert capsys.readouterr().out.strip() == expected.class_name
+    variables: dict[str, Any] = {}
+    exec(with_torch, variables)
+    assert variables["logits"].shape == (5, 10)
+
+
 def test_distilled_deit_and_timm_models(tmp_path: Path, capsys) -> None:
     """A distilled DeiT answers with the mean of its heads; timm models may take no image size."""
     guided = ["DISTILLATION.ENABLE_LOGIT", "True", "CNN.DEPTH", "8"]
@@ -208,6 +241,21 @@ def test_a_wrong_export_is_removed(name: str, tmp_path: Path, monkeypatch) -> No
     assert [path.read_text() for path in (tmp_path / "export").iterdir()] == ["earlier"]
 
 
+def test_what_torch_cannot_record_is_one_line(tmp_path: Path, monkeypatch) -> None:
+    weights = save_checkpoint(tmp_path / "model.pyth", "DeiT")
+
+    def fail(source: export_formats.Source, path: Path) -> None:
+        raise RuntimeError("dynamic control flow\nmore")
+
+    form = export_formats.FORMATS["onnx"]._replace(write=fail)
+    monkeypatch.setitem(export_formats.FORMATS, "onnx", form)
+    with pytest.raises(
+        ExportError, match=r"exported to onnx \(dynamic control flow\)\. Try another"
+    ):
+        run_export(weights, "onnx")
+    assert list((tmp_path / "export").iterdir()) == []
+
+
 def test_parity_compares_batches_of_one_and_more() -> None:
     torch.manual_seed(0)
     model, images = nn.Linear(4, 3), torch.randn(9, 4)
@@ -250,6 +298,8 @@ def test_missing_packages_and_images_are_named(tmp_path: Path, monkeypatch) -> N
 def test_the_command_line(tmp_path: Path, monkeypatch, capsys) -> None:
     """An export that cannot be checked ends with status 1 and one line."""
     weights = save_checkpoint(tmp_path / "model.pyth", "DeiT")
+    args = run_net.parse_args(["--mode", "export", "--format", *export_formats.FORMATS])
+    assert args.formats == list(export_formats.FORMATS)
     command = f"run_net.py --mode export --format torch TEST.WEIGHTS {weights}".split()
     monkeypatch.setattr(sys, "argv", command)
     run_net.main()

@@ -45,7 +45,7 @@ setup(
         "docs": ["mkdocs>=1.6,<2", "mkdocs-material>=9.6,<10"],
         "sweep": ["optuna>=5,<6"],
         "wandb": ["wandb>=0.19,<1"],
-        "mlflow": ["mlflow-skinny>=2.20,<4"],
+        "mlflow": ["mlflow>=2.20,<4"],
         "trackio": ["trackio>=0.2,<1"],
         "dev": [
             "cleanlab>=2.7,<3",

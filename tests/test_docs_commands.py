@@ -29,6 +29,7 @@ OTHER_PROGRAMS = ("cd", "git", "ls", "open", "pip", "python", "source", "unzip")
 NOT_RUN = {
     "torchrun|LAUNCH.MODE": "needs several GPUs, machines or a cluster; see tests/distributed",
     "NUM_GPUS [2-9]": "needs several GPUs",
+    "LOG_TRACKER": "needs a package that the tests do without; see tests/logs",
     r"my_images|my\.yaml|photo|OUT_DIR/|FILE|GUIDE|work_dirs/RUN": "needs the reader's files",
     "benchmarks/": "takes minutes to hours; see tests/benchmarks",
     "make |pip |git |source |-m pytest|-m mkdocs": "installs or runs tests",
@@ -203,10 +204,24 @@ def test_most_kinds_of_commands_are_run() -> None:
     assert {"train", "info", "keys", "sweep"} <= set(re.findall(r"--mode (\w+)", commands))
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("command", RUN)
-def test_the_command_runs(command: str, tmp_path: Path) -> None:
+def start(command: str, folder: Path) -> None:
     words = [sys.executable if word == "python" else word for word in shlex.split(command)]
     words[1] = str(ROOT / words[1])
-    run = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True)
+    run = subprocess.run(words, cwd=folder, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the runs of the three configs of the digits, shortened."""
+    folder = tmp_path_factory.mktemp("trained")
+    for name in ("r-8_digits", "vit_digits_base", "vit_digits_ours"):
+        config = f"configs/digits/{name}.yaml OPTIM.MAX_EPOCH 2 OPTIM.WARMUP_EPOCHS 0"
+        start(f"python run_net.py --mode train --cfg {config}", folder)
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", RUN)
+def test_the_command_runs(command: str, trained: Path, tmp_path: Path) -> None:
+    start(command, trained if "work_dirs/vit_digits" in command else tmp_path)

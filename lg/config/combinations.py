@@ -12,22 +12,17 @@ from yacs.config import CfgNode
 
 from lg.config.defaults import DEFAULT_VALUES, flatten
 from lg.config.rules import FAMILIES
-
-Fault = tuple[str, str]  # the key to change, and the advice
+from lg.config.student_combinations import Fault, student_faults
 
 # Keys of TRANSFORMER and whole sections that only some families read -> these families.
 _READERS = {
-    f"TRANSFORMER.{key}": [name for name, family in FAMILIES.items() if key in family.stages]
-    for key in ("PATCH_STRIDE", "PATCH_PADDING")
+    f"TRANSFORMER.{key}": [
+        name for name, family in FAMILIES.items() if key in (*family.one, *family.stages)
+    ]
+    for key in ("PATCH_STRIDE", "PATCH_PADDING", "WIDE_LAST", "LIFT")
 } | {
     section: [name for name, family in FAMILIES.items() if family.section == section]
     for section in dict.fromkeys(family.section for family in FAMILIES.values() if family.section)
-}
-# Why they cannot drop patches.
-_NEED_ALL_PATCHES = {
-    **dict.fromkeys(("PiT", "PVT", "PVTv2", "CvT"), "it reduces maps between its stages"),
-    "ConViT": "its gated attention depends on the distances of all pairs",
-    "ResNet": "it has none",
 }
 _PROJECTED = ("linear", "gram")  # values of INTER_TRANSFORM with projection heads
 _READ_BY_TIMM = ("TRANSFORMER.DROP_RATE", "TRANSFORMER.DROP_PATH_RATE")
@@ -37,9 +32,8 @@ def faults(cfg: CfgNode) -> Iterator[Fault]:
     """Yield the faults of a config, group by group."""
     yield from _resnet(cfg)
     yield from _timm(cfg)
-    yield from _initial_weights(cfg)
     yield from _other_families(cfg)
-    yield from _patch_drop(cfg)
+    yield from student_faults(cfg)
     yield from _guidance(cfg)
     yield from _guidance_schedule(cfg)
     yield from _offline(cfg)
@@ -90,39 +84,6 @@ def _timm(cfg: CfgNode) -> Iterator[Fault]:
             "MODEL.PRETRAINED",
             "only timm/NAME models have pretrained weights: set it to '', or give weights of this "
             "project as TRAIN.WEIGHTS.",
-        )
-
-
-def _initial_weights(cfg: CfgNode) -> Iterator[Fault]:
-    model = cfg.MODEL
-    if model.INIT != "mimetic":
-        return
-    if model.TYPE in ("PVT", "PVTv2", "ConViT", "CvT", "ResNet"):
-        yield (
-            "MODEL.INIT",
-            f"MODEL.TYPE {model.TYPE} has no plain multi-head attention (DeiT, T2TViT, PiT and "
-            "vision transformers of timm have): set it to default.",
-        )
-    if model.PRETRAINED or cfg.TRAIN.WEIGHTS:
-        key = "MODEL.PRETRAINED" if model.PRETRAINED else "TRAIN.WEIGHTS"
-        yield "MODEL.INIT", f"{key} sets the initial weights: set that to '', or this to default."
-
-
-def _patch_drop(cfg: CfgNode) -> Iterator[Fault]:
-    kind, options = cfg.MODEL.TYPE, cfg.DISTILLATION
-    if cfg.TRAIN.PATCH_DROP == 0:
-        return
-    if kind in _NEED_ALL_PATCHES:
-        yield (
-            "TRAIN.PATCH_DROP",
-            f"MODEL.TYPE {kind} needs all patches, because {_NEED_ALL_PATCHES[kind]} (DeiT, "
-            "T2TViT and vision transformers of timm can do with some of them): set it to 0.",
-        )
-    if options.ENABLE_INTER and options.INTER_TRANSFORM == "similarity":
-        yield (
-            "TRAIN.PATCH_DROP",
-            "DISTILLATION.INTER_TRANSFORM similarity compares images position by position, but "
-            "each image keeps other positions: set that to another transform, or this to 0.",
         )
 
 

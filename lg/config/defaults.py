@@ -53,6 +53,9 @@ DEFAULTS: dict[str, Any] = {
         "DROP_RATE": None,  # dropout of tokens, attention output and MLP, [0, 1)
         "DROP_PATH_RATE": None,  # stochastic depth of the last block, [0, 1)
         "ATTENTION_DROP_RATE": None,  # dropout of attention weights, [0, 1)
+        # (+) DeiT and T2TViT, more channels at the end (arXiv 2511.15572), one of the two:
+        "WIDE_LAST": 0,  # channels of the last block, above HIDDEN_DIM; 0: as the others
+        "LIFT": 0,  # channels to which a projection after the last block lifts the tokens; 0: none
     },
     "T2T": {"TOKEN_DIM": 64, "KERNEL_SIZE": [7, 3, 3], "STRIDE": [4, 2, 2], "PADDING": [2, 1, 1]},
     "PIT": {"STRIDE": 8},  # stride of the patch convolution, pixels

@@ -32,11 +32,12 @@ class Family(NamedTuple):
 _RATES = ("DROP_RATE", "DROP_PATH_RATE", "ATTENTION_DROP_RATE")
 _SHAPE = ("HIDDEN_DIM", "DEPTH", "NUM_HEADS")
 _PLAIN = ("PATCH_SIZE", *_SHAPE, "MLP_RATIO", *_RATES)
+_WIDE = ("WIDE_LAST", "LIFT")
 _PYRAMID = (*_SHAPE, "PATCH_SIZE", "MLP_RATIO")
 # The one table of families: MODEL.TYPE -> how to build it.
 FAMILIES: dict[str, Family] = {
-    "DeiT": Family("deit", one=_PLAIN),
-    "T2TViT": Family("t2t", one=_PLAIN, section="T2T"),
+    "DeiT": Family("deit", one=(*_PLAIN, *_WIDE)),
+    "T2TViT": Family("t2t", one=(*_PLAIN, *_WIDE), section="T2T"),
     "PiT": Family("pit", one=("PATCH_SIZE", "MLP_RATIO", *_RATES), stages=_SHAPE, section="PIT"),
     "PVT": Family("pvt", one=_RATES, stages=_PYRAMID, section="PVT"),
     "PVTv2": Family("pvtv2", one=_RATES, stages=(*_PYRAMID, "PATCH_STRIDE"), section="PVT"),
@@ -136,6 +137,7 @@ RANGES: dict[str, Range] = {
         lambda v: 0 <= v < math.inf,
         "at least 0 and finite",
         """
+        TRANSFORMER.WIDE_LAST TRANSFORMER.LIFT
         TRANSFORMER.PATCH_PADDING T2T.PADDING CVT.PADDING_KV CVT.PADDING_Q CONVIT.LOCAL_LAYERS
         DISTILLATION.INTER_TEACHER_INDEX DISTILLATION.INTER_WEIGHT DISTILLATION.SCHEDULE_EPOCH
         OPTIM.STEPS OPTIM.MIN_LR OPTIM.WEIGHT_DECAY OPTIM.WARMUP_EPOCHS OPTIM.EMA_ALPHA

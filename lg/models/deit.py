@@ -5,7 +5,9 @@ Source: Touvron et al., "Training data-efficient image transformers", arXiv 2012
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
+from typing import Any
 
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import VisionTransformer
@@ -14,6 +16,7 @@ from torch import nn
 from lg.models.backbone import Backbone, MapLayout
 from lg.models.key_table import KeyTable
 from lg.models.layers import check_heads, check_patches
+from lg.models.wide import widen
 
 KEYS = KeyTable(
     renames=(
@@ -42,15 +45,20 @@ def deit(
     drop_path_rate: float = 0.0,
     attention_drop_rate: float = 0.0,
     distilled: bool = False,
+    wide_last: int = 0,
+    lift: int = 0,
 ) -> Backbone:
     """Return a DeiT with zero-initialised head(s).
 
     Args: as in `lg.models.backbone`, and:
         distilled: Add a distillation token and head. In training the model then returns
             (class logits, distillation logits), in evaluation their mean.
+        wide_last: See `lg.models.wide`.
+        lift: See `lg.models.wide`.
     """
     check_patches(img_size, [patch_size])
     check_heads([hidden_dim], [num_heads])
+    norm: Any = partial(nn.LayerNorm, eps=ln_eps)
     net = (VisionTransformerDistilled if distilled else VisionTransformer)(
         img_size=img_size,
         patch_size=patch_size,
@@ -64,7 +72,21 @@ def deit(
         proj_drop_rate=drop_rate,
         attn_drop_rate=attention_drop_rate,
         drop_path_rate=drop_path_rate,
-        norm_layer=partial(nn.LayerNorm, eps=ln_eps),
+        norm_layer=norm,
+    )
+    width = widen(
+        net,
+        net.blocks,
+        wide_last=wide_last,
+        lift=lift,
+        hidden_dim=hidden_dim,
+        num_heads=num_heads,
+        mlp_ratio=mlp_ratio,
+        qkv_bias=True,
+        proj_drop=drop_rate,
+        attn_drop=attention_drop_rate,
+        drop_path=drop_path_rate if depth > 1 else 0.0,
+        norm_layer=norm,
     )
     for name, parameter in net.named_parameters():
         if name.startswith("head"):  # head, and head_dist of a distilled model
@@ -78,5 +100,5 @@ def deit(
         family="DeiT",
         keys=KEYS,
         block_names=[f"blocks.{index}" for index in range(depth)],
-        layouts=[layout] * depth,
+        layouts=[layout] * (depth - 1) + [replace(layout, channels=width)],
     )

@@ -12,7 +12,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -29,6 +31,7 @@ from lg.models.layers import (
     init_linear,
     stage_sides,
 )
+from lg.models.wide import widen
 
 KEYS = KeyTable(
     renames=(
@@ -220,6 +223,8 @@ def t2t(
     drop_rate: float = 0.0,
     drop_path_rate: float = 0.0,
     attention_drop_rate: float = 0.0,
+    wide_last: int = 0,
+    lift: int = 0,
 ) -> Backbone:
     """Return a T2T-ViT with Performer token transformers.
 
@@ -229,6 +234,8 @@ def t2t(
         kernel_size: Windows of the soft splits, in pixels of their input; one entry per split.
         stride: Steps of the soft splits.
         padding: Zeros around the input of the soft splits.
+        wide_last: See `lg.models.wide`.
+        lift: See `lg.models.wide`.
     """
     check_heads([hidden_dim], [num_heads])
     if not len(kernel_size) == len(stride) == len(padding) > 0:
@@ -251,19 +258,16 @@ def t2t(
         ln_eps=ln_eps,
         drop_rate=drop_rate,
     )
-    blocks = [
-        Block(
-            hidden_dim,
-            num_heads,
-            mlp_ratio=mlp_ratio,
-            qkv_bias=False,
-            proj_drop=drop_rate,
-            attn_drop=attention_drop_rate,
-            drop_path=rate,
-            norm_layer=partial(nn.LayerNorm, eps=ln_eps),  # type: ignore[arg-type]
-        )
-        for rate in drop_path_ramp(drop_path_rate, depth)
-    ]
+    options: dict[str, Any] = dict(
+        num_heads=num_heads,
+        mlp_ratio=mlp_ratio,
+        qkv_bias=False,
+        proj_drop=drop_rate,
+        attn_drop=attention_drop_rate,
+        norm_layer=partial(nn.LayerNorm, eps=ln_eps),
+    )
+    ramp = drop_path_ramp(drop_path_rate, depth)
+    blocks = [Block(hidden_dim, drop_path=rate, **options) for rate in ramp]
     net = T2TViT(
         t2t_module,
         blocks,
@@ -272,10 +276,20 @@ def t2t(
         ln_eps=ln_eps,
         drop_rate=drop_rate,
     )
+    width = widen(
+        net,
+        net.layers,
+        wide_last=wide_last,
+        lift=lift,
+        hidden_dim=hidden_dim,
+        drop_path=ramp[-1],
+        **options,
+    )
+    layout = MapLayout("tokens", hidden_dim, 1, (sides[-1], sides[-1]))
     return Backbone(
         net,
         family="T2TViT",
         keys=KEYS,
         block_names=[f"layers.{index}" for index in range(depth)],
-        layouts=[MapLayout("tokens", hidden_dim, 1, (sides[-1], sides[-1]))] * depth,
+        layouts=[layout] * (depth - 1) + [replace(layout, channels=width)],
     )

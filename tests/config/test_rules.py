@@ -11,7 +11,7 @@ import yaml
 from yacs.config import CfgNode
 
 import lg
-from lg.config import combinations, flatten
+from lg.config import combinations, flatten, student_combinations
 from lg.config.defaults import DEFAULTS
 from lg.config.rules import DATASET_NAMES, RANGES, accepted_types
 from lg.datasets import DATASETS
@@ -176,6 +176,31 @@ BROKEN: list[tuple[str, dict[str, Any], str]] = [
         "each image keeps other positions",
     ),
     (
+        "TRAIN.PATCH_DROP",
+        {
+            **MIX,
+            "MODEL.TYPE": "DeiT",
+            "TRAIN.PATCH_DROP": 0.5,
+            "TRANSFORMER.LIFT": 64,
+        },
+        "resizes maps of blocks of different widths",
+    ),
+    (
+        "TRANSFORMER.LIFT",
+        {"MODEL.TYPE": "DeiT", "TRANSFORMER.LIFT": 64, "TRANSFORMER.WIDE_LAST": 64},
+        "set one of the two to 0",
+    ),
+    (
+        "TRANSFORMER.WIDE_LAST",
+        {"MODEL.TYPE": "T2TViT", "TRANSFORMER.WIDE_LAST": 64, "TRANSFORMER.HIDDEN_DIM": 64},
+        "it must exceed TRANSFORMER.HIDDEN_DIM 64",
+    ),
+    (
+        "TRANSFORMER.WIDE_LAST",
+        {"MODEL.TYPE": "ConViT", "TRANSFORMER.WIDE_LAST": 64},
+        "only MODEL.TYPE DeiT or T2TViT reads it: leave it at 0",
+    ),
+    (
         "MODEL.INIT",
         {"MODEL.TYPE": "DeiT", "MODEL.INIT": "mimetic", "TRAIN.WEIGHTS": "w"},
         "TRAIN.WEIGHTS sets the initial weights",
@@ -307,8 +332,12 @@ def test_every_impossible_combination_is_named(
 
 
 def test_every_rule_for_combinations_is_tested() -> None:
-    tree = ast.parse(Path(combinations.__file__).read_text(encoding="utf-8"))
-    rules = {node.lineno for node in ast.walk(tree) if isinstance(node, ast.Yield)}
+    rules = {
+        (module.__file__, node.lineno)
+        for module in (combinations, student_combinations)
+        for node in ast.walk(ast.parse(Path(module.__file__).read_text(encoding="utf-8")))
+        if isinstance(node, ast.Yield)
+    }
     reached = set()
     for _, values, _ in BROKEN:
         cfg = CfgNode(nested(dict(flatten(DEFAULTS)) | values))
@@ -316,7 +345,8 @@ def test_every_rule_for_combinations_is_tested() -> None:
         next(found)
         while innermost.gi_yieldfrom is not None:
             innermost = innermost.gi_yieldfrom
-        reached.add(innermost.gi_frame.f_lineno)
+        frame = innermost.gi_frame
+        reached.add((frame.f_code.co_filename, frame.f_lineno))
     assert reached == rules
 
 

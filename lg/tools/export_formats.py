@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import json
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -129,7 +130,8 @@ def _write_timm(source: Source, path: Path) -> None:
         },
     }
     path.mkdir()
-    weights = {key: value.contiguous() for key, value in net.state_dict().items()}
+    weights = {key: value.clone().contiguous() for key, value in net.state_dict().items()}
+    _match_epsilons(weights, net, twin)
     safetensors.torch.save_file(weights, path / "model.safetensors", metadata={"format": "pt"})
     text = json.dumps(config, indent=2, ensure_ascii=False)
     (path / "config.json").write_text(f"{text}\n", encoding="utf-8")
@@ -154,6 +156,24 @@ def _build_twin(
             "use --format onnx or torch."
         )
     return twin
+
+
+def _match_epsilons(weights: dict[str, torch.Tensor], net: nn.Module, twin: nn.Module) -> None:
+    """Scale convolutions whose LayerNorm has another epsilon in timm's model, as in PVTv2.
+
+    The results stay the same, because LayerNorm(s x) with s^2 eps equals LayerNorm(x) with eps.
+    """
+    for name, norm in twin.named_modules():
+        own = net.get_submodule(name)
+        if not (isinstance(norm, nn.LayerNorm) and isinstance(own, nn.LayerNorm)):
+            continue
+        if norm.eps == own.eps:
+            continue
+        parent = name.rpartition(".")[0]
+        for child, module in twin.get_submodule(parent).named_children():
+            if isinstance(module, nn.Conv2d):
+                for key in (f"{parent}.{child}.{part}" for part, _ in module.named_parameters()):
+                    weights[key] *= math.sqrt(norm.eps / own.eps)
 
 
 def _load_timm(path: Path) -> Callable[[torch.Tensor], torch.Tensor]:

@@ -69,6 +69,8 @@ def save_checkpoint(path: Path, kind: str, *opts: str) -> Path:
     for name, parameter in model.named_parameters():
         if name in model.head_names():
             nn.init.normal_(parameter)
+        elif kind == "PVTv2" and ("proj.weight" in name or "sr.weight" in name):
+            parameter.data *= 0.05  # the epsilon of the LayerNorm that follows matters
     state = {"model_state": published_state_dict(model), "cfg": cfg.dump(), "class_names": NAMES}
     torch.save(state, path)
     return path
@@ -76,16 +78,16 @@ def save_checkpoint(path: Path, kind: str, *opts: str) -> Path:
 
 def run_export(weights: Path, *formats: str, out: Path | None = None, opts: tuple[str, ...] = ()):
     cfg = load_trained_config(weights, ["TEST.WEIGHTS", str(weights), *opts])
-    export(cfg, formats=formats, out=out and str(out), images=[])
+    return export(cfg, formats=formats, out=out and str(out), images=[])
 
 
 @pytest.mark.parametrize("kind", FAMILIES)
 def test_every_family_is_exported_with_parity(kind: str, tmp_path: Path, capsys) -> None:
     weights = save_checkpoint(tmp_path / "model.pyth", kind)
     formats = ("onnx", "torch", "timm") if kind in IN_TIMM else ("onnx", "torch")
-    run_export(weights, *formats)
-    out = capsys.readouterr().out
-    assert out.count("same class for 32 of 32 images") == len(formats)
+    parities = [done.parity for done in run_export(weights, *formats)]
+    assert max(each.difference / each.spread for each in parities) < 1e-5
+    assert capsys.readouterr().out.count("same class for 32 of 32 images") == len(formats)
     places = sorted(path.name for path in (tmp_path / "export").iterdir())
     assert places == sorted(export_formats.FORMATS[name].place for name in formats)
     check_use(weights, tmp_path / "export", formats)

@@ -55,6 +55,14 @@ def test_the_site_loads_nothing_from_elsewhere(site: Path) -> None:
     assert found == set()
 
 
+def test_the_readme_leads_to_every_page() -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    pages = {f"docs/{path.name}" for path in DOCS.glob("*.md")} - {"docs/index.md"}
+    assert {page for page in pages if f"({page})" not in readme} == set()
+    local = {link for link in re.findall(r"\]\(([^)#]+)", readme) if "://" not in link}
+    assert {link for link in local if not (ROOT / link).exists()} == set()
+
+
 def messages() -> str:
     """Return every text in the source, with … for each value that is filled in."""
     texts = []

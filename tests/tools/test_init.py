@@ -145,7 +145,8 @@ def test_every_student_can_be_planned(photos: Path, model: str) -> None:
     command.init("photos", model, None, 10)
     cfg = lg.load_config(f"photos_configs/photos_{model}.yaml")
     assert cfg.DISTILLATION.ENABLE_INTER and len(cfg.DISTILLATION.INTER_STUDENT_INDEX) == 3
-    assert cfg.OPTIM.BASE_LR == (0.00025 if model == "deit-1m" else 0.00013)
+    lr = cfg.OPTIM.BASE_LR
+    assert lr == (0.00025 if model == "deit-1m" else 0.00013)
 
 
 def facts_of(num_images: int, side: int = 400) -> command.ImageFacts:

@@ -119,6 +119,14 @@ def _pipeline(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--plain", action="store_true", help="also train without guidance")
 
 
+def _copies(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--copies",
+        metavar="FILE",
+        help="write the training images that are tested too, as CSV for TRAIN.EXCLUDE",
+    )
+
+
 def _seeds(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--seeds",
@@ -204,7 +212,9 @@ MODES = {
         arguments=_report,
     ),
     "doctor": Mode(
-        "check images, labels, guide, memory and disk before training", "lg.tools.doctor:doctor"
+        "check images, labels, guide, memory and disk before training",
+        "lg.tools.doctor:doctor",
+        arguments=_copies,
     ),
 }
 # KEY or KEY=VALUE, the start of the overrides, unless a file has this name.

@@ -26,6 +26,13 @@ CORE_WAIT_ADVICE = (
 )
 
 
+def usable_cores() -> int:
+    """Return the number of CPU cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
 def core_wait_seconds() -> float:
     """Return how long this thread has been ready to run without a core; 0 except on Linux.
 

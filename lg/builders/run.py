@@ -20,7 +20,7 @@ from lg.builders.data import (
     build_train_loader,
 )
 from lg.builders.models import Guide, build_guided, prepare_bank
-from lg.builders.splits import Splits, data_notes
+from lg.builders.splits import Splits, data_notes, exclusion_line
 from lg.builders.training import (
     build_average,
     build_device,
@@ -143,6 +143,8 @@ def _prepare_log(cfg: CfgNode, data: Splits, device: torch.device, log: RunLog) 
         log.warn("No GPU found: running on the CPU (set DEVICE cpu to silence this).")
     if cfg.MODEL.NUM_CLASSES == 1:
         log.warn("MODEL.NUM_CLASSES is 1: labels teach nothing, and every test gives 100 %.")
+    if line := exclusion_line(cfg, data.train):
+        log.info(line)
     for note in data_notes(*data):
         log.warn(f"{note}.")
 

@@ -9,6 +9,7 @@ from yacs.config import CfgNode
 
 from lg.datasets import build_dataset
 from lg.datasets.base import MISSING, ImageDataset, hold_out, stratified_subset
+from lg.datasets.exclusion import leave_out, read_excluded
 from lg.datasets.image_folder import splits_of
 from lg.errors import ConfigError
 
@@ -115,6 +116,8 @@ def list_test_data(cfg: CfgNode, split: str = "", tolerate: Iterable[str] = ()) 
 
 def _list_train_split(cfg: CfgNode, tolerate: Iterable[str]) -> ImageDataset:
     dataset = list_split(cfg, cfg.TRAIN.DATASET, cfg.TRAIN.SPLIT, tolerate)
+    if cfg.TRAIN.EXCLUDE:
+        dataset = leave_out(dataset, cfg.TRAIN.EXCLUDE, cfg.DATA_LOADER.ROOT)
     return stratified_subset(dataset, cfg.TRAIN.FRACTION, cfg.RNG_SEED)
 
 
@@ -136,6 +139,15 @@ def list_split(
         download=options.DOWNLOAD,
         tolerate=tolerate,
         class_names=class_names,
+    )
+
+
+def exclusion_line(cfg: CfgNode, train: ImageDataset) -> str:
+    """Report how many images TRAIN.EXCLUDE leaves out; empty if it is not set."""
+    path = cfg.TRAIN.EXCLUDE
+    return path and (
+        f"TRAIN.EXCLUDE leaves out {len(read_excluded(path)):,} of the {len(train.full):,} images "
+        f"of {train.full} ({path})."
     )
 
 

@@ -176,6 +176,9 @@ DEFAULTS: dict[str, Any] = {
         # (+) use only operations that give the same bits each time: slower, for bit-exact resume
         # on GPUs; needs CUDNN.BENCHMARK False. CPUs are bit-exact without it
         "DETERMINISTIC": False,
+        # (+) file that lists training images to leave out: CSV with the column image, or a path per
+        # line, relative to DATA_LOADER.ROOT; --mode doctor --copies writes one. Empty: none
+        "EXCLUDE": "",
         # (+) fraction of the training set to use, stratified by class and fixed by RNG_SEED, (0, 1]
         "FRACTION": 1.0,
         # (+) fraction of the training images (after FRACTION) to hold out, stratified by class and
@@ -331,6 +334,7 @@ PATHS = (
     "DISTILLATION.TEACHER_WEIGHTS",
     "DISTILLATION.FEATURE_FILE",
     "TRAIN.WEIGHTS",
+    "TRAIN.EXCLUDE",
     "TEST.WEIGHTS",
     "DATA_LOADER.ROOT",
     "OUT_DIR",

@@ -7,7 +7,6 @@ that resumes in the middle of an epoch.
 
 from __future__ import annotations
 
-import os
 import signal
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
@@ -20,7 +19,7 @@ from torch.utils.data import DataLoader, Dataset
 from lg.augment.batched import BatchTestTransform, BatchTransform
 from lg.datasets.base import ImageDataset
 from lg.datasets.cache import read_prepared
-from lg.device import to_device
+from lg.device import to_device, usable_cores
 from lg.errors import DataError
 
 # Second entry of the seeds of `default_rng`, so that no two uses share a random stream.
@@ -277,10 +276,7 @@ def rank_batches(
 
 def usable_workers(wanted: int) -> int:
     """Return the number of workers to start: at most the cores that this process may use."""
-    cores = (
-        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    )
-    return min(wanted, cores)
+    return min(wanted, usable_cores())
 
 
 def _data_loader(

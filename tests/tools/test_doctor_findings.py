@@ -64,14 +64,36 @@ def test_copies() -> None:
         PROBLEM,
         DATA,
         "2 of the 4 test images are identical to training images, so the test error is too low. "
-        "Remove them from one of the two:\n"
+        "Remove them from one of the two, or write the list with --copies FILE and train with "
+        "TRAIN.EXCLUDE FILE:\n"
         "test-1 and training-1\ntest-2 and training-4",
     )
+    named = [dataclasses.replace(each, names=each.places) for each in (train, test)]
+    assert image_findings.list_leaks(*named) == [
+        ["training-1", "cat", "test-1", "test", "dog"],
+        ["training-3", "cat", "test-1", "test", "dog"],
+        ["training-4", "elk", "test-2", "test", "elk"],
+        ["training-5", "dog", "test-1", "test", "dog"],
+    ]
     published = split([ALIKE] * 6, [0] * 6, role="test")
     assert image_findings.find_leaks(train, published)[0].level == NOTE
     (note,) = image_findings.find_copies(published)
     assert note.level == NOTE and "this published set is kept as it is:" in note.text
     assert image_findings.find_leaks(train, split([b"p", b"q"], [0, 1], role="test")) == []
+
+
+def test_classes_of_unequal_sizes() -> None:
+    equal = split([b"a", b"b", b"c"], [0, 1, 1])
+    (note,) = image_findings.find_imbalance(equal, balance="none")  # elk has none: another finding
+    assert (note.level, note.text) == (
+        NOTE,
+        "class 'dog' has 2.0 times as many training images as class 'cat' (2 and 1): a model may "
+        "neglect small classes. Set TRAIN.BALANCE weights or sampling, and compare balanced "
+        "accuracy.",
+    )
+    assert image_findings.find_imbalance(equal, balance="weights") == []
+    nearly = split([b"a"] * 5, [0, 0, 1, 1, 1])
+    assert image_findings.find_imbalance(nearly, balance="none") == []
 
 
 def test_unreadable_images_are_no_copies() -> None:
@@ -166,8 +188,52 @@ def test_time_and_memory_are_estimated() -> None:
     contended = dataclasses.replace(taken, core_wait=0.21)
     (note,) = trial.estimate_cost(cfg, contended, run, num_train=64, num_test=100)[3:]
     assert note.level == NOTE and note.text.startswith(
-        "the steps waited 21% of the time for a core."
+        "the steps waited 21% of the time for a core, so they ran at about 79% of their speed ("
     )
+    assert "may be used; the load average is " in note.text and "OMP_NUM_THREADS=1" in note.text
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        ({}, None),
+        ({2: 0.5}, None),
+        ({2: 0.5, 1: 0.36}, None),
+        (
+            {2: 0.5, 1: 0.05},
+            "a step takes 0.05 s with 1 thread, and 0.5 s with 2 as now: set the environment "
+            "variable OMP_NUM_THREADS=1.",
+        ),
+        (
+            {1: 0.5, 8: 0.1},
+            "a step takes 0.1 s with 8 threads, and 0.5 s with 1 as now: set the environment "
+            "variable OMP_NUM_THREADS=8.",
+        ),
+    ],
+)
+def test_the_number_of_threads_that_helps(
+    seconds: dict[int, float], text: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(trial, "_CLEARLY", 0.7)
+    assert trial._better_threads(seconds) == text
+
+
+def test_other_numbers_of_threads_are_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    current, tried = torch.get_num_threads(), []
+
+    def train(run: Any) -> tuple[list[float], list[float]]:
+        tried.append(torch.get_num_threads())
+        return [], [0.3, 0.2]
+
+    monkeypatch.setattr(trial, "_train", train)
+    monkeypatch.setattr(trial, "usable_cores", lambda: current + 2)
+    module = object()
+    run: Any = SimpleNamespace(module=module, guided=module)
+    others = {1, current + 2} - {current}
+    assert trial._try_threads(run, 0.4) == {current: 0.4, **dict.fromkeys(others, 0.2)}
+    assert set(tried) == others and torch.get_num_threads() == current
+    run.module = object()  # compiled
+    assert trial._try_threads(run, 0.4) == {current: 0.4}
 
 
 def test_checkpoints_must_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

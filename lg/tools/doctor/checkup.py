@@ -5,8 +5,11 @@ Each step reports what it finds and lets the others run. Nothing is left on disk
 
 from __future__ import annotations
 
+import csv
 import gc
+import io
 import math
+import os
 import sys
 import warnings
 from collections.abc import Callable
@@ -27,6 +30,7 @@ from lg.builders.run import build_run
 from lg.builders.splits import (
     Splits,
     check_validation,
+    exclusion_line,
     has_test_split,
     has_val_split,
     list_test_data,
@@ -42,10 +46,12 @@ from lg.builders.training import (
 )
 from lg.checkpoint import load_weights, read_checkpoint
 from lg.datasets.base import EMPTY_CLASS, MISSING, UNTRAINED_CLASS, ImageDataset
+from lg.datasets.exclusion import image_names
 from lg.datasets.loader import usable_workers
 from lg.datasets.scan import drop_unreadable, scan
 from lg.distributed import World
 from lg.errors import memory_advice
+from lg.files.atomic import write_atomically
 from lg.files.lock import check_writable
 from lg.guidance import FeatureBank
 from lg.guidance.bank_file import bank_path
@@ -73,10 +79,22 @@ from lg.trainer import find_differences, restore_last
 _NAMES = {"TRAIN": "training", "VAL": "validation", "TEST": "test"}
 
 
-def doctor(cfg: CfgNode) -> None:
-    """Print what would stop a config's training or spoil its result; exit with 1 on a problem."""
+def doctor(cfg: CfgNode, copies: str | None = None) -> None:
+    """Print what would stop a config's training or spoil its result; exit with 1 on a problem.
+
+    Args:
+        cfg: The config.
+        copies: CSV file to write, with the training images that are in a tested split too.
+    """
     found = check_config(cfg)
     print("\n".join(format_findings(found)))
+    if copies is not None:
+        text = io.StringIO()
+        csv.writer(text).writerows([images.LEAK_COLUMNS, *found.copies])
+        path = os.path.expanduser(copies)
+        write_atomically(path, lambda file: file.write(text.getvalue().encode()))
+        count = len({row[0] for row in found.copies})
+        print(f"{path}: {count:,} training images with copies; leave them out with TRAIN.EXCLUDE.")
     if found.has_problem():
         sys.exit(1)
 
@@ -207,6 +225,9 @@ def _check_guide(cfg: CfgNode, path: str, found: Findings) -> None:
             "TRAIN.VAL_FRACTION"
         )
         found.add(Finding(NOTE, MODEL, f"{text} ({path})."))
+    if cfg.TRAIN.EXCLUDE and train.get("EXCLUDE") != cfg.TRAIN.EXCLUDE:
+        text = "the guide was trained on images that TRAIN.EXCLUDE leaves out: train it with that"
+        found.add(Finding(NOTE, MODEL, f"{text} ({path})."))
     if dataset and dataset != cfg.TRAIN.DATASET:
         text = f"the guide was trained on {dataset}, but TRAIN.DATASET is {cfg.TRAIN.DATASET}"
         found.add(Finding(NOTE, MODEL, f"{text} ({path})."))
@@ -225,6 +246,8 @@ def _check_data(cfg: CfgNode, found: Findings) -> dict[str, ImageDataset]:
             dataset = list_data(cfg, tolerate=(MISSING, EMPTY_CLASS, UNTRAINED_CLASS))
             listed[role] = dataset
             found.add(*(Finding(NOTE, DATA, f"{note}.") for note in dataset.notes))
+            if role == "TRAIN" and (line := exclusion_line(cfg, dataset)):
+                found.add(Finding(FACT, DATA, line))
             for fault in dataset.faults:
                 has_empty_class |= fault.kind == EMPTY_CLASS
                 if fault.kind != MISSING:  # missing files are counted as unreadable
@@ -282,6 +305,7 @@ def _scan(cfg: CfgNode, dataset: ImageDataset, role: str) -> images.Split:
         class_names=dataset.class_names,
         labels=dataset.labels,
         places=[dataset.describe(position) for position in range(len(dataset))],
+        names=image_names(dataset, cfg.DATA_LOADER.ROOT),
         images=scan(dataset, num_threads=threads),
         is_own=dataset.name == "image_folder",
     )
@@ -295,6 +319,7 @@ def _check_images(cfg: CfgNode, splits: dict[str, images.Split], found: Findings
     if "TRAIN" not in splits:
         return
     train = splits["TRAIN"]
+    found.add(*images.find_imbalance(train, balance=cfg.TRAIN.BALANCE))
     for test in (split for role, split in splits.items() if role != "TRAIN"):
         if train.name == test.name:
             text = (
@@ -303,6 +328,7 @@ def _check_images(cfg: CfgNode, splits: dict[str, images.Split], found: Findings
             found.add(Finding(NOTE, DATA, text))
         elif train.class_names == test.class_names:
             found.add(*images.find_class_gaps(train, test), *images.find_leaks(train, test))
+            found.copies += images.list_leaks(train, test)
 
 
 def _check_bank(cfg: CfgNode, train: ImageDataset, found: Findings) -> None:

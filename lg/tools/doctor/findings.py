@@ -36,9 +36,15 @@ class Findings(list[Finding]):
 
     Attributes:
         memory_advice: Which settings need less memory; part of each out-of-memory problem.
+        copies: Images in training and tested splits, as rows (see `images.LEAK_COLUMNS`).
     """
 
     memory_advice = ""
+
+    def __init__(self) -> None:
+        """Start without findings."""
+        super().__init__()
+        self.copies: list[list[str]] = []
 
     def add(self, *findings: Finding) -> None:
         """Append the findings that are not there yet."""

@@ -16,6 +16,8 @@ from lg.tools.doctor.findings import DATA, FACT, NOTE, PROBLEM, Finding, with_ex
 
 _SMALL, _LARGE, _OBLONG = 16, 50_000_000, 10  # pixels per side; pixels; ratio of the sides
 _NAMED = 5  # classes
+IMBALANCE = 2  # images of the largest class over those of the smallest, from which it is noted
+LEAK_COLUMNS = ("image", "label", "copy", "copy_split", "copy_label")
 
 
 @dataclass(frozen=True)
@@ -28,6 +30,7 @@ class Split:
         class_names: K names.
         labels: [n].
         places: n paths, or positions in the set's file.
+        names: n paths relative to DATA_LOADER.ROOT, or positions in the set's file.
         images: n facts.
         is_own: The user's own images, which can be fixed, rather than a published set.
     """
@@ -39,11 +42,16 @@ class Split:
     places: Sequence[str]
     images: Sequence[ImageFacts]
     is_own: bool = False
+    names: Sequence[str] = ()
 
     @property
     def readable(self) -> list[int]:
         """Positions of the images that can be read."""
         return [position for position, image in enumerate(self.images) if not image.fault]
+
+    def class_of(self, position: int) -> str:
+        """Return the name of an image's class."""
+        return self.class_names[int(self.labels[position])]
 
     def counts(self, positions: Sequence[int] | None = None) -> np.ndarray:
         """Count the images of each class, [K]; all of them, or those at the given positions."""
@@ -157,7 +165,50 @@ def find_leaks(train: Split, test: Split) -> list[Finding]:
         return []
     text = f"{len(pairs):,} of the {len(test.images):,} {test.role} images are identical to"
     text += f" training images, so the {test.role} error is too low"
-    return [test.report(PROBLEM, text, pairs, "Remove them from one of the two")]
+    fix = (
+        "Remove them from one of the two, or write the list with --copies FILE and train with "
+        "TRAIN.EXCLUDE FILE"
+    )
+    return [test.report(PROBLEM, text, pairs, fix)]
+
+
+def list_leaks(train: Split, test: Split) -> list[list[str]]:
+    """Return rows of LEAK_COLUMNS: each image of either split that the other one has too.
+
+    Of several copies in the other split, the row names the first.
+    """
+    trained, tested = _first_positions(train), _first_positions(test)
+    by_train = ((i, tested.get(train.images[i].digest)) for i in train.readable)
+    by_test = ((trained.get(test.images[j].digest), j) for j in test.readable)
+    found = (*by_train, *by_test)
+    pairs = sorted({(i, j) for i, j in found if i is not None and j is not None})
+    return [
+        [train.names[i], train.class_of(i), test.names[j], test.role, test.class_of(j)]
+        for i, j in pairs
+    ]
+
+
+def find_imbalance(train: Split, *, balance: str) -> list[Finding]:
+    """Find classes of very unequal sizes that nothing balances.
+
+    Args:
+        train: The training images.
+        balance: TRAIN.BALANCE.
+    """
+    counts = train.counts()
+    present = np.flatnonzero(counts)
+    if balance != "none" or not len(present):
+        return []
+    low, high = (int(pick(counts[present])) for pick in (np.min, np.max))
+    if high < IMBALANCE * low:
+        return []
+    small, large = (train.class_names[counts.tolist().index(size)] for size in (low, high))
+    text = (
+        f"class {large!r} has {high / low:.1f} times as many training images as class {small!r} "
+        f"({high:,} and {low:,}): a model may neglect small classes. Set TRAIN.BALANCE weights or "
+        "sampling, and compare balanced accuracy."
+    )
+    return [Finding(NOTE, DATA, text)]
 
 
 def find_oddities(split: Split) -> list[Finding]:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+import os
 import shutil
 import time
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +22,7 @@ from lg.device import (
     core_wait_seconds,
     peak_memory_mb,
     synchronize,
+    usable_cores,
 )
 from lg.files.lock import existing_folder
 from lg.logs.log import format_time
@@ -29,6 +32,7 @@ from lg.step import train_step
 from lg.tools.doctor.findings import COST, FACT, NOTE, OUTPUT, PROBLEM, Finding, format_size
 
 _STEPS = 3  # training steps; the first one warms up
+_CLEARLY = 0.7  # duration of a step, relative to now, from which other threads are recommended
 
 
 @dataclass(frozen=True)
@@ -43,6 +47,7 @@ class Trial:
         total_mb: Available memory in MiB.
         checkpoint_bytes: Size of a checkpoint.
         core_wait: Share of the training steps spent waiting for a core of the CPU.
+        thread_seconds: Number of threads -> seconds of the fastest step with them; empty on a GPU.
     """
 
     losses: list[float]
@@ -52,6 +57,7 @@ class Trial:
     total_mb: int
     checkpoint_bytes: int
     core_wait: float = 0.0
+    thread_seconds: Mapping[int, float] = field(default_factory=dict)
 
 
 def try_steps(run: Run) -> Trial:
@@ -60,8 +66,9 @@ def try_steps(run: Run) -> Trial:
     if on_gpu:
         torch.cuda.reset_peak_memory_stats(run.device)
     started, waited = time.perf_counter(), core_wait_seconds()
-    losses, step_seconds = _train(run)
+    losses, seconds = _train(run)
     core_wait = (core_wait_seconds() - waited) / (time.perf_counter() - started)
+    threads = {} if on_gpu else _try_threads(run, min(seconds))
     test_seconds = _test(run)
     peak = peak_memory_mb(run.device)
     if on_gpu:
@@ -69,7 +76,16 @@ def try_steps(run: Run) -> Trial:
     else:
         total = free_memory(torch.device("cpu")) // 2**20 + peak
     checkpoint_bytes = file_size(run.state([random_state()]))
-    return Trial(losses, step_seconds, test_seconds, peak, total, checkpoint_bytes, core_wait)
+    return Trial(
+        losses=losses,
+        step_seconds=float(np.mean(seconds)),
+        test_seconds=test_seconds,
+        peak_mb=peak,
+        total_mb=total,
+        checkpoint_bytes=checkpoint_bytes,
+        core_wait=core_wait,
+        thread_seconds=threads,
+    )
 
 
 def estimate_cost(
@@ -100,13 +116,38 @@ def estimate_cost(
     ]
     found = [Finding(FACT, COST, line) for line in lines]
     if run.device.type == "cpu" and trial.core_wait > MAX_CORE_WAIT:
-        text = f"the steps waited {trial.core_wait:.0%} of the time for a core. {CORE_WAIT_ADVICE}"
-        found.append(Finding(NOTE, COST, text))
+        found.append(Finding(NOTE, COST, _describe_contention(trial.core_wait)))
+    if (threads := _better_threads(trial.thread_seconds)) is not None:
+        found.append(Finding(NOTE, COST, threads))
     if not np.isfinite(trial.losses).all():
         losses = ", ".join(f"{loss:.3g}" for loss in trial.losses)
         text = f"the losses of the first steps are {losses}. {NON_FINITE_ADVICE}"
         found.append(Finding(PROBLEM, COST, text))
     return found
+
+
+def _describe_contention(core_wait: float) -> str:
+    load = f"; the load average is {os.getloadavg()[0]:.1f}" if hasattr(os, "getloadavg") else ""
+    cores = usable_cores()
+    return (
+        f"the steps waited {core_wait:.0%} of the time for a core, so they ran at about "
+        f"{1 - core_wait:.0%} of their speed ({cores} core{'s' * (cores > 1)} may be used{load}). "
+        f"{CORE_WAIT_ADVICE}"
+    )
+
+
+def _better_threads(seconds: Mapping[int, float]) -> str | None:
+    """Name a number of threads that is clearly faster than the first one, which was set."""
+    if not seconds:
+        return None
+    current, best = next(iter(seconds)), min(seconds, key=lambda count: seconds[count])
+    if seconds[best] > _CLEARLY * seconds[current]:
+        return None
+    return (
+        f"a step takes {seconds[best]:.2g} s with {best} thread{'s' * (best > 1)}, and "
+        f"{seconds[current]:.2g} s with {current} as now: set the environment variable "
+        f"OMP_NUM_THREADS={best}."
+    )
 
 
 def estimate_disk(cfg: CfgNode, checkpoint_bytes: int, checkpoints: CheckpointFolder) -> Finding:
@@ -126,8 +167,26 @@ def estimate_disk(cfg: CfgNode, checkpoint_bytes: int, checkpoints: CheckpointFo
     return Finding(PROBLEM, OUTPUT, f"{text}: {fix}")
 
 
-def _train(run: Run) -> tuple[list[float], float]:
-    """Return the losses of the first steps, and the seconds of a step without the first."""
+def _try_threads(run: Run, current_seconds: float) -> dict[int, float]:
+    """Return the seconds of the fastest step with some numbers of threads, the current one first.
+
+    Compiled code keeps the number of threads it was compiled for, so nothing else is tried then.
+    """
+    current = torch.get_num_threads()
+    seconds = {current: current_seconds}
+    if run.module is not run.guided:
+        return seconds
+    try:
+        for count in {1, usable_cores()} - {current}:
+            torch.set_num_threads(count)
+            seconds[count] = min(_train(run)[1])
+    finally:
+        torch.set_num_threads(current)
+    return seconds
+
+
+def _train(run: Run) -> tuple[list[float], list[float]]:
+    """Return the losses of the first steps, and the seconds of each without the first."""
     losses, seconds = [], []
     run.module.train()
     run.learning_rate.apply(run.optimizer, 0)
@@ -143,7 +202,7 @@ def _train(run: Run) -> tuple[list[float], float]:
         losses.append(float(terms["loss"]))
         synchronize(run.device)
         seconds.append(time.perf_counter() - started)
-    return losses, float(np.mean(seconds[1:] or seconds))
+    return losses, seconds[1:] or seconds
 
 
 @torch.no_grad()

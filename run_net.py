@@ -120,11 +120,7 @@ def _pipeline(parser: argparse.ArgumentParser) -> None:
 
 
 def _copies(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--copies",
-        metavar="FILE",
-        help="write the training images that are tested too, as CSV for TRAIN.EXCLUDE",
-    )
+    parser.add_argument("--copies", metavar="FILE", help="list tested training images in a CSV")
 
 
 def _seeds(parser: argparse.ArgumentParser) -> None:

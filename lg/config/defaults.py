@@ -262,7 +262,8 @@ DEFAULTS: dict[str, Any] = {
     "RNG_SEED": 1,  # >= 0
     "LOG_DEST": "stdout",  # stdout: console and OUT_DIR/log.txt; file: only OUT_DIR/log.txt
     "LOG_PERIOD": 10,  # steps between log lines, >= 1
-    # (+) training writes results.csv, curves.png, train_batch.jpg and confusion_matrix.png to
+    # (+) training writes results.csv, curves.png, mixture.png (of a learned mixture),
+    # train_batch.jpg and confusion_matrix.png to
     # OUT_DIR
     "LOG_PICTURES": True,
     # (+) none, or who gets the config and the scalars of TensorBoard as well: wandb | mlflow |

@@ -21,6 +21,7 @@ from lg.logs import plots
 from lg.logs.log import RunLog
 from lg.metrics import EvalResult
 
+MIXTURE = "mixture/"  # beginning of the columns of INTER_STUDENT_INDEX mix
 MAX_IMAGES = 16  # in train_batch.jpg
 _MAX_SHARE = 100  # drawing curves takes at most one part in this many of the time
 _FIRST_DELAY = 60.0  # seconds until curves are drawn for the first time
@@ -33,7 +34,7 @@ _LOSSES = {
 
 
 class Pictures:
-    """Writes results.csv, curves.png, train_batch.jpg and confusion_matrix.png."""
+    """Writes results.csv, curves.png, mixture.png, train_batch.jpg and confusion_matrix.png."""
 
     def __init__(self, log: RunLog, class_names: Sequence[str], *, enabled: bool = True) -> None:
         """Nothing is written before there is something to show.
@@ -65,6 +66,8 @@ class Pictures:
         started = time.perf_counter()
         if is_last or started - self._drawn > _MAX_SHARE * self._seconds:
             self._write("curves.png", self._draw_curves)
+            if any(key.startswith(MIXTURE) for key in self._row):
+                self._write("mixture.png", self._draw_mixture)
             self._drawn = time.perf_counter()
             self._seconds = self._drawn - started
 
@@ -153,6 +156,16 @@ class Pictures:
         }
         args = plots.draw_curves, panels
         plots.save_figure(stream, 12, 3.6, *args, format="png", dpi=110)
+
+    def _draw_mixture(self, stream: Any) -> None:
+        rows = [row for row in self._rows or [] if any(key.startswith(MIXTURE) for key in row)]
+        keys = [key for key in rows[-1] if key.startswith(MIXTURE)]
+        stages = len({key.partition("_block_")[0] for key in keys})
+        # [epochs, stages, blocks], in the order of the columns
+        weights = np.array([[float(row[key]) for key in keys] for row in rows])
+        weights = weights.reshape(len(rows), stages, -1)
+        args = plots.draw_mixture, weights, [int(row["epoch"]) for row in rows]
+        plots.save_figure(stream, 3.2 + 3 * stages, 3.6, *args, format="png", dpi=110)
 
     def _series(self, key: str, *, accuracy: bool = False) -> tuple[list[float], list[float]]:
         rows = [row for row in self._rows or [] if key in row]

@@ -91,6 +91,42 @@ def draw_curves(figure: Figure, panels: Mapping[str, Series]) -> None:
             axes.set_ylim(0, 100)
 
 
+def draw_mixture(figure: Figure, weights: np.ndarray, epochs: Sequence[int]) -> None:
+    """Draw the mixtures of INTER_STUDENT_INDEX mix: now, and over the epochs.
+
+    Args:
+        figure: The figure.
+        weights: [E, T, B], the weight of each of B blocks for each of T guide stages.
+        epochs: E epochs.
+    """
+    _, stages, blocks = weights.shape
+    last, *panels = np.ravel(figure.subplots(1, 1 + stages, squeeze=False))
+    for stage in range(stages):
+        x = np.arange(blocks) + (stage - (stages - 1) / 2) * 0.8 / stages
+        color = COLORS[stage % len(COLORS)]
+        last.bar(x, 100 * weights[-1, stage], 0.8 / stages, color=color, label=f"stage {stage}")
+    last.axhline(100 / blocks, color=INK, linestyle=":", linewidth=1)  # equal weights
+    last.set(xlabel="block", title=f"weights in epoch {epochs[-1]}, %")
+    last.set_xticks(range(blocks))
+    last.legend()
+    extent = (epochs[0] - 0.5, epochs[-1] + 0.5, -0.5, blocks - 0.5)
+    for stage, axes in enumerate(panels):
+        image = axes.imshow(
+            100 * weights[:, stage].T,
+            origin="lower",
+            aspect="auto",
+            extent=extent,
+            cmap="Blues",
+            vmin=0,
+            vmax=100 * weights.max(),
+            interpolation="nearest",
+        )
+        axes.grid(visible=False)
+        axes.set(xlabel="epoch", ylabel="block", title=f"guide stage {stage}, weights in %")
+        axes.set_yticks(range(blocks))
+    figure.colorbar(image, ax=panels, shrink=0.8)
+
+
 def draw_confusion(
     figure: Figure,
     confusion: np.ndarray,

@@ -178,7 +178,7 @@ class Reporter:
             f"{n} {means[n]:.4f}" for n in ("inter", "logit") if getattr(self, n)
         ]
         errors = {f"train_{key}": means[key] for key in ("top1_err", "top5_err")}
-        row = {**losses, **guided, **errors, "lr": lr, "seconds": seconds}
+        row = {**losses, **guided, **errors, "lr": lr, "seconds": seconds, **weights}
         self.pictures.add(epoch + 1, row)
         self._train_line = (
             f"epoch {epoch + 1}/{self.max_epoch}  loss {means['loss']:.4f} ({', '.join(parts)})  "

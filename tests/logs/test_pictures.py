@@ -132,3 +132,33 @@ def test_names_are_shown_up_to_thirty_classes(count: int) -> None:
     labels = [label.get_text() for label in axes.get_yticklabels()]
     assert ("class 3" in labels) == (count == 30)
     assert [text.get_text() for text in axes.texts] == (["7"] * 30 if count == 30 else [])
+
+
+def test_a_mixture_is_drawn_from_its_columns(
+    tmp_path: Path, guide_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cfg = config(
+        tmp_path,
+        guide_file,
+        LOG_PICTURES=True,
+        DISTILLATION__INTER_STUDENT_INDEX="mix",
+        OPTIM__MAX_EPOCH=2,
+    )
+    drawn: list[tuple[np.ndarray, list[int]]] = []
+    draw = plots.draw_mixture
+
+    def spy(figure: Figure, weights: np.ndarray, epochs: list[int]) -> None:
+        drawn.append((weights, epochs))
+        draw(figure, weights, epochs)
+
+    monkeypatch.setattr(plots, "draw_mixture", spy)
+    trainer.train(cfg)
+    (weights, epochs), lines = drawn[-1], stats(tmp_path)
+    logged = [line["mixture"] for line in lines if line["_type"] == "train_epoch"]
+    assert epochs == [1, 2] and weights.shape == (2, 2, 2)  # epochs, guide stages, blocks
+    np.testing.assert_allclose(weights, np.array(logged, dtype=float), atol=1e-4)
+    np.testing.assert_allclose(weights.sum(axis=2), 1, atol=1e-4)
+    with Image.open(tmp_path / "mixture.png") as picture:
+        assert picture.size == (1012, 396)
+    # An epoch that is repeated after a resume replaces its row.
+    assert [row["epoch"] for row in rows(tmp_path)] == ["1", "2"]

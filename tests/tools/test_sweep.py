@@ -200,6 +200,23 @@ def test_a_trial_that_another_process_trains_is_left_alone(
     assert (tmp_path / "best.yaml").exists()
 
 
+def test_a_trial_is_locked_until_its_result_is_recorded(
+    tmp_path: Path, training: Training, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    locked, tell = [], optuna.Study.tell
+
+    def check(study: optuna.Study, trial: optuna.Trial, *args: Any, **options: Any) -> Any:
+        lock = sweep_trials._try_lock(prepared[1], trial.number)
+        locked.append(lock is None)
+        return tell(study, trial, *args, **options)
+
+    prepared = sweep_trials.prepare(CONFIG, opts(tmp_path, *RATES), trials="2", storage=None)
+    assert prepared is not None
+    monkeypatch.setattr(optuna.Study, "tell", check)
+    sweep(tmp_path, *RATES, trials="2")
+    assert locked == [True, True]
+
+
 def test_settings_that_fail_are_a_result_and_other_failures_are_not(
     tmp_path: Path, training: Training, capsys: pytest.CaptureFixture[str]
 ) -> None:

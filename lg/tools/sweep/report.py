@@ -44,13 +44,13 @@ def report(
     writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
-    _write(os.path.join(out_dir, "trials.csv"), text.getvalue())
+    _write(os.path.join(out_dir, "trials.csv"), text.getvalue().encode())
     if trials[0].state != TrialState.COMPLETE:
         causes = {trial.user_attrs.get("failure", "") for trial in trials}
         raise ConfigError(f"No trial finished ({'; '.join(sorted(causes))}).")
     plots = _plot(study, out_dir)
     best, path = trials[0], os.path.join(out_dir, "best.yaml")
-    _write(path, dump_config(load(best.params, os.path.join(out_dir, "best"))))
+    _write(path, dump_config(load(best.params, os.path.join(out_dir, "best"))).encode())
     print(
         f"Best: trial {best.number}, error {error_of(best):.2f} % on the images that chose it, so "
         f"this is optimistic. Its weights and the result of the final test are in "
@@ -96,34 +96,35 @@ def _plot(study: optuna.Study, out_dir: str) -> list[str]:
     import matplotlib  # slow to import
 
     matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib import pyplot, ticker
     from optuna.visualization import matplotlib as plots
 
     written = []
-    for name, draw in (
-        ("history", plots.plot_optimization_history),
-        ("importances", plots.plot_param_importances),
-        ("slice", plots.plot_slice),
+    num_keys = len(study.best_trial.params)
+    for name, draw, width in (
+        ("history", plots.plot_optimization_history, 8),
+        ("importances", plots.plot_param_importances, 8),
+        ("slice", plots.plot_slice, 2 + 3.5 * num_keys),
     ):
-        path = os.path.join(out_dir, f"{name}.png")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the plots are declared experimental
             try:
-                draw(study)
+                draw(study, target_name="Error, %")
             except (ValueError, RuntimeError):  # importances need two different results
                 continue
             finally:
                 figure = pyplot.gcf()
                 pyplot.close(figure)
-            write_atomically(
-                path,
-                lambda file, figure=figure: figure.savefig(  # type: ignore[misc]
-                    file, format="png", dpi=120, bbox_inches="tight"
-                ),
-            )
+            figure.set_size_inches(width, 4.5)
+            for axes in figure.axes:  # labels between the powers of ten overlap
+                axes.xaxis.set_minor_formatter(ticker.NullFormatter())
+            image = io.BytesIO()
+            figure.savefig(image, format="png", dpi=120, bbox_inches="tight")
+        path = os.path.join(out_dir, f"{name}.png")
+        _write(path, image.getvalue())
         written.append(path)
     return written
 
 
-def _write(path: str, text: str) -> None:
-    write_atomically(path, lambda file: file.write(text.encode()))
+def _write(path: str, content: bytes) -> None:
+    write_atomically(path, lambda file: file.write(content))

@@ -7,12 +7,12 @@ its checkpoint. So any number of workers may join and leave, on machines that sh
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import math
 import os
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -140,18 +140,20 @@ def work(cfg: CfgNode, *, sweep: Sweep) -> None:
     _take_own_gpu()
     study = open_study(sweep)
     outcome: dict[str, Any] = {}
-    while True:
-        with _claims(sweep):
-            if outcome:
-                study.tell(**outcome)
-            claim = _claim(study, sweep)
-            is_over = bool(outcome) and not study.get_trials(
-                deepcopy=False, states=(TrialState.RUNNING,)
-            )
-        if claim is None:
-            break
-        trial, lock = claim
-        with lock:
+    with contextlib.ExitStack() as held:  # the lock of the trial, until its result is recorded
+        while True:
+            with _claims(sweep):
+                if outcome:
+                    study.tell(**outcome)
+                held.close()
+                claim = _claim(study, sweep)
+                is_over = bool(outcome) and not study.get_trials(
+                    deepcopy=False, states=(TrialState.RUNNING,)
+                )
+            if claim is None:
+                break
+            trial, lock = claim
+            held.enter_context(lock)
             outcome = _run(trial, sweep)
     if is_over:
         report(study, sweep.space, sweep.out_dir, _config_of(sweep))
@@ -243,7 +245,7 @@ def _claims(sweep: Sweep) -> FileLock:
 
 def _claim(
     study: optuna.Study, sweep: Sweep
-) -> tuple[optuna.Trial, AbstractContextManager[Any]] | None:
+) -> tuple[optuna.Trial, contextlib.AbstractContextManager[Any]] | None:
     """Return a trial that nobody trains, and its lock; None if there are none left to start."""
     trials = study.get_trials(deepcopy=False)
     # A sampler of its own for each trial, so that a resumed sweep draws what it would have drawn.
@@ -269,7 +271,7 @@ def _sampler(sweep: Sweep, number: int) -> optuna.samplers.BaseSampler:
     return optuna.samplers.TPESampler(seed=int(seed))
 
 
-def _try_lock(sweep: Sweep, number: int) -> AbstractContextManager[Any] | None:
+def _try_lock(sweep: Sweep, number: int) -> contextlib.AbstractContextManager[Any] | None:
     """Lock a trial until the end of a `with` block; None if another process has locked it."""
     folder = trial_folder(sweep.out_dir, number)
     os.makedirs(folder, exist_ok=True)

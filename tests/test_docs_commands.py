@@ -44,9 +44,10 @@ def commands(page: Path) -> list[str]:
     text = page.read_text(encoding="utf-8")
     fences = re.findall(r"^```(?:bash|sh|console)?\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
     lines = [
-        line.strip().removeprefix("$ ")
+        part.strip().removeprefix("$ ")
         for block in fences
         for line in block.replace("\\\n", " ").splitlines()
+        for part in line.split(" && ")
     ]
     starts = re.compile(r"(\w+=\S+ )*(python|torchrun|make|pip|git|source|cd|\S*/python) ")
     inline = re.findall(
@@ -155,6 +156,22 @@ def test_the_command_is_valid(command: str) -> None:
     except SystemExit as error:  # argparse
         if error.code != 0:  # --help exits with 0
             pytest.fail(f"{command}: exit {error.code}")
+
+
+CONFIGS = [
+    pytest.param(block, id=f"{page.name} {number}")
+    for page in PAGES
+    if page.name != "extending.md"  # see test_docs_extending.py
+    for number, block in enumerate(
+        re.findall(r"^```yaml\n(.*?)^```$", page.read_text("utf-8"), re.MULTILINE | re.DOTALL)
+    )
+]
+
+
+@pytest.mark.parametrize("block", CONFIGS)
+def test_the_config_can_be_loaded(block: str, tmp_path: Path) -> None:
+    (tmp_path / "my.yaml").write_text(block, encoding="utf-8")
+    lg.load_config(tmp_path / "my.yaml")
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

@@ -174,7 +174,7 @@ def test_the_page_is_complete_and_self_contained(page: Path, runs: list[str]) ->
     assert all(address.startswith(("data:", "#")) for address in reader.addresses)
     assert not re.search(r"url\((?!#)|@import|<script", text)
     parts = ["curves", "accuracy", "confusion", "classes", "calibration", "cost", "settings"]
-    parts += ["mistakes", "labels"]
+    parts += ["mistakes", "labels", "distance", "maps"]
     assert set(parts) < set(reader.ids)
     assert "slow &amp; low" in text and "slow & low" not in text
     assert "OPTIM.BASE_LR" in text and "exact McNemar test" in text

@@ -55,13 +55,10 @@ def spatial_attention(model: Backbone, images: Tensor, index: int) -> SpatialAtt
     prefix = weights.shape[2] - height * width
     if len(weights) != len(images) or prefix not in (0, 1, model.layouts[index].prefix):
         return None
-    num_keys = weights.shape[3] - prefix
-    # Keys lie on the same grid or on one that is coarser by a whole factor.
-    factor = math.isqrt(height * width // num_keys) if num_keys > 0 else 0
-    key_size = (-(-height // factor), -(-width // factor)) if factor else (0, 0)
-    if not num_keys or key_size[0] * key_size[1] != num_keys:
+    side = math.isqrt(max(weights.shape[3] - prefix, 0))  # images are square
+    if side == 0 or side * side != weights.shape[3] - prefix:
         return None
-    return SpatialAttention(weights, prefix, (height, width), key_size)
+    return SpatialAttention(weights, prefix, (height, width), (side, side))
 
 
 def distances(size: tuple[int, int], key_size: tuple[int, int], image_size: int) -> Tensor:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from lg.logs import plots
+from lg.tools.report.attention import BlockDistance
 from lg.tools.report.results import Reliability
 
 if TYPE_CHECKING:
@@ -61,7 +62,9 @@ def svg(label: str, draw: Any, *args: Any, width: float = WIDTH, height: float =
     from html import escape
 
     stream = io.BytesIO()
-    options = {"format": "svg", "transparent": True, "metadata": {"Date": None}}
+    options: dict[str, Any] = {"format": "svg", "transparent": True, "metadata": {"Date": None}}
+    if width != WIDTH:  # charts of other shapes have no neighbours to line up with
+        options |= {"bbox_inches": "tight", "pad_inches": 0.06}
     plots.save_figure(stream, width, height, draw, *args, **options)
     text = stream.getvalue().decode()
     text = text[text.index("<svg") :]
@@ -75,6 +78,7 @@ def svg(label: str, draw: Any, *args: Any, width: float = WIDTH, height: float =
     assert box is not None
     opening = (
         f'<svg role="img" aria-label="{escape(label)}" {box[0]} '
+        f'style="max-width:{108 * width:.0f}px" '
         'xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink">'
     )
     return opening + text[head.end() :].strip()
@@ -138,3 +142,30 @@ def confusion_plot(confusion: np.ndarray, names: Sequence[str], run: int) -> str
         width=size + 0.6,
         height=size,
     )
+
+
+def distance_plot(runs: Sequence[tuple[int, Sequence[BlockDistance]]]) -> str:
+    """Return the plot of attention distances: a dot a head, a line the means of a run."""
+    title = "Mean attention distance, pixels"
+    return svg(title, _draw_distances, title, runs, width=4.8, height=3.4)
+
+
+def _draw_distances(
+    figure: Figure, title: str, runs: Sequence[tuple[int, Sequence[BlockDistance]]]
+) -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    axes = figure.subplots()
+    width = 0.16  # between the dots of two runs
+    for place, (run, found) in enumerate(runs):
+        shift = width * (place - (len(runs) - 1) / 2)
+        blocks = [each.block for each in found]
+        axes.plot(blocks, [each.uniform for each in found], color=_RULE, linestyle=":")
+        dots = [(each.block + shift, head) for each in found for head in each.heads]
+        x, y = zip(*dots, strict=True)
+        axes.scatter(x, y, 14, color=color(run), alpha=0.45, linewidths=0)
+        axes.plot(blocks, [each.mean for each in found], color=color(run), linewidth=1.8)
+    axes.set_title(title, loc="left")
+    axes.set_xlabel("block")
+    axes.set_ylim(bottom=0)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))

@@ -65,9 +65,8 @@ def suspects(subjects: Sequence[Subject]) -> str:
             html += page.note("cleanlab suspects no label.")
         else:
             shown = min(len(indices), NUM_PICTURES)
-            html += page.note(
-                f"cleanlab suspects {len(indices):,} labels; the {shown} least probable are shown."
-            )
+            rest = f", of which the {shown} least probable are shown" * (shown < len(indices))
+            html += page.note(f"cleanlab suspects {len(indices):,} labels{rest}.")
         html += _gallery(result, group[0][1].dataset, indices[:NUM_PICTURES])
     text = (
         "Test images that the models, which never trained on them, confidently put into another "
@@ -121,7 +120,7 @@ def _gallery(result: Predictions, dataset: ImageDataset, indices: np.ndarray) ->
         place = result.images[index]
         short = "/".join(PurePath(place).parts[-2:])
         caption = (
-            f"<b>{escape(names[0])}</b> → {escape(names[1])} {100 * row[predicted]:.0f} %"
+            f"<b>{escape(names[0])}</b> → {escape(names[1])}, {100 * row[predicted]:.0f} %"
             f'<span class="path" title="{escape(place)}">label {100 * row[label]:.1f} %<br>'
             f"{escape(short)}</span>"
         )

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import base64
 import io
+import re
 from collections.abc import Iterable, Sequence
 from html import escape
 from pathlib import Path
@@ -75,6 +76,11 @@ def run_name(number: int, name: str) -> str:
     return f'<span class="run"><i class="dot r{number % 6}"></i>{escape(name)}</span>'
 
 
+def key(name: str) -> str:
+    """Return the name of a setting, which may break after its points and underscores."""
+    return re.sub(r"([._])", r"\1<wbr>", escape(name))
+
+
 def legend(names: Sequence[str]) -> str:
     """Return the names of the runs in their colours; nothing for a single run."""
     if len(names) < 2:
@@ -85,6 +91,11 @@ def legend(names: Sequence[str]) -> str:
 def grid(items_html: Iterable[str], kind: str = "charts") -> str:
     """Return items side by side, as many as there is room for."""
     return f'<div class="{kind}">{"".join(items_html)}</div>'
+
+
+def beside(chart_html: str, table_html: str) -> str:
+    """Return a chart with a table beside it, or below it where there is no room."""
+    return f'<div class="beside">{chart_html}{table_html}</div>'
 
 
 def chart(svg_html: str, caption_html: str = "", *, wide: bool = False) -> str:
@@ -125,6 +136,12 @@ def picture(image: Image.Image, caption_html: str, label: str) -> str:
         f'<figure class="picture"><img{kind} src="{data_uri(image)}" alt="{escape(label)}">'
         f"<figcaption>{caption_html}</figcaption></figure>"
     )
+
+
+def thumbnail(image: Image.Image, caption: str) -> str:
+    """Return a small image for a cell of a table, with a text below it."""
+    text = f"<span>{escape(caption)}</span>" if caption else ""
+    return f'<img src="{data_uri(image)}" alt="{escape(caption)}">{text}'
 
 
 def data_uri(image: Image.Image) -> str:

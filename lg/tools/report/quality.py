@@ -19,7 +19,8 @@ def accuracy(subjects: Sequence[Subject]) -> str:
     """Return the table of accuracies, and how the tested weights were chosen."""
     heads = ["run", "images", "top-1", "95 % interval", "top-5", "balanced", "macro-F1"]
     heads += ["calibration error", "last epoch"]
-    rows, notes = [], ""
+    rows = []
+    choices: dict[str, list[str]] = {}  # how weights were chosen -> runs
     for subject, tested in with_tests(subjects):
         result = tested.predictions
         count = len(result.labels)
@@ -39,7 +40,8 @@ def accuracy(subjects: Sequence[Subject]) -> str:
                 f"{100 - last[0]['top1_err']:.2f} %" if last else page.MISSING,
             ]
         )
-        notes += page.note(f"{subject.run.name}: {_choice(subject.run, result.split)}")
+        choices.setdefault(_choice(subject.run, result.split), []).append(subject.run.name)
+    notes = "".join(page.note(f"{', '.join(names)}: {text}") for text, names in choices.items())
     for subject in subjects:
         if subject.problem:
             notes += page.note(f"{subject.run.name} was not tested: {subject.problem}")
@@ -77,7 +79,7 @@ def confusions(subjects: Sequence[Subject]) -> str:
         plot = figures.confusion_plot(counts, names, subject.number)
         html = plot if len(names) <= READABLE_CLASSES else plot + _pairs(counts, names)
         caption = page.run_name(subject.number, subject.run.name)
-        charts.append(page.chart(html, caption, wide=True))
+        charts.append(page.chart(html, caption, wide=len(names) > 12))
     if not charts:
         return ""
     text = "Rows are labels, columns predicted classes; the colour is the share of the row."
@@ -158,4 +160,4 @@ def calibration(subjects: Sequence[Subject]) -> str:
     )
     heads = ["run", "mean confidence", "accuracy", "calibration error", "on average"]
     plot = page.chart(figures.reliability_plot([(s.number, bins) for s, bins in tested]))
-    return page.paragraph(text) + page.grid([plot, page.table(heads, rows)], "charts large")
+    return page.paragraph(text) + page.beside(plot, page.table(heads, rows))

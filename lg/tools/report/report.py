@@ -6,7 +6,7 @@ import os
 from collections.abc import Sequence
 
 from lg.files.atomic import write_atomically
-from lg.tools.report import mistakes, quality, summary
+from lg.tools.report import focus, mistakes, mixing, quality, summary
 from lg.tools.report.page import Section, page
 from lg.tools.report.runs import read_runs
 from lg.tools.report.subject import Subject, test_runs
@@ -49,6 +49,9 @@ def build_page(subjects: Sequence[Subject]) -> str:
         Section("calibration", "Calibration", quality.calibration(subjects)),
         Section("mistakes", "Worst mistakes", mistakes.worst(subjects)),
         Section("labels", "Suspected wrong labels", mistakes.suspects(subjects)),
+        Section("distance", "Attention distance", focus.distances(subjects)),
+        Section("maps", "Where the models look", focus.maps(subjects)),
+        Section("mixture", "Mixing weights", mixing.mixtures(subjects)),
         Section("cost", "Cost", summary.cost(subjects)),
         Section("settings", "Settings", summary.settings(subjects)),
     ]

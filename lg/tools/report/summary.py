@@ -65,7 +65,7 @@ def _card(subject: Subject) -> str:
     done = len(run.training)
     facts.append(("epochs", f"{done}" if done == run.length else f"{done} of {run.length}"))
     rows = "".join(f"<div><dt>{name}</dt><dd>{text}</dd></div>" for name, text in facts)
-    big = f"{value:.1f} <small>%</small>" if value == value else page.MISSING
+    big = f"{value:.1f}<small>%</small>" if value == value else page.MISSING
     return (
         f'<article class="card r{subject.number % 6}"><p class="name">{escape(run.name)}</p>'
         f'<p class="what">{escape(describe_model(run))}</p><p class="big">{big}</p>'
@@ -90,19 +90,17 @@ def differences(subjects: Sequence[Subject]) -> str:
         return ""
     changed = changed_settings(runs)
     heads = ["setting", *(page.run_name(k, run.name) for k, run in enumerate(runs))]
-    rows = [[key, *(shown(value) for value in values)] for key, values in changed.items()]
-    html = (
-        page.table(heads, rows, kind="settings")
-        if rows
-        else page.paragraph("All settings that change results are the same.")
-    )
+    rows = [[page.key(key), *map(shown, values)] for key, values in changed.items()]
+    html = ""
     tested = [(s.run.name, s.tested.predictions) for s in subjects if s.tested is not None]
     for (first, a), (second, b) in itertools.combinations(tested, 2):
         if results.same_images(a, b):
             html += page.paragraph(_compared(first, second, results.difference(b, a)))
         else:
             html += page.note(f"{first} and {second} were tested on different images.")
-    return html
+    if not rows:
+        return html + page.paragraph("All settings that change results are the same.")
+    return html + page.table(heads, rows, kind="settings")
 
 
 def _compared(first: str, second: str, gap: results.Difference) -> str:
@@ -170,6 +168,6 @@ def settings(subjects: Sequence[Subject]) -> str:
     for subject in subjects:
         run = subject.run
         known = {"folder": str(run.folder), **run.machine, **own_settings(run)}
-        rows = [[escape(str(key)), shown(value)] for key, value in known.items()]
+        rows = [[page.key(key), shown(value)] for key, value in known.items()]
         html += page.details(run.name, page.table(["setting", "value"], rows, kind="settings"))
     return page.paragraph("Settings of each run that differ from the defaults.") + html

@@ -1,0 +1,68 @@
+"""Test images as the model sees them, and pictures of them under a map of heat.
+
+Shapes: B images, S image side in pixels, h x w heat map.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from lg import builders
+from lg.augment.batched import to_pixels
+from lg.datasets.base import DatasetSubset
+from lg.datasets.cached_loader import CachedTestLoader
+from lg.distributed import World
+from lg.tools.report.subject import Tested
+
+_SIDE = 128  # pixels of a picture
+_FAINT, _STRONG = 0.15, 0.85  # opacity of the least and the greatest heat
+
+
+def spread(count: int, number: int) -> list[int]:
+    """Return at most `number` of the positions 0..count-1, evenly spaced."""
+    return sorted(set(np.linspace(0, count - 1, min(number, count)).round().astype(int).tolist()))
+
+
+def one_per_class(labels: np.ndarray, number: int) -> list[int]:
+    """Return the positions of the first images of at most `number` classes, evenly spaced."""
+    known, first = np.unique(labels, return_index=True)
+    return sorted(int(first[k]) for k in spread(len(known), number))
+
+
+def load_images(tested: Tested, indices: Sequence[int]) -> Tensor:
+    """Return test images at ascending `indices` as the model sees them, [B, C, S, S]."""
+    subset = DatasetSubset(tested.dataset, np.array(indices))
+    loader = builders.build_test_loader(tested.cfg, subset, World(), tested.device)
+    try:
+        return torch.cat([batch.to(tested.device).images for batch in loader])
+    finally:
+        if isinstance(loader, CachedTestLoader):
+            loader.close()
+
+
+def pictures(images: Tensor) -> list[Image.Image]:
+    """Return images [B, 3, S, S] as pictures."""
+    return [_enlarged(Image.fromarray(pixels)) for pixels in to_pixels(images).cpu().numpy()]
+
+
+def _enlarged(image: Image.Image) -> Image.Image:
+    side = max(_SIDE, min(image.width, 2 * _SIDE))
+    rule = Image.Resampling.NEAREST if image.width < _SIDE else Image.Resampling.BICUBIC
+    return image.resize((side, side), rule)
+
+
+def heated(picture: Image.Image, heat: Tensor) -> Image.Image:
+    """Return a picture under a heat map [h, w] of values from 0 to 1."""
+    import matplotlib  # slow to import
+
+    mask = Image.fromarray((255 * heat.numpy()).round().astype(np.uint8))
+    level = np.asarray(mask.resize(picture.size, Image.Resampling.BILINEAR)) / 255
+    colors = 255 * matplotlib.colormaps["inferno"](level)[..., :3]
+    opacity = (_FAINT + (_STRONG - _FAINT) * level)[..., None]
+    grey = np.asarray(picture.convert("L"))[..., None]
+    return Image.fromarray(((1 - opacity) * grey + opacity * colors).round().astype(np.uint8))

@@ -70,6 +70,7 @@ def test_configs_for_train_and_test(
     commands = [line for line in said.splitlines() if "python run_net.py" in line]
     modes = [line.split("--mode ")[1].split()[0] for line in commands]
     assert modes == ["pipeline", "doctor", "train", "train", "predict"]
+    assert "predict --images photos/test TEST.WEIGHTS work_dirs/photos_deit-ti/" in commands[-1]
 
 
 def test_a_folder_of_classes_holds_out_images(
@@ -89,11 +90,14 @@ def test_val_and_test_leave_all_training_images(photos: Path) -> None:
     assert facts.splits == {"train": 30, "val": 4, "test": 8} and facts.root == photos
 
 
-def test_other_names_of_splits_are_read(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_names_of_splits_are_read(
+    photos: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     (photos / "train").rename(photos / "Training")
     (photos / "test").rename(photos / "TEST")
     (photos / "__MACOSX").mkdir()
     run(monkeypatch, "--data", "photos")
+    assert "predict --images photos/TEST TEST.WEIGHTS" in capsys.readouterr().out
     run(monkeypatch, "--data", "photos")  # the same again
     cfg = lg.load_config("photos_configs/photos_deit-ti.yaml")
     assert len(build_train_data(cfg)) == 27 and len(build_test_data(cfg)) == 8
@@ -145,8 +149,6 @@ def test_every_student_can_be_planned(photos: Path, model: str) -> None:
     command.init("photos", model, None, 10)
     cfg = lg.load_config(f"photos_configs/photos_{model}.yaml")
     assert cfg.DISTILLATION.ENABLE_INTER and len(cfg.DISTILLATION.INTER_STUDENT_INDEX) == 3
-    lr = cfg.OPTIM.BASE_LR
-    assert lr == (0.00025 if model == "deit-1m" else 0.00013)
 
 
 def facts_of(num_images: int, side: int = 400) -> command.ImageFacts:
@@ -161,7 +163,6 @@ def test_length_follows_data_and_machine() -> None:
         return plan.make_plan(
             facts_of(num_images, side),
             minutes=10,
-            student_lr=1e-3,
             guide_speed=Speed(seconds / 10, True),
             student_speed=lambda size: Speed(seconds * (size / 64) ** 2, False),
         )

@@ -12,6 +12,7 @@ from pathlib import Path
 import yaml
 
 from lg.config import load_config
+from lg.datasets.image_folder import find_splits
 from lg.errors import ConfigError
 from lg.files.atomic import write_atomically
 from lg.paths import project_folder
@@ -56,7 +57,6 @@ def init(data: str, model: str, out: str | None, minutes: float) -> None:
     plan = make_plan(
         facts,
         minutes=minutes,
-        student_lr=load_config(known[model]).OPTIM.BASE_LR,
         guide_speed=measure_speed(load_config(_GUIDE, classes)),
         student_speed=student_speed,
     )
@@ -177,7 +177,9 @@ def advise(facts: ImageFacts, plan: Plan, guide: Path, student: Path) -> list[st
             f"  {path}: {length.epochs} epochs of {length.steps} steps of {plan.batch_size} "
             f"images, {recipe} augmentation, about {length.minutes:.0f} min"
         )
-    image = next((facts.root / split for split in ("test", "val") if split in facts.splits), None)
+    places = find_splits(facts.root)
+    place = places.get("test", places.get("val", facts.root))
+    images = shlex.quote(_short(place if place.is_dir() else facts.root))
     lines += [
         "",
         f"Train both (about {total:.0f} min; --plain adds the model without guidance):",
@@ -186,7 +188,7 @@ def advise(facts: ImageFacts, plan: Plan, guide: Path, student: Path) -> list[st
         f"  {run} doctor --cfg {one}",
         f"  {run} train --cfg {one}",
         f"  {run} train --cfg {two}",
-        f"  {run} predict --images {shlex.quote(str(image or facts.root))} TEST.WEIGHTS "
+        f"  {run} predict --images {images} TEST.WEIGHTS "
         f"work_dirs/{shlex.quote(student.stem)}/model.pyth",
     ]
     return lines
@@ -252,6 +254,12 @@ def _write(path: Path, text: str) -> None:
             "another folder with --out."
         )
     write_atomically(path, lambda file: file.write(text.encode()))
+
+
+def _short(path: Path) -> str:
+    """Return a path as seen from the working directory, if it is below that."""
+    here = Path.cwd()
+    return str(path.relative_to(here) if path.is_relative_to(here) else path)
 
 
 def _script() -> str:

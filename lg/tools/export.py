@@ -101,7 +101,9 @@ def export(
     recipe = timm_recipe(cfg) if "timm" in formats else None
     predictor = build_predictor(cfg)
     batch = predictor.prepare(_check_images(cfg, images))
-    source = Source(predictor.model, batch[:2], describe(cfg, predictor), recipe)
+    channels, height, width = batch.shape[1:]
+    facts = describe(cfg, predictor)
+    source = Source(predictor.model, (channels, height, width), facts, recipe)
     weights = trainer.tested_weights(cfg)
     folder = Path(out or _default_folder(cfg, weights))
     folder.mkdir(parents=True, exist_ok=True)

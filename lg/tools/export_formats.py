@@ -20,6 +20,7 @@ from yacs.config import CfgNode
 from lg.errors import ConfigError, ExportError
 
 METADATA_FILE = "metadata.json"  # inside a .pt2 file
+_SHAPES = {"images": {0: torch.export.Dim("batch")}}
 _TIMM_RESIZE = {"squash": "squash", "letterbox": "border", "crop": "center"}  # timm's names
 
 
@@ -41,22 +42,24 @@ class Source:
 
     Attributes:
         model: In evaluation mode, on the CPU.
-        example: Its input [2, C, S, S].
+        shape: C, S, S of its input.
         facts: See `lg.tools.export.describe`.
         recipe: How timm builds the model; needed by the format timm only.
     """
 
     model: nn.Module
-    example: torch.Tensor
+    shape: tuple[int, int, int]
     facts: dict[str, str]
     recipe: TimmRecipe | None = None
 
     @functools.cached_property
     def program(self) -> torch.export.ExportedProgram:
         """The model as a graph that takes batches of any size."""
-        # The example has two images: torch treats a size of 1 as fixed.
-        shapes = {"images": {0: torch.export.Dim("batch")}}
-        return torch.export.export(self.model, (self.example,), dynamic_shapes=shapes)
+        # Two images, because torch treats a size of 1 as fixed.
+        example = torch.zeros(2, *self.shape)
+        program = torch.export.export(self.model, (example,), dynamic_shapes=_SHAPES)
+        program.example_inputs = None  # the file would keep them
+        return program
 
 
 def check_packages(formats: Sequence[str]) -> None:
@@ -75,7 +78,12 @@ def check_packages(formats: Sequence[str]) -> None:
 
 def _write_onnx(source: Source, path: Path) -> None:
     exported = torch.onnx.export(
-        source.program, input_names=["images"], output_names=["logits"], dynamo=True, verbose=False
+        source.program,
+        input_names=["images"],
+        output_names=["logits"],
+        dynamic_shapes=_SHAPES,  # for the name of the dimension
+        dynamo=True,
+        verbose=False,
     )
     assert exported is not None  # with dynamo
     exported.model.metadata_props.update(source.facts)
@@ -107,8 +115,7 @@ def _write_timm(source: Source, path: Path) -> None:
     net = source.model.net
     assert isinstance(net, nn.Module)
     facts = source.facts
-    size, names = json.loads(facts["image_size"]), json.loads(facts["class_names"])
-    channels = source.example.shape[1]
+    names, channels = json.loads(facts["class_names"]), source.shape[0]
     twin = _build_twin(source.recipe, net, num_classes=len(names), channels=channels)
     defaults: Any = twin.pretrained_cfg
     config = {
@@ -118,7 +125,7 @@ def _write_timm(source: Source, path: Path) -> None:
         "label_names": names,
         "pretrained_cfg": {
             "num_classes": len(names),
-            "input_size": [channels, size, size],
+            "input_size": list(source.shape),
             "mean": json.loads(facts["mean"]),
             "std": json.loads(facts["std"]),
             "interpolation": facts["interpolation"],

@@ -1,0 +1,95 @@
+#!/usr/bin/env python3
+"""Export the published models to every format, and compare logits on real images.
+
+    python benchmarks/export.py DATA_LOADER.ROOT data            # half an hour on two cores
+    python benchmarks/export.py --models pvt-ti --formats onnx
+
+Models get the configs of Flowers at 224 pixels and random weights, also in the classifier, where a
+fresh DeiT has zeros. Prints a table and writes export.json.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+import lg  # noqa: E402
+from benchmarks.report import make_parser, write_json  # noqa: E402
+from lg.errors import ConfigError  # noqa: E402
+from lg.tools.export import export  # noqa: E402
+
+CONFIGS = {
+    "deit-ti": "deit/deit-ti_flowers_base.yaml",
+    "t2t-7": "t2t/t2t-7_flowers_base.yaml",
+    "t2t-14": "t2t/t2t-14_flowers_base.yaml",
+    "pit-ti": "pit/pit-ti_flowers_base.yaml",
+    "pvt-ti": "pvt/pvt-ti_flowers_base.yaml",
+    "pvtv2-b0": "pvtv2/pvtv2-b0_flowers_base.yaml",
+    "convit-ti": "convit/convit-ti_flowers_base.yaml",
+    "cvt-13": "cvt/cvt-13_flowers_base.yaml",
+    "r-56": "resnet/r-56_flowers.yaml",
+}
+
+
+def main() -> None:
+    parser = make_parser(__doc__)
+    parser.add_argument("--models", nargs="+", choices=[*CONFIGS], default=[*CONFIGS])
+    parser.add_argument("--formats", nargs="+", default=["onnx", "torch", "timm"])
+    parser.add_argument("--out", type=Path, default=Path("work_dirs/export.json"))
+    parser.add_argument("opts", nargs="*", metavar="KEY VALUE", help="overrides of the configs")
+    args = parser.parse_args()
+    rows: list[dict[str, Any]] = []
+    print("| model | format | MB | largest difference | of the spread | same class | seconds |")
+    print("|---|---|---|---|---|---|---|", flush=True)
+    for name in args.models:
+        for form in args.formats:
+            row = export_random(CONFIGS[name], form, args.opts)
+            if row is None:  # timm does not have the family
+                continue
+            rows.append({"model": name, "format": form, **row})
+            print(
+                f"| {name} | {form} | {row['megabytes']:.1f} | {row['difference']:.1e} | "
+                f"{row['relative']:.1e} | {row['num_equal']} of {row['count']} | "
+                f"{row['seconds']:.0f} |",
+                flush=True,
+            )
+            write_json(args.out, rows=rows)
+
+
+def export_random(config: str, form: str, opts: list[str]) -> dict[str, Any] | None:
+    """Export a model of random weights to one format; None if timm does not have it."""
+    torch.manual_seed(0)
+    with tempfile.TemporaryDirectory() as folder:
+        weights = f"{folder}/model.pyth"
+        cfg = lg.load_config(ROOT / "configs" / config, [*opts, "TEST.WEIGHTS", weights])
+        model = lg.build_model(cfg)
+        for name, parameter in model.named_parameters():
+            if name in model.head_names():
+                nn.init.normal_(parameter, std=0.02)
+        torch.save(lg.published_state_dict(model), weights)
+        try:
+            with contextlib.redirect_stdout(sys.stderr):
+                (done,) = export(cfg, formats=[form], out=folder, images=[])
+        except ConfigError as error:
+            if "timm does not have" not in str(error):
+                raise
+            return None
+        return {
+            **vars(done.parity),
+            "relative": done.parity.difference / done.parity.spread,
+            "megabytes": done.num_bytes / 1e6,
+            "seconds": done.seconds,
+        }
+
+
+if __name__ == "__main__":
+    main()

@@ -30,9 +30,9 @@ NOT_RUN = {
     "torchrun|LAUNCH.MODE": "needs several GPUs, machines or a cluster; see tests/distributed",
     "NUM_GPUS [2-9]": "needs several GPUs",
     "LOG_TRACKER": "needs a package that the tests do without; see tests/logs",
-    r"my_images|my\.yaml|photo|OUT_DIR/|FILE|GUIDE|work_dirs/RUN": "needs the reader's files",
+    r"my_(images|flowers)|my\.yaml|photo|OUT_DIR/|FILE|GUIDE|work_dirs/RUN": "needs other files",
     "benchmarks/": "takes minutes to hours; see tests/benchmarks",
-    "make |pip |git |source |-m pytest|-m mkdocs": "installs or runs tests",
+    "^(make|pip|git|source|cd) |-m pytest|-m mkdocs": "installs or runs tests",
     "python -c": "checks the reader's machine",
     r"KEY VALUE|\bMODE\b|PATTERN|\.\.\.": "describes the form of a command",
     "configs/(?!digits)": "needs a data set or trained weights, and hours",
@@ -42,10 +42,11 @@ NOT_RUN = {
 def commands(page: Path) -> list[str]:
     """Return the commands of a page: lines of its shell blocks, and inline code that starts one."""
     text = page.read_text(encoding="utf-8")
-    fences = re.findall(r"^```(?:bash|sh|console)?\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    fences = re.findall(r"^```(\w*)\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    shell = [block for language, block in fences if language in ("", "bash", "sh", "console")]
     lines = [
         part.strip().removeprefix("$ ")
-        for block in fences
+        for block in shell
         for line in block.replace("\\\n", " ").splitlines()
         for part in line.split(" && ")
     ]

@@ -189,6 +189,20 @@ def to_device_together(arrays: Sequence[np.ndarray], device: torch.device) -> li
     ]
 
 
+def machine_facts(device: torch.device) -> dict[str, str]:
+    """Return what a run should say about its machine: `hardware`, `torch` and `python`."""
+    if device.type == "cuda":
+        hardware = torch.cuda.get_device_name(device)
+    else:
+        kind = torch.backends.cpu.get_cpu_capability() if device.type == "cpu" else "GPU"
+        hardware = f"{device.type} {platform.machine()} {kind}, {usable_cores()} cores"
+    return {
+        "hardware": hardware,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
+
+
 def synchronize(device: torch.device) -> None:
     """Wait until the device has finished its work; CPUs always have."""
     if device.type != "cpu":

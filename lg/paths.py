@@ -25,6 +25,26 @@ def project_folder() -> Path:
     return package if (package / "configs").is_dir() else package.parent
 
 
+def source_commit() -> str:
+    """Return the commit of the git repository that this code runs from; empty if there is none."""
+    try:
+        git = project_folder() / ".git"
+        if git.is_file():  # a worktree
+            git = git.parent / git.read_text().removeprefix("gitdir: ").strip()
+        head = (git / "HEAD").read_text().strip()
+        if not head.startswith("ref: "):
+            return head
+        shared = git / "commondir"
+        common = git / shared.read_text().strip() if shared.is_file() else git
+        name = head.removeprefix("ref: ")
+        if (common / name).is_file():
+            return (common / name).read_text().strip()
+        lines = (common / "packed-refs").read_text().splitlines()
+        return next((line.split()[0] for line in lines if line.endswith(f" {name}")), "")
+    except OSError:
+        return ""
+
+
 def find_config(path: str, *, name: str = "") -> str:
     """Return a path; if there is nothing, that of the config of this name in the project.
 

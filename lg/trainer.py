@@ -22,7 +22,7 @@ from lg.config import changed_keys
 from lg.datasets.base import ImageDataset
 from lg.datasets.cached_loader import CachedTestLoader
 from lg.datasets.loader import Batch
-from lg.device import Precision
+from lg.device import Precision, machine_facts
 from lg.distributed import World
 from lg.errors import CheckpointError, ConfigError
 from lg.files.atomic import write_atomically
@@ -30,6 +30,7 @@ from lg.files.lock import lock_folder
 from lg.logs.log import RunLog
 from lg.logs.reporter import result_lines
 from lg.metrics import UNKNOWN_ERR, EvalResult, TestMeter
+from lg.paths import source_commit
 from lg.run import Progress, Run
 from lg.signals import Interrupted, asked_to_stop, stop_signals
 from lg.step import mix, train_step
@@ -65,6 +66,8 @@ def train(cfg: CfgNode, *, after_test: Callable[[Progress], None] | None = None)
         if cfg.VERBOSE:
             log.stats("cfg", yaml.safe_load(config_text))
             log.stats("complexity", complexity(run.guided.student, cfg.MODEL.IMG_SIZE))
+            facts = machine_facts(run.device)
+            log.stats("machine", {**facts, "processes": world.size, "commit": source_commit()})
         with stop_signals(run):
             train_epochs(run, after_test)
         return run.progress

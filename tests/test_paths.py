@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 
 import lg
+from lg import paths
 from lg.errors import ConfigError
-from lg.paths import is_url, local_path
+from lg.paths import is_url, local_path, source_commit
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
@@ -86,3 +87,25 @@ def test_a_config_by_url_finds_its_base_next_to_it(
     assert (cfg.RNG_SEED, cfg.LOG_PERIOD, cfg.OUT_DIR) == (7, 3, "work_dirs/run")
     with pytest.raises(ConfigError, match=r"Cannot read the config http.*/none\.yaml: .*404"):
         lg.load_config(f"{server}/configs/none.yaml")
+
+
+def test_the_commit_is_read_without_git(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(paths, "project_folder", lambda: tmp_path / "code")
+    assert source_commit() == ""  # an installation
+    git = tmp_path / "code/.git"
+    (git / "refs/heads").mkdir(parents=True)
+    (git / "HEAD").write_text("ref: refs/heads/main\n")
+    (git / "packed-refs").write_text("# pack-refs\n11ab refs/heads/other\n22cd refs/heads/main\n")
+    assert source_commit() == "22cd"
+    (git / "refs/heads/main").write_text("33ef\n")
+    assert source_commit() == "33ef"
+    worktree = git / "worktrees/second"
+    worktree.mkdir(parents=True)
+    (worktree / "HEAD").write_text("ref: refs/heads/main\n")
+    (worktree / "commondir").write_text("../..\n")
+    (tmp_path / "second").mkdir()
+    (tmp_path / "second/.git").write_text(f"gitdir: {worktree}\n")
+    monkeypatch.setattr(paths, "project_folder", lambda: tmp_path / "second")
+    assert source_commit() == "33ef"
+    (worktree / "HEAD").write_text("44aa\n")  # no branch
+    assert source_commit() == "44aa"

@@ -100,7 +100,7 @@ def stats(out_dir: Path) -> list[dict[str, Any]]:
     return [
         {k: v for k, v in line.items() if k not in TIMES}
         for line in lines
-        if line["_type"] not in ("cfg", "complexity")
+        if line["_type"] not in ("cfg", "complexity", "machine")
     ]
 
 

@@ -254,7 +254,7 @@ DEFAULTS: dict[str, Any] = {
         "EMAIL": "",  # address to notify when the job ends; empty: none
     },
     "DESC": "",  # free text, printed at the start
-    "VERBOSE": True,  # log the resolved config and the complexity of the model
+    "VERBOSE": True,  # log the resolved config, the complexity of the model, and the machine
     "NUM_GPUS": 1,  # number of processes, one per GPU
     "MAX_GPUS_PER_NODE": 8,  # processes per machine, >= 1
     "OUT_DIR": None,  # null: work_dirs/<config name>

@@ -120,6 +120,7 @@ def test_logs_tell_settings_and_epochs(runs: list[str], tmp_path: Path) -> None:
     assert [run.name for run in (slow, fast, lost)] == ["slow & low", "fast", "lost"]
     assert changed_settings([slow, fast]) == {"OPTIM.BASE_LR": [1e-4, 3e-3]}
     assert fast.series("training", "lr")[0] == [1, 2] and fast.hours > 0
+    assert fast.machine["hardware"].startswith("cpu ") and fast.machine["processes"] == 1
     # A resumed run trains epochs again; the last line of an epoch counts.
     again = {"epoch": "2/2", "loss": 7.5, "time_epoch": 1.0}
     (tmp_path / "log.txt").write_text(
@@ -135,8 +136,11 @@ def test_folders_without_a_run_are_refused(runs: list[str], tmp_path: Path) -> N
         read_runs([str(Path(runs[0]).parent)])
     with pytest.raises(DataError, match="give each run once"):
         read_runs([runs[0], f"{runs[0]}/"])
-    (tmp_path / "log.txt").write_text("nothing\n")
-    with pytest.raises(DataError, match="names no config"):
+    (tmp_path / "log.txt").write_text("nothing\n")  # as with VERBOSE False
+    shutil.copy(Path(runs[1], "config.yaml"), tmp_path)
+    assert read_runs([str(tmp_path)])[0].config == read_runs([runs[1]])[0].config
+    (tmp_path / "config.yaml").unlink()
+    with pytest.raises(DataError, match="tells no config"):
         read_runs([str(tmp_path)])
 
 

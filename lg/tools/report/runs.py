@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from lg.config.defaults import DEFAULT_VALUES, FREE_ON_RESUME, flatten
 from lg.errors import DataError
 from lg.logs.log import read_json_lines
@@ -90,12 +92,16 @@ def _read(folder: Path, name: str) -> RunRecord:
     kinds: dict[str, list[Line]] = {}
     for line in lines:
         kinds.setdefault(str(line.pop("_type", "")), []).append(line)
-    if "cfg" not in kinds:
-        raise DataError(f"{log} names no config: it is not the log of a training, or was cut off.")
+    config = _last(kinds, "cfg") or _read_config(folder / "config.yaml")
+    if not config:
+        raise DataError(
+            f"{folder} tells no config: {log} is not the log of a training, or was cut off before "
+            "training began."
+        )
     return RunRecord(
         name=name,
         folder=folder,
-        config=dict(flatten(kinds["cfg"][-1])),
+        config=dict(flatten(config)),
         cost=_last(kinds, "complexity"),
         machine=_last(kinds, "machine"),
         training=_by_epoch(kinds.get("train_epoch", [])),
@@ -103,6 +109,15 @@ def _read(folder: Path, name: str) -> RunRecord:
         average_tests=_by_epoch(kinds.get("test_ema_epoch", [])),
         final=_last(kinds, "final_test"),
     )
+
+
+def _read_config(path: Path) -> Line:
+    """Return the config that training wrote; empty if there is none."""
+    try:
+        found = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def _last(kinds: dict[str, list[Line]], kind: str) -> Line:

@@ -140,6 +140,8 @@ def curves(subjects: Sequence[Subject]) -> str:
 def cost(subjects: Sequence[Subject]) -> str:
     """Return what each run cost."""
     heads = ["run", "parameters", "multiply-adds", "epochs", "time", "per epoch", "peak memory"]
+    has_machine = any(subject.run.machine for subject in subjects)
+    heads += ["hardware"] * has_machine
     rows = []
     for subject in subjects:
         run = subject.run
@@ -154,12 +156,20 @@ def cost(subjects: Sequence[Subject]) -> str:
                 duration(run.hours),
                 f"{3600 * run.hours / len(epochs):.1f} s" if epochs else page.MISSING,
                 f"{memory:,} MB" if memory else page.MISSING,
+                *([hardware(run)] * has_machine),
             ]
         )
     return page.paragraph(
         "Multiply-adds are those of one image through the trained model; the guide is not part of "
         "it. Time is the sum over the epochs in the log, tests included."
     ) + page.table(heads, rows)
+
+
+def hardware(run: RunRecord) -> str:
+    """Return the hardware of a run as HTML."""
+    count = run.machine.get("processes", 1)
+    times = f"{count} x " if count > 1 else ""
+    return shown(f"{times}{run.machine['hardware']}" if run.machine else None)
 
 
 def settings(subjects: Sequence[Subject]) -> str:

@@ -134,6 +134,15 @@ def test_the_test_set_may_not_choose(tmp_path: Path) -> None:
         sweep(tmp_path, *RATES, trials="x")
 
 
+def test_what_all_trials_lack_is_an_error_before_the_first(tmp_path: Path) -> None:
+    guided = str(CONFIGS / "digits/vit_digits_ours.yaml")
+    words = opts(tmp_path / "out", *RATES, DISTILLATION__TEACHER_WEIGHTS="none.pyth")
+    words += ["DISTILLATION.INTER_STUDENT_INDEX", "[0]", "DISTILLATION.INTER_TEACHER_INDEX", "[1]"]
+    with pytest.raises(ConfigError, match=r"TEACHER_WEIGHTS is 'none\.pyth', which does not exist"):
+        run_net.dispatch("sweep", guided, words, trials="2", storage=None)
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_sweep_reports_its_trials_and_its_best_config(
     tmp_path: Path, training: Training, capsys: pytest.CaptureFixture[str]
 ) -> None:

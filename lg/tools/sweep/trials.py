@@ -26,7 +26,8 @@ from optuna.trial import TrialState
 from yacs.config import CfgNode
 
 from lg import trainer
-from lg.builders.data import has_val_split
+from lg.builders import check_training
+from lg.builders.splits import check_validation, has_val_split
 from lg.config import changed_keys
 from lg.config.load import dump_config
 from lg.errors import ConfigError, NonFiniteLossError, first_line, is_out_of_memory
@@ -96,6 +97,8 @@ def prepare(
             "--mode sweep trains one trial per process and starts NUM_GPUS of them itself: run it "
             "without torchrun."
         )
+    check_training(cfg)  # what is missing for one trial is missing for all
+    check_validation(cfg)
     if not has_val_split(cfg):
         raise ConfigError(
             "A sweep chooses settings by their error, and TRAIN.VAL_FRACTION is 0, so the test set "

@@ -22,6 +22,7 @@ from lg.errors import ConfigError, UserError
 if TYPE_CHECKING:  # torch is imported only when there is work to do, so that --help is quick
     from yacs.config import CfgNode
 
+    from lg.augment.preprocessing import Preprocessing
     from lg.guidance.bank_file import Provenance
     from lg.models import Backbone
 
@@ -84,7 +85,7 @@ def run(args: argparse.Namespace, cfg: CfgNode) -> None:
 
     path = args.out or cfg.DISTILLATION.FEATURE_FILE or f"temp/{Path(args.cfg).stem}"
     folder = bank_folder(path)
-    model, facts = choose_teacher(args, cfg)
+    model, facts, trained = choose_teacher(args, cfg)
     device = builders.build_device(cfg, World())
     dataset = builders.build_train_data(cfg)
     facts |= {**builders.dataset_facts(dataset), "resize": cfg.TRAIN.RESIZE}
@@ -92,7 +93,13 @@ def run(args: argparse.Namespace, cfg: CfgNode) -> None:
     print(check_space(folder, provenance, len(dataset)), flush=True)
     if text := advice(cfg, provenance, len(dataset)):
         print(text, flush=True)
-    transform = BatchTestTransform(image_size=provenance.image_size, resize=provenance.resize)
+    # The guide sees images as in its own training, whatever the student's normalisation.
+    transform = BatchTestTransform(
+        image_size=provenance.image_size,
+        resize=provenance.resize,
+        mean=trained.mean,
+        std=trained.std,
+    )
     samples = Samples(dataset, transform)
     precompute(
         FrozenTeacher(
@@ -109,12 +116,16 @@ def run(args: argparse.Namespace, cfg: CfgNode) -> None:
         provenance=provenance,
         indices=dataset.indices,
         device=device,
+        black=trained.black,
     )
     print(f"Wrote the maps of {len(dataset):,} images to {folder}.")
 
 
-def choose_teacher(args: argparse.Namespace, cfg: CfgNode) -> tuple[Backbone, dict[str, Any]]:
-    """Build the teacher with its weights; return it with what the config adds to the provenance."""
+def choose_teacher(
+    args: argparse.Namespace, cfg: CfgNode
+) -> tuple[Backbone, dict[str, Any], Preprocessing]:
+    """Build the teacher with its weights; return it with what the config adds to the provenance,
+    and the preprocessing that it was trained with."""
     from lg import builders
     from lg.checkpoint import load_weights
 
@@ -131,19 +142,22 @@ def choose_teacher(args: argparse.Namespace, cfg: CfgNode) -> tuple[Backbone, di
             cfg.DISTILLATION.TEACHER_WEIGHTS = args.ckpt
         if not cfg.DISTILLATION.TEACHER_WEIGHTS:
             raise ConfigError("DISTILLATION.TEACHER_WEIGHTS is null: give --ckpt")
-        model, kind = builders.build_teacher(cfg), options.TEACHER_MODEL
+        path, kind = cfg.DISTILLATION.TEACHER_WEIGHTS, options.TEACHER_MODEL
+        model, saved = builders.load_teacher(cfg)
         layers = list(options.INTER_TEACHER_INDEX)
         sizes = {"image_size": cfg.MODEL.IMG_SIZE, "teacher_image_size": options.TEACHER_IMG_SIZE}
     else:
         model, kind = builders.build_model(cfg, pretrained=False), cfg.MODEL.TYPE
-        load_weights(model, args.ckpt or f"{cfg.OUT_DIR}/model.pyth", cache=cfg.DOWNLOAD_CACHE)
+        path = args.ckpt or f"{cfg.OUT_DIR}/model.pyth"
+        saved = load_weights(model, path, cache=cfg.DOWNLOAD_CACHE)
         layers = args.layers or list(range(len(model.blocks)))
         sizes = {"image_size": args.image_size or 224, "teacher_image_size": cfg.MODEL.IMG_SIZE}
         if max(layers) >= len(model.blocks) or min(layers) < 0:
             raise ConfigError(
                 f"--layers {layers}: the teacher has blocks 0 to {len(model.blocks) - 1}"
             )
-    return model, {"teacher": builders.teacher_name(cfg, kind), "layers": layers, **sizes}
+    trained = builders.guide_preprocessing(saved, path)
+    return model, {"teacher": builders.teacher_name(cfg, kind), "layers": layers, **sizes}, trained
 
 
 def describe(

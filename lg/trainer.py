@@ -243,9 +243,9 @@ def evaluate(
 
 
 def test(cfg: CfgNode) -> EvalResult:
-    """Test TEST.WEIGHTS (default: the best of OUT_DIR) on the test split, or the held-out images if
-    there is none, and print the result."""
+    """Test TEST.WEIGHTS on the images that `load_tested` lists, and print the result."""
     with joined_world(cfg) as world:
+        cfg = builders.with_trained_statistics(cfg, tested_weights(cfg), world)
         model, dataset, device = load_tested(cfg, world)
         loader = builders.build_test_loader(cfg, dataset, world, device)
         try:

@@ -20,7 +20,7 @@ from torch import Tensor
 from lg.augment import randaugment
 from lg.augment.draws import Draws, draw_plain, draw_strong, uniforms
 from lg.augment.operations import colours
-from lg.augment.preprocessing import make_square, resized
+from lg.augment.preprocessing import fill_colour, make_square, resized
 from lg.augment.resample import crop_and_resize
 from lg.augment.view import LARGEST_ASPECT, SMALLEST_AREA, View
 from lg.device import to_device_together
@@ -42,9 +42,12 @@ class BatchTransform:
         hflip: float = 0.5,
         seed: int = 0,
         resize: str = "squash",
+        mean: Sequence[float] = IMAGENET_DEFAULT_MEAN,
+        std: Sequence[float] = IMAGENET_DEFAULT_STD,
     ) -> None:
         self.image_size, self.strong, self.hflip, self.seed = image_size, strong, hflip, seed
-        self.resize = resize
+        self.resize, self.mean, self.std = resize, tuple(mean), tuple(std)
+        self.fill = fill_colour(mean)
 
     def prepare(self, image: Image.Image) -> Image.Image:
         """Resize an image as far as it is the same in every epoch.
@@ -56,11 +59,11 @@ class BatchTransform:
         """
         size = self.image_size
         if not self.strong:
-            return make_square(image, size, self.resize)
+            return make_square(image, size, self.resize, self.fill)
         needed = size / (SMALLEST_AREA / LARGEST_ASPECT) ** 0.5  # square root of the area
         if self.resize != "squash":
             side = max(image.size) if self.resize == "letterbox" else min(image.size)
-            return make_square(image, min(side, round(needed)), self.resize)
+            return make_square(image, min(side, round(needed)), self.resize, self.fill)
         scale = needed / (image.width * image.height) ** 0.5
         if scale >= 1:
             return image
@@ -95,23 +98,30 @@ class BatchTransform:
         """Transform prepared images with given draws to [N, 3, S, S], float32, normalised."""
         if draws.operations is None:
             assert isinstance(images, Tensor), "the plain recipe prepares images of one size"
-            return normalise(_shift(images, draws))
+            return normalise(_shift(images, draws), self.mean, self.std)
         pixels = crop_and_resize(images, draws.box, self.image_size, draws.flip)
-        pixels = randaugment.randaugment(pixels, draws.operations)
-        return erase(normalise(pixels), draws.erased, draws.noise)
+        pixels = randaugment.randaugment(pixels, draws.operations, self.fill)
+        return erase(normalise(pixels, self.mean, self.std), draws.erased, draws.noise)
 
 
 class BatchTestTransform:
     """Test transform of batches: the image, made square (bicubic, S x S) and normalised."""
 
-    def __init__(self, *, image_size: int, resize: str = "squash") -> None:
-        self.image_size, self.resize = image_size, resize
+    def __init__(
+        self,
+        *,
+        image_size: int,
+        resize: str = "squash",
+        mean: Sequence[float] = IMAGENET_DEFAULT_MEAN,
+        std: Sequence[float] = IMAGENET_DEFAULT_STD,
+    ) -> None:
+        self.image_size, self.resize, self.mean, self.std = image_size, resize, mean, std
 
     def prepare(self, image: Image.Image) -> Image.Image:
         """Resize an image if that loses no time later: it is large, or becomes square here."""
         size = self.image_size
         if self.resize != "squash":
-            return make_square(image, size, self.resize)
+            return make_square(image, size, self.resize, fill_colour(self.mean))
         if image.width * image.height <= size * size and max(image.size) <= 4 * size:
             return image
         return resized(image, (size, size))
@@ -122,25 +132,37 @@ class BatchTestTransform:
         """Transform as `BatchTransform` does; epochs and index do not matter."""
         size, view = self.image_size, View().tensor().expand(len(images), -1)
         if isinstance(images, Tensor) and images.shape[1:3] == (size, size):
-            return normalise(images.permute(0, 3, 1, 2).contiguous()), view
+            pixels = images.permute(0, 3, 1, 2).contiguous()
+            return normalise(pixels, self.mean, self.std), view
         boxes = np.array([[0, 0, *image.shape[:2]] for image in images])
         flip = np.zeros(len(boxes), dtype=bool)
-        return normalise(crop_and_resize(images, boxes, size, flip)), view
+        pixels = crop_and_resize(images, boxes, size, flip)
+        return normalise(pixels, self.mean, self.std), view
 
 
-def normalise(pixels: Tensor) -> Tensor:
-    """Normalise uint8 [N, 3, S, S] to float32 with ImageNet's mean and standard deviation."""
-    mean = tuple(255 * value for value in IMAGENET_DEFAULT_MEAN)
-    std = tuple(255 * value for value in IMAGENET_DEFAULT_STD)
-    return (pixels - colours(mean, pixels.device)).div_(colours(std, pixels.device))
+def normalise(
+    pixels: Tensor,
+    mean: Sequence[float] = IMAGENET_DEFAULT_MEAN,
+    std: Sequence[float] = IMAGENET_DEFAULT_STD,
+) -> Tensor:
+    """Normalise uint8 [N, 3, S, S] to float32; mean and standard deviation are those of [0, 1]."""
+    middle, width = (_levels(values, pixels.device) for values in (mean, std))
+    return (pixels - middle).div_(width)
 
 
-def to_pixels(images: Tensor) -> Tensor:
+def to_pixels(
+    images: Tensor,
+    mean: Sequence[float] = IMAGENET_DEFAULT_MEAN,
+    std: Sequence[float] = IMAGENET_DEFAULT_STD,
+) -> Tensor:
     """Undo `normalise`: float [N, 3, S, S] to uint8 [N, S, S, 3]; values out of range are cut."""
-    mean = colours(tuple(255 * value for value in IMAGENET_DEFAULT_MEAN), images.device)
-    std = colours(tuple(255 * value for value in IMAGENET_DEFAULT_STD), images.device)
-    pixels = (images.float() * std + mean).round_().clamp_(0, 255)
+    middle, width = (_levels(values, images.device) for values in (mean, std))
+    pixels = (images.float() * width + middle).round_().clamp_(0, 255)
     return pixels.to(torch.uint8).permute(0, 2, 3, 1)
+
+
+def _levels(values: Sequence[float], device: torch.device) -> Tensor:
+    return colours(tuple(255 * value for value in values), device)
 
 
 def erase(images: Tensor, boxes: np.ndarray, noise: np.ndarray) -> Tensor:

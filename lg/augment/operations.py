@@ -3,8 +3,8 @@
 Results are truncated, not rounded, and uncovered areas are filled. A kind has two functions. On the
 host, `prepare` turns the names of operations (in the order of KINDS), their levels [n], float64,
 and the side into arrays; on the device, `apply` gets images [n, 3, S, S] of uint8, which it may
-overwrite, the names and the copied arrays, and returns uint8 of the same shape. Nothing is read
-back from the device.
+overwrite, the names, the pixel that fills uncovered areas and the copied arrays, and returns uint8
+of the same shape. Nothing is read back from the device.
 
 Letters in shapes: n samples of one kind, S side, P = S * S pixels.
 """
@@ -21,7 +21,10 @@ import torch.nn.functional as F
 from timm.data import IMAGENET_DEFAULT_MEAN
 from torch import Tensor
 
-FILL = tuple(round(255 * mean) for mean in IMAGENET_DEFAULT_MEAN)
+from lg.augment.preprocessing import fill_colour
+
+Fill = tuple[int, ...]  # per channel, 0 to 255
+FILL: Fill = fill_colour(IMAGENET_DEFAULT_MEAN)
 LUMA = (19595.0, 38470.0, 7471.0)  # of 65536; float32 represents their sums exactly
 # Float32 may fall just below a whole number that Pillow's double reaches; both are truncated.
 SLACK = 1e-4
@@ -32,13 +35,13 @@ class Kind(NamedTuple):
 
     names: tuple[str, ...]
     prepare: Callable[[list[str], np.ndarray, int], list[np.ndarray]]
-    apply: Callable[..., Tensor]  # (images, names, *arrays)
+    apply: Callable[..., Tensor]  # (images, names, fill, *arrays)
 
 
 @functools.lru_cache
 def colours(values: tuple[float, ...], device: torch.device) -> Tensor:
     """Return one value per channel as [3, 1, 1], float32. Do not modify the result."""
-    return torch.tensor(values, device=device)[:, None, None]
+    return torch.tensor(values, dtype=torch.float32, device=device)[:, None, None]
 
 
 def _bytes(values: Tensor) -> Tensor:
@@ -61,7 +64,9 @@ def _prepare_tables(names: list[str], level: np.ndarray, size: int) -> list[np.n
     return [factor, np.array(fixed, dtype=np.uint8).reshape(len(fixed), 1, 256)]
 
 
-def _by_table(images: Tensor, names: list[str], factor: Tensor, fixed: Tensor) -> Tensor:
+def _by_table(
+    images: Tensor, names: list[str], fill: Fill, factor: Tensor, fixed: Tensor
+) -> Tensor:
     index = images.flatten(2).long()
     first, second, third = np.cumsum([names.count(name) for name in _FROM_IMAGES]).tolist()
     tables = []
@@ -154,12 +159,12 @@ def _prepare_blend(names: list[str], level: np.ndarray, size: int) -> list[np.nd
     return [level[:, None, None, None].astype(np.float32)]
 
 
-def _color(images: Tensor, names: list[str], factor: Tensor) -> Tensor:
+def _color(images: Tensor, names: list[str], fill: Fill, factor: Tensor) -> Tensor:
     pixels = images.float()
     return _bytes(_blend(_luma(pixels), pixels, factor))
 
 
-def _sharpness(images: Tensor, names: list[str], factor: Tensor) -> Tensor:
+def _sharpness(images: Tensor, names: list[str], fill: Fill, factor: Tensor) -> Tensor:
     """Blend with Pillow's SMOOTH, (1 1 1; 1 5 1; 1 1 1) / 13, which does not change the border."""
     if images.shape[3] < 3:
         return images
@@ -192,13 +197,13 @@ def _cubic(offset: Tensor) -> list[Tensor]:
     ]
 
 
-def _filled(values: Tensor, inside: Tensor) -> Tensor:
+def _filled(values: Tensor, inside: Tensor, fill: Fill) -> Tensor:
     """Convert float32 [n, 3, ...] to uint8; fill where `inside` (0 or 1, float32) is 0.
 
     On a CPU, arithmetic is several times faster than `where`.
     """
-    fill = colours(FILL, values.device).view(1, 3, *[1] * (values.dim() - 2))
-    return _bytes(values.sub_(fill).mul_(inside).add_(fill).add_(SLACK))
+    colour = colours(fill, values.device).view(1, len(fill), *[1] * (values.dim() - 2))
+    return _bytes(values.sub_(colour).mul_(inside).add_(colour).add_(SLACK))
 
 
 def _prepare_shift(names: list[str], level: np.ndarray, size: int) -> list[np.ndarray]:
@@ -223,7 +228,12 @@ def _starts(shift: np.ndarray, size: int) -> np.ndarray:
 
 
 def _shift(
-    images: Tensor, names: list[str], offset: Tensor, starts: Tensor, bounds: Tensor
+    images: Tensor,
+    names: list[str],
+    fill: Fill,
+    offset: Tensor,
+    starts: Tensor,
+    bounds: Tensor,
 ) -> Tensor:
     """Shear or translate along rows; operations along columns, the last ones, are transposed."""
     size = images.shape[3]
@@ -236,7 +246,7 @@ def _shift(
         values.addcmul_(windows[..., tap : tap + size], weights[tap])
     columns = torch.arange(size, device=images.device)
     inside = (columns >= bounds[0]) & (columns < bounds[1])
-    moved = _filled(values, inside.float())
+    moved = _filled(values, inside.float(), fill)
     moved[along_rows:] = moved[along_rows:].mT.clone()
     return moved
 
@@ -277,7 +287,9 @@ def _prepare_rotate(names: list[str], degrees: np.ndarray, size: int) -> list[np
     return [of_column[:, :, None, :], of_row[:, :, :, None]]
 
 
-def _rotate(images: Tensor, names: list[str], of_column: Tensor, of_row: Tensor) -> Tensor:
+def _rotate(
+    images: Tensor, names: list[str], fill: Fill, of_column: Tensor, of_row: Tensor
+) -> Tensor:
     """Rotate counterclockwise about the centre."""
     count, _, size, _ = images.shape
     source = (of_column + of_row).view(2, count, 1, -1)  # x and y
@@ -300,7 +312,7 @@ def _rotate(images: Tensor, names: list[str], of_column: Tensor, of_row: Tensor)
             taps = planes[..., first : planes.shape[2] - last + first].gather(2, index)
             line.addcmul_(taps, weights[i][0])
         values.addcmul_(line, weights[j][1])
-    return _filled(values, (is_inside[0] & is_inside[1]).float()).view_as(images)
+    return _filled(values, (is_inside[0] & is_inside[1]).float(), fill).view_as(images)
 
 
 KINDS = (

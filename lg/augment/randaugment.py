@@ -16,7 +16,7 @@ import torch
 from scipy.special import ndtri
 from torch import Tensor
 
-from lg.augment.operations import KINDS, Kind
+from lg.augment.operations import FILL, KINDS, Kind
 from lg.device import to_device_together
 
 OPERATIONS = (  # in timm's order
@@ -104,12 +104,13 @@ def _levels(name: str, strength: np.ndarray, sign: np.ndarray) -> np.ndarray | f
     return 0.0
 
 
-def randaugment(images: Tensor, draws: Draws) -> Tensor:
+def randaugment(images: Tensor, draws: Draws, fill: tuple[int, ...] = FILL) -> Tensor:
     """Apply the drawn operations, layer by layer.
 
     Args:
         images: [N, 3, S, S], uint8, on any device. Not modified.
         draws: The operations of these N samples.
+        fill: Pixel of uncovered areas, 0 to 255 per channel.
 
     Returns:
         [N, 3, S, S], uint8, on the same device.
@@ -138,7 +139,7 @@ def randaugment(images: Tensor, draws: Draws) -> Tensor:
     for group in groups:
         index, *arguments = (next(moved) for _ in group.arrays)
         picked = images.index_select(0, index)
-        images.index_copy_(0, index, group.kind.apply(picked, group.names, *arguments))
+        images.index_copy_(0, index, group.kind.apply(picked, group.names, fill, *arguments))
     return images
 
 

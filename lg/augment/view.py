@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor
+
+from lg.augment.preprocessing import Preprocessing
 
 # Limits of random resized crops: share of the area, and width / height (or its inverse).
 SMALLEST_AREA = 0.08
 LARGEST_ASPECT = 4 / 3
+BLACK = Preprocessing(image_size=1).black  # normalised with ImageNet's mean
 
 
 class View(NamedTuple):
@@ -59,13 +62,12 @@ def plain_views(size: int, *, shifts: int, mirrored: bool) -> list[View]:
     return views + [view._replace(flip=True) for view in views if mirrored]
 
 
-def shifted(images: Tensor, view: View) -> Tensor:
-    """Return a view of `plain_views` of normalised images [N, 3, S, S], black beyond them."""
+def shifted(images: Tensor, view: View, black: Sequence[float] = BLACK) -> Tensor:
+    """Return a view of `plain_views` of normalised images [N, 3, S, S], `black` beyond them."""
     size = images.shape[3]
     top, left = round(view.top * size), round(view.left * size)
     if top or left:
-        mean, std = (images.new_tensor(x) for x in (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD))
-        canvas = (-mean / std)[:, None, None].expand_as(images).clone()
+        canvas = images.new_tensor(black)[:, None, None].expand_as(images).clone()
         to_rows, to_columns = (slice(max(-s, 0), size - max(s, 0)) for s in (top, left))
         rows, columns = (slice(max(s, 0), size + min(s, 0)) for s in (top, left))
         canvas[:, :, to_rows, to_columns] = images[:, :, rows, columns]

@@ -13,10 +13,16 @@ from lg.builders.models import (
     build_guided,
     build_model,
     build_teacher,
+    load_teacher,
     prepare_bank,
     teacher_name,
 )
-from lg.builders.preprocessing import build_preprocessing
+from lg.builders.preprocessing import (
+    build_preprocessing,
+    guide_preprocessing,
+    with_data_statistics,
+    with_trained_statistics,
+)
 from lg.builders.run import build_run, place_model
 from lg.builders.splits import data_notes
 from lg.builders.training import (
@@ -59,8 +65,12 @@ __all__ = [
     "dataset_facts",
     "fetch_data",
     "fetch_weights",
+    "guide_preprocessing",
+    "load_teacher",
     "place_model",
     "prepare_bank",
     "synchronize_batch_norms",
     "teacher_name",
+    "with_data_statistics",
+    "with_trained_statistics",
 ]

@@ -10,8 +10,10 @@ import torch
 import yaml
 from yacs.config import CfgNode
 
+from lg.augment.preprocessing import renormalization
 from lg.builders.data import dataset_facts
 from lg.builders.families import build_family, single, with_keys
+from lg.builders.preprocessing import build_preprocessing, guide_preprocessing
 from lg.checkpoint import foreign_weights, load_weights, read_checkpoint
 from lg.config.defaults import flatten
 from lg.config.rules import FAMILIES
@@ -126,7 +128,7 @@ def build_guided(cfg: CfgNode) -> tuple[GuidedStudent, Guide, GuidanceLoss]:
     student = build_model(cfg)
     if not (options.ENABLE_INTER or options.ENABLE_LOGIT):
         return GuidedStudent(student), NoGuide(), GuidanceLoss()
-    teacher = build_teacher(cfg, trained=not options.OFFLINE)
+    teacher, facts = load_teacher(cfg, trained=not options.OFFLINE)
     student_taps, teacher_taps = tap_indices(cfg, student, teacher)
     guide: Guide
     if options.OFFLINE:
@@ -138,6 +140,7 @@ def build_guided(cfg: CfgNode) -> tuple[GuidedStudent, Guide, GuidanceLoss]:
             image_size=options.TEACHER_IMG_SIZE,
             batch_norm=options.TEACHER_BN,
             with_logits=options.ENABLE_LOGIT,
+            renormalize=_renormalization(cfg, facts),
         )
     projected = guide.feature_dims if options.INTER_TRANSFORM in PROJECTED else []
     loss = GuidanceLoss(
@@ -167,7 +170,12 @@ def _build_mixed_heads(cfg: CfgNode, student: Backbone, teacher: Backbone) -> Mi
 
 
 def build_teacher(cfg: CfgNode, *, trained: bool = True) -> Backbone:
-    """Return the guide's model.
+    """Return the guide's model, see `load_teacher`."""
+    return load_teacher(cfg, trained=trained)[0]
+
+
+def load_teacher(cfg: CfgNode, *, trained: bool = True) -> tuple[Backbone, dict[str, Any]]:
+    """Return the guide's model, and the other facts of its file as `load_weights` returns them.
 
     Args:
         cfg: The config.
@@ -195,24 +203,34 @@ def build_teacher(cfg: CfgNode, *, trained: bool = True) -> Backbone:
                     f"DISTILLATION.TEACHER_MODEL {options.TEACHER_MODEL!r} cannot be built: "
                     f"{message}"
                 ) from error
+    facts: dict[str, Any] = {}
     if path and foreign is None:
-        _load_guide(cfg, teacher, path)
+        facts = _load_guide(cfg, teacher, path)
     elif trained and not path:
         warnings.warn(
             "DISTILLATION.TEACHER_WEIGHTS is null: the guide has random weights.", stacklevel=2
         )
-    return teacher
+    return teacher, facts
 
 
-def _load_guide(cfg: CfgNode, teacher: Backbone, path: str) -> None:
-    """Load the guide's weights.
+def _renormalization(
+    cfg: CfgNode, facts: dict[str, Any]
+) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
+    """Return what turns the student's images into those that the guide was trained on."""
+    student = build_preprocessing(cfg, training=True)
+    name = str(cfg.DISTILLATION.TEACHER_WEIGHTS)
+    return renormalization(student, guide_preprocessing(facts, name))
+
+
+def _load_guide(cfg: CfgNode, teacher: Backbone, path: str) -> dict[str, Any]:
+    """Load the guide's weights; return the other facts of the file.
 
     Raises:
         CheckpointError: They do not fit; the message names the key, and where the config that the
             file was trained with differs from this one.
     """
     try:
-        load_weights(teacher, path, cache=cfg.DOWNLOAD_CACHE)
+        return load_weights(teacher, path, cache=cfg.DOWNLOAD_CACHE)
     except CheckpointError as error:
         hint = _guide_differences(cfg, path)
         raise CheckpointError(f"DISTILLATION.TEACHER_WEIGHTS: {error}{hint}") from None

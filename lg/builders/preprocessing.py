@@ -2,12 +2,128 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import yaml
 from yacs.config import CfgNode
 
 from lg.augment.preprocessing import Preprocessing
+from lg.checkpoint import read_checkpoint
+from lg.datasets.base import ImageDataset
+from lg.datasets.loader import usable_workers
+from lg.datasets.statistics import pixel_statistics
+from lg.distributed import World, from_main, in_turn
+from lg.errors import CheckpointError, ConfigError
 
 
 def build_preprocessing(cfg: CfgNode, *, training: bool = False) -> Preprocessing:
-    """Build the preprocessing of tests and prediction, or that of training images."""
+    """Build the preprocessing of tests and prediction, or that of training images.
+
+    Raises:
+        ConfigError: DATA_LOADER.NORMALIZE is auto, and MEAN and STD are not known yet.
+    """
     resize = cfg.TRAIN.RESIZE if training else cfg.TEST.RESIZE or cfg.TRAIN.RESIZE
-    return Preprocessing(image_size=cfg.MODEL.IMG_SIZE, resize=resize)
+    found, options = Preprocessing(cfg.MODEL.IMG_SIZE, resize), cfg.DATA_LOADER
+    if options.NORMALIZE == "imagenet":
+        return found
+    if not options.MEAN:
+        raise ConfigError(
+            "DATA_LOADER.NORMALIZE is auto, but neither training images nor weights tell the "
+            "numbers: train first, or set it to values, with DATA_LOADER.MEAN and STD."
+        )
+    mean, std = (tuple(map(float, values)) for values in (options.MEAN, options.STD))
+    return replace(found, mean=mean, std=std)
+
+
+def with_data_statistics(cfg: CfgNode, dataset: ImageDataset) -> CfgNode:
+    """Return the config with the MEAN and STD of the training images, if NORMALIZE is auto.
+
+    The config is stored in checkpoints, so tests and prediction have the same numbers. Every
+    process calls this, and the main process reads the images.
+    """
+    options = cfg.DATA_LOADER
+    if options.NORMALIZE != "auto":
+        return cfg
+    threads = usable_workers(options.NUM_WORKERS)
+    return _with(cfg, *from_main(lambda: pixel_statistics(dataset, num_threads=threads)))
+
+
+def with_trained_statistics(cfg: CfgNode, weights: str, world: World) -> CfgNode:
+    """Return the config with the MEAN and STD that weights were trained with, if NORMALIZE is auto.
+
+    Raises:
+        CheckpointError: The file cannot be read.
+        ConfigError: The config says other numbers than the weights, or auto and the weights say
+            none.
+    """
+    with in_turn(world):  # a URL is downloaded once
+        state = read_checkpoint(weights, cache=cfg.DOWNLOAD_CACHE)
+    trained = trained_preprocessing(state, weights)
+    options = cfg.DATA_LOADER
+    if trained is None:
+        build_preprocessing(cfg)  # raises for auto
+        return cfg
+    if options.NORMALIZE == "auto" and not options.MEAN:
+        return _with(cfg, trained.mean, trained.std)
+    given = build_preprocessing(cfg)
+    if (given.mean, given.std) != (trained.mean, trained.std):
+        raise ConfigError(
+            f"DATA_LOADER.NORMALIZE is {options.NORMALIZE} (mean {_shown(given.mean)}, standard "
+            f"deviation {_shown(given.std)}), but {weights} was trained with mean "
+            f"{_shown(trained.mean)} and standard deviation {_shown(trained.std)}: set it as in "
+            "the config that the weights were trained with."
+        )
+    return cfg
+
+
+def trained_preprocessing(state: Mapping[str, Any], name: str) -> Preprocessing | None:
+    """Return the preprocessing of the tests of the run that saved a checkpoint.
+
+    Args:
+        state: A checkpoint, or what `load_weights` returns.
+        name: The file, for error messages.
+
+    Returns:
+        None for files without a config, such as published weights.
+
+    Raises:
+        CheckpointError: The config in the file is damaged.
+    """
+    text = state.get("cfg")
+    if not isinstance(text, str):
+        return None
+    try:
+        tree = yaml.safe_load(text)
+        options, model = tree.get("DATA_LOADER") or {}, tree["MODEL"]
+        found = Preprocessing(int(model["IMG_SIZE"]))
+        if not options.get("MEAN"):  # imagenet, as before there was the key
+            return found
+        mean, std = (tuple(map(float, options[key])) for key in ("MEAN", "STD"))
+        return replace(found, mean=mean, std=std)
+    except (yaml.YAMLError, AttributeError, KeyError, TypeError, ValueError):
+        raise CheckpointError(f"{name} holds a damaged config. Use another copy.") from None
+
+
+def guide_preprocessing(facts: Mapping[str, Any], name: str) -> Preprocessing:
+    """Return the preprocessing that a guide was trained with; ImageNet's mean if its file does not
+    tell, as in files that timm publishes.
+
+    Args:
+        facts: Of the guide, as `load_weights` returns them.
+        name: The guide's file, for error messages.
+    """
+    return trained_preprocessing(facts, name) or Preprocessing(image_size=1)
+
+
+def _with(cfg: CfgNode, mean: Sequence[float], std: Sequence[float]) -> CfgNode:
+    cfg = cfg.clone()
+    cfg.defrost()
+    cfg.DATA_LOADER.MEAN, cfg.DATA_LOADER.STD = list(mean), list(std)
+    cfg.freeze()
+    return cfg
+
+
+def _shown(values: Sequence[float]) -> str:
+    return ", ".join(f"{value:.4g}" for value in values)

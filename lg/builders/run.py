@@ -20,6 +20,7 @@ from lg.builders.data import (
     build_train_loader,
 )
 from lg.builders.models import Guide, build_guided, prepare_bank
+from lg.builders.preprocessing import build_preprocessing, with_data_statistics
 from lg.builders.splits import Splits, data_notes, exclusion_line
 from lg.builders.training import (
     build_average,
@@ -51,6 +52,7 @@ from lg.run import Run
 
 def build_run(cfg: CfgNode, data: Splits, world: World, log: RunLog) -> Run:
     """Build all parts of a run on its device, and seed the random streams."""
+    cfg = with_data_statistics(cfg, data.train)
     device = build_device(cfg, world)
     _prepare_log(cfg, data, device, log)
     torch.backends.cudnn.benchmark = cfg.CUDNN.BENCHMARK
@@ -106,7 +108,12 @@ def _build_report(
 ) -> Reporter:
     return Reporter(
         log=log,
-        pictures=Pictures(log, data.train.class_names, enabled=cfg.LOG_PICTURES),
+        pictures=Pictures(
+            log,
+            data.train.class_names,
+            preprocessing=build_preprocessing(cfg, training=True),
+            enabled=cfg.LOG_PICTURES,
+        ),
         device=device,
         split=str(data.test),
         final_split=str(data.final or ""),

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from yacs.config import CfgNode
 
 from lg.config.defaults import DEFAULT_VALUES, flatten
+from lg.config.image_rules import image_faults
 from lg.config.rules import FAMILIES
 from lg.config.student_combinations import Fault, student_faults
 
@@ -40,6 +41,7 @@ def faults(cfg: CfgNode) -> Iterator[Fault]:
     yield from _schedule(cfg)
     yield from _training(cfg)
     yield from _validation(cfg)
+    yield from image_faults(cfg)
     yield from _processes(cfg)
 
 

@@ -234,6 +234,12 @@ DEFAULTS: dict[str, Any] = {
         "PIN_MEMORY": True,  # page-locked batches, for faster copies to a GPU
         # (+) folder of the data sets; image_folder: the folder with train/ and test/ or val/
         "ROOT": "data",
+        # (+) mean and standard deviation that normalise inputs. imagenet: ImageNet's; auto: of the
+        # training images, which checkpoints keep; values: MEAN and STD
+        "NORMALIZE": "imagenet",
+        # (+) one number per channel, for pixels from 0 to 1; training fills in those of auto
+        "MEAN": [],
+        "STD": [],  # (+) likewise, > 0
         "DOWNLOAD": True,  # (+) download a missing data set (cifar100, flowers)
     },
     # choose the fastest convolution algorithms by timing; faster, not bit-reproducible on GPUs

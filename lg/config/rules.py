@@ -49,6 +49,10 @@ FAMILIES: dict[str, Family] = {
 MODEL_TYPES = (*FAMILIES, "ResNet", "timm/NAME")
 
 
+# Elements of the lists that are empty by default, unless they are whole numbers.
+_EMPTY_LISTS = {"MODEL.BLOCKS": str, "DATA_LOADER.MEAN": float, "DATA_LOADER.STD": float}
+
+
 def accepted_types(key: str) -> tuple[tuple[type, ...], tuple[type, ...]]:
     """Return the types of a single value and of the elements of a list; either may be empty.
 
@@ -58,7 +62,7 @@ def accepted_types(key: str) -> tuple[tuple[type, ...], tuple[type, ...]]:
     if key == "DISTILLATION.INTER_STUDENT_INDEX":
         return (str,), (int,)  # mix, or a list of blocks
     if isinstance(default, list):
-        empty_type = str if key == "MODEL.BLOCKS" else int
+        empty_type = _EMPTY_LISTS.get(key, int)
         return (), (type(default[0]) if default else empty_type,)
     if default is not None:
         return (type(default),), ()
@@ -99,6 +103,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "TEST.RESIZE": ("", "squash", "letterbox", "crop"),
     "TRAIN.COMPILE": ("none", "default", "reduce-overhead", "max-autotune"),
     "DATA_LOADER.BACKEND": ("auto", "workers", "device"),
+    "DATA_LOADER.NORMALIZE": ("imagenet", "auto", "values"),
     "DATA_LOADER.ON_ERROR": ("stop", "skip"),
     "TRAIN.AMP_DTYPE": ("auto", "bf16", "fp16"),
     "TEST.DATASET": ("", *DATASET_NAMES),
@@ -177,6 +182,8 @@ RANGES: dict[str, Range] = {
         lambda v: v == "mix" or (isinstance(v, int) and v >= 0),
         "mix, or a list of block numbers of at least 0",
     ),
+    "DATA_LOADER.MEAN": (lambda v: 0 <= v <= 1, "between 0 and 1, for pixels from 0 to 1"),
+    "DATA_LOADER.STD": (lambda v: 0 < v <= 1, "above 0 and at most 1, for pixels from 0 to 1"),
     "DISTILLATION.ADAPTIVE_THRESHOLD": (lambda v: -math.inf < v < 0, "below 0 and finite"),
     # The Performer has half as many random features as token channels.
     "T2T.TOKEN_DIM": (lambda v: v >= 2, "at least 2"),

@@ -13,14 +13,14 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
-from lg.augment.view import View, shifted
+from lg.augment.view import BLACK, View, shifted
 from lg.datasets.loader import Batch
 from lg.errors import BankError
 from lg.files.atomic import TEMPORARY, remove_leftovers, write_atomically
@@ -72,6 +72,7 @@ def precompute(
     provenance: Provenance,
     indices: np.ndarray,
     device: torch.device,
+    black: Sequence[float] = BLACK,
 ) -> None:
     """Compute the maps that are missing and complete the bank.
 
@@ -85,6 +86,7 @@ def precompute(
         provenance: Where the maps come from.
         indices: [n], the position of each image in its data set, in the order of the batches.
         device: Where the teacher is.
+        black: The normalised values of a black pixel, per channel.
 
     Raises:
         BankError: A map does not fit the stored type.
@@ -100,7 +102,7 @@ def precompute(
             images = batch.images.to(device)
             begin, done = done, done + len(images)
             for position, view in enumerate(provenance.views):
-                maps, _ = teacher(shifted(images, View._make(view)))
+                maps, _ = teacher(shifted(images, View._make(view), black))
                 for array, layer_maps in zip(arrays, maps, strict=True):
                     array[begin:done, position] = _convert(layer_maps, array.dtype)
             bar.update(len(images))

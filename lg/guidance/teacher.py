@@ -21,12 +21,15 @@ class FrozenTeacher(nn.Module):
     """A trained teacher that never changes: no gradients and no new statistics, even in `train()`.
 
     It sees the student's augmented, normalised batch, resized (bilinear, align_corners False) to
-    its own image size.
+    its own image size and normalised as in the teacher's own training.
 
     Attributes:
         model: The teacher, usually a CNN.
         feature_dims: Channels of the maps, in tap order.
     """
+
+    _scale: Tensor  # [C, 1, 1]
+    _shift: Tensor
 
     def __init__(
         self,
@@ -36,6 +39,7 @@ class FrozenTeacher(nn.Module):
         image_size: int,
         batch_norm: str = "eval",
         with_logits: bool = False,
+        renormalize: tuple[Sequence[float], Sequence[float]] | None = None,
     ) -> None:
         """Freeze `model`.
 
@@ -46,6 +50,8 @@ class FrozenTeacher(nn.Module):
             batch_norm: `eval` normalises with the stored statistics; `batch` with those of each
                 batch, as in the published runs. Neither changes the stored statistics.
             with_logits: Whether to return logits.
+            renormalize: (scale, shift) per channel that normalise the student's images as the
+                teacher's own training did; None if that is the same.
 
         Raises:
             ValueError: `batch_norm` is unknown, or the teacher lacks one of the blocks.
@@ -60,6 +66,9 @@ class FrozenTeacher(nn.Module):
         self.batch_norm = batch_norm
         self.with_logits = with_logits
         self.feature_dims = [model.feature_dims[i] for i in indices]
+        self._renormalizes = renormalize is not None
+        for name, values in zip(("_scale", "_shift"), renormalize or ([1.0], [0.0]), strict=True):
+            self.register_buffer(name, torch.tensor(values)[:, None, None], persistent=False)
         self.train(False)
 
     def train(self, mode: bool = True) -> FrozenTeacher:
@@ -82,6 +91,8 @@ class FrozenTeacher(nn.Module):
         `index` and `view` are for guides that replay stored maps; they are ignored here.
         """
         images = resize(images, (self.image_size, self.image_size))
+        if self._renormalizes:
+            images = images * self._scale + self._shift
         images = images.contiguous(memory_format=torch.channels_last)
         logits, maps = self._taps.run(self.model, images)
         return maps, logits if self.with_logits else None

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from lg.augment.batched import to_pixels
+from lg.augment.preprocessing import Preprocessing
 from lg.files.atomic import write_atomically
 from lg.logs import plots
 from lg.logs.log import RunLog
@@ -36,16 +37,25 @@ _LOSSES = {
 class Pictures:
     """Writes results.csv, curves.png, mixture.png, train_batch.jpg and confusion_matrix.png."""
 
-    def __init__(self, log: RunLog, class_names: Sequence[str], *, enabled: bool = True) -> None:
+    def __init__(
+        self,
+        log: RunLog,
+        class_names: Sequence[str],
+        *,
+        preprocessing: Preprocessing | None = None,
+        enabled: bool = True,
+    ) -> None:
         """Nothing is written before there is something to show.
 
         Args:
             log: Of the run, whose folder is written to; only an enabled log belongs to the main
                 process.
             class_names: K names.
+            preprocessing: Of the images; by default with ImageNet's mean.
             enabled: LOG_PICTURES.
         """
         self.log, self.class_names = log, list(class_names)
+        self._preprocessing = preprocessing or Preprocessing(image_size=1)
         self.enabled = enabled and log.enabled
         self._rows: list[dict[str, Any]] | None = None  # of results.csv, once it has been read
         self._row: dict[str, Any] = {}
@@ -80,7 +90,8 @@ class Pictures:
         """
 
         def draw(stream: Any) -> None:
-            pixels = to_pixels(images[:MAX_IMAGES]).cpu().numpy()
+            mean, std = self._preprocessing.mean, self._preprocessing.std
+            pixels = to_pixels(images[:MAX_IMAGES], mean, std).cpu().numpy()
             captions = [self._caption(row) for row in targets[:MAX_IMAGES].cpu()]
             height = 2.1 * -(-len(pixels) // 4)
             plots.save_figure(

@@ -13,7 +13,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import nn
 from yacs.config import CfgNode
 
@@ -201,8 +200,8 @@ def describe(cfg: CfgNode, predictor: Predictor) -> dict[str, str]:
         "image_size": size,
         "resize": preparation.resize,
         "interpolation": "bicubic",
-        "mean": IMAGENET_DEFAULT_MEAN,
-        "std": IMAGENET_DEFAULT_STD,
+        "mean": preparation.mean,
+        "std": preparation.std,
         "class_names": predictor.class_names,
         "model": cfg.MODEL.TYPE,
         "lg_version": __version__,

@@ -179,6 +179,7 @@ def load_predictor(
 def build_predictor(cfg: CfgNode, *, flip: bool = False) -> Predictor:
     """Build the predictor of TEST.WEIGHTS, by default the best weights of OUT_DIR."""
     path = trainer.tested_weights(cfg)
+    cfg = builders.with_trained_statistics(cfg, path, World())
     device = builders.build_device(cfg, World())
     model = builders.build_model(cfg, pretrained=False)
     facts = load_weights(model, path, cache=cfg.DOWNLOAD_CACHE)
@@ -202,6 +203,7 @@ def evaluate(cfg: CfgNode) -> Predictions:
         ConfigError: There are no weights.
         DataError: The images cannot be read, or have classes that the model does not know.
     """
+    cfg = builders.with_trained_statistics(cfg, trainer.tested_weights(cfg), World())
     return evaluate_loaded(cfg, *trainer.load_tested(cfg, World()))
 
 

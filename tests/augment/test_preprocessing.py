@@ -31,17 +31,17 @@ def stripes(width: int, height: int) -> Image.Image:
 
 
 def test_letterbox_keeps_the_aspect_ratio_between_even_borders() -> None:
-    pixels = np.array(make_square(stripes(90, 30), 60, "letterbox"))
+    pixels = np.array(make_square(stripes(90, 30), 60, "letterbox", MEAN))
     assert pixels.shape == (60, 60, 3)
     assert (pixels[:20] == MEAN).all() and (pixels[40:] == MEAN).all()
     assert (pixels[20:40] != MEAN).any(axis=2).all()
     assert pixels[30, [5, 30, 55]].tolist() == [[255, 0, 0], [0, 255, 0], [0, 0, 255]]
-    pixels = np.array(make_square(stripes(30, 90), 60, "letterbox"))
+    pixels = np.array(make_square(stripes(30, 90), 60, "letterbox", MEAN))
     assert (pixels[:, :20] == MEAN).all() and (pixels[:, 40:] == MEAN).all()
 
 
 def test_crop_shows_the_central_square() -> None:
-    pixels = np.array(make_square(stripes(90, 30), 60, "crop"))
+    pixels = np.array(make_square(stripes(90, 30), 60, "crop", MEAN))
     inner = pixels[:, 4:-4]  # the bicubic filter rings at the border of two colours
     assert pixels.shape == (60, 60, 3) and (inner == (0, 255, 0)).all()
 
@@ -49,7 +49,7 @@ def test_crop_shows_the_central_square() -> None:
 @pytest.mark.parametrize("rule", ["squash", "letterbox", "crop"])
 @pytest.mark.parametrize("size", [(1, 3000), (3000, 1), (7, 5), (2, 2)])
 def test_any_image_becomes_square(rule: str, size: tuple[int, int]) -> None:
-    assert make_square(Image.new("RGB", size), 32, rule).size == (32, 32)
+    assert make_square(Image.new("RGB", size), 32, rule, MEAN).size == (32, 32)
     for strong in (True, False):
         transform = BatchTransform(image_size=32, strong=strong, resize=rule)
         prepared = transform.prepare(Image.new("RGB", size))
@@ -80,7 +80,7 @@ def test_strong_crops_come_from_the_padded_square() -> None:
 def test_the_test_transform_equals_pillow() -> None:
     for rule in ("letterbox", "crop"):
         mine = _apply(BatchTestTransform(image_size=40, resize=rule), stripes(90, 30))
-        wanted = np.array(make_square(stripes(90, 30), 40, rule))
+        wanted = np.array(make_square(stripes(90, 30), 40, rule, MEAN))
         assert np.array_equal(to_pixels(mine)[0].numpy(), wanted)
 
 

@@ -1,0 +1,21 @@
+"""Combinations of values about images that cannot take effect together."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from yacs.config import CfgNode
+
+
+def image_faults(cfg: CfgNode) -> Iterator[tuple[str, str]]:
+    """Yield the key to change and the advice, as `lg.config.combinations.faults` does."""
+    options, channels = cfg.DATA_LOADER, cfg.MODEL.IN_CHANNELS
+    for key in ("MEAN", "STD"):
+        count = len(options[key])
+        if options.NORMALIZE == "imagenet" and count:
+            yield f"DATA_LOADER.{key}", "set DATA_LOADER.NORMALIZE to values, or this to []."
+        # auto has both or none: training fills them in.
+        is_needed = options.NORMALIZE == "values" or options.MEAN or options.STD
+        if options.NORMALIZE != "imagenet" and is_needed and count != channels:
+            numbers = "one number" if channels == 1 else f"{channels} numbers"
+            yield f"DATA_LOADER.{key}", f"it must hold {numbers}, one per channel of the images."

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import csv
 import os
+import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import optuna
 import pytest
+import torch
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.trial import TrialState
 
@@ -132,6 +135,30 @@ def test_the_test_set_may_not_choose(tmp_path: Path) -> None:
         sweep(tmp_path, *RATES)
     with pytest.raises(ConfigError, match="--trials is x"):
         sweep(tmp_path, *RATES, trials="x")
+
+
+@pytest.mark.parametrize(
+    ("visible", "own"), [(None, "1"), ("4,6", "6"), ("5", "5")], ids=["all", "some", "bound"]
+)
+def test_each_worker_has_its_own_gpu(
+    monkeypatch: pytest.MonkeyPatch, visible: str | None, own: str
+) -> None:
+    environment = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1"}
+    environment |= {"CUDA_VISIBLE_DEVICES": visible} if visible else {}
+    monkeypatch.setattr(os, "environ", environment)
+    sweep_trials._take_own_gpu()
+    assert environment == {"CUDA_VISIBLE_DEVICES": own}
+    environment.clear()
+    sweep_trials._take_own_gpu()
+    assert environment == {}  # one process uses what training uses
+
+
+def test_more_workers_than_gpus_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(ConfigError, match="NUM_GPUS is 2, but this machine has 1"):
+        sweep(tmp_path, *RATES, trials="2", NUM_GPUS=2, DEVICE="auto")
 
 
 def test_what_all_trials_lack_is_an_error_before_the_first(tmp_path: Path) -> None:
@@ -303,3 +330,21 @@ def test_real_trials_are_trained_tested_and_resumed(
     assert [row["state"] for row in rows] == ["finished"] * 2
     cfg = lg.load_config(tmp_path / "best.yaml", ["OPTIM.MAX_EPOCH", "1", "TEST.PERIOD", "1"])
     assert trainer.train(cfg).epoch == 1
+
+
+@pytest.mark.slow
+def test_two_workers_share_the_trials_of_a_sweep_that_is_killed(tmp_path: Path) -> None:
+    words = opts(tmp_path, *RATES, NUM_GPUS=2, OPTIM__MAX_EPOCH=4, LOG_DEST="file")
+    command = [sys.executable, "run_net.py", "--mode", "sweep", "--trials", "6", "--cfg", CONFIG]
+    process = subprocess.Popen([*command, *words], cwd=CONFIGS.parent)
+    while not (tmp_path / "trial_002/checkpoints").exists():
+        assert process.poll() is None
+        time.sleep(0.1)
+    process.kill()  # its workers notice, save and end
+    process.wait()
+    assert not (tmp_path / "best.yaml").exists()
+    subprocess.run([*command, *words], cwd=CONFIGS.parent, check=True)
+    found = states(tmp_path)
+    assert len(found) == 6 and {state for _, state, _ in found} <= {"COMPLETE", "PRUNED"}
+    assert len({params["OPTIM.BASE_LR"] for _, _, params in found}) == 6
+    assert len(read_rows(tmp_path)) == 6 and (tmp_path / "best.yaml").exists()

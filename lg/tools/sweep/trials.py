@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import optuna
+import torch
 from filelock import FileLock, Timeout
 from optuna.distributions import CategoricalDistribution, distribution_to_json
 from optuna.storages import JournalStorage
@@ -104,6 +105,12 @@ def prepare(
             "A sweep chooses settings by their error, and TRAIN.VAL_FRACTION is 0, so the test set "
             "would choose: hold out images with TRAIN.VAL_FRACTION, such as 0.2 (or use an "
             "image_folder with val/ and test/)."
+        )
+    gpus = torch.cuda.device_count() if cfg.DEVICE in ("auto", "cuda") else 0
+    if cfg.LAUNCH.MODE == "local" and 0 < gpus < cfg.NUM_GPUS:
+        raise ConfigError(
+            f"NUM_GPUS is {cfg.NUM_GPUS}, but this machine has {gpus}: a sweep trains one trial "
+            "per GPU, so lower it."
         )
     total, is_grid = _count(space, trials)
     sweep = Sweep(
@@ -338,13 +345,16 @@ def _config_of(sweep: Sweep) -> Callable[[dict[str, Any], str], CfgNode]:
 
 def _take_own_gpu() -> None:
     """Leave the group of the processes that started together: each trains trials of its own."""
+    if "RANK" not in os.environ:
+        return
     for name in ("RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
         os.environ.pop(name, None)
-    place = os.environ.pop("LOCAL_RANK", None)
-    if place is not None:
-        visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
-        own = visible[int(place)] if int(place) < len(visible) and visible[0] else place
-        os.environ["CUDA_VISIBLE_DEVICES"] = own
+    place = int(os.environ.pop("LOCAL_RANK", 0))
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is None:
+        os.environ["CUDA_VISIBLE_DEVICES"] = str(place)
+    elif "," in visible:  # a single one is this process's own, as a cluster may bind it
+        os.environ["CUDA_VISIBLE_DEVICES"] = visible.split(",")[place]
 
 
 def _short(value: Any) -> str:

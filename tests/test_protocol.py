@@ -202,7 +202,8 @@ def test_val_without_test_is_no_test_set(
 ) -> None:
     root = test_scan.make_folder(tmp_path / "set")
     shutil.rmtree(root / "val/dog")
-    cfg = folder(tmp_path, TEST__SPLIT="test", OPTIM__MAX_EPOCH=1, TRAIN__EARLY_STOP=5)
+    changes = {"OPTIM__MAX_EPOCH": 1, "TRAIN__EARLY_STOP": 5, "LOG_PICTURES": True}
+    cfg = folder(tmp_path, TEST__SPLIT="test", **changes)
     trainer.train(cfg)
     said = capsys.readouterr()
     missing = "Warning: image_folder/val has no images of 1 of 2 classes (dog).\n"
@@ -212,6 +213,8 @@ def test_val_without_test_is_no_test_set(
         "The best epoch was chosen on image_folder/val, and there is no test set: this result is "
         "final, and its best accuracy is optimistic."
     )
+    table = (tmp_path / "run/results.csv").read_text()
+    assert "test_top1_err" in table and "top5" not in table  # two classes
     assert trainer.test(cfg).count == 3
     assert f"but {root} has no test set" in capsys.readouterr().err
     facts = [each.text for each in check_config(cfg) if each.level == FACT]

@@ -236,6 +236,28 @@ def _load_guide(cfg: CfgNode, teacher: Backbone, path: str) -> dict[str, Any]:
         raise CheckpointError(f"DISTILLATION.TEACHER_WEIGHTS: {error}{hint}") from None
 
 
+def check_guide_classes(cfg: CfgNode, class_names: Sequence[str]) -> None:
+    """Check that a guide whose class scores are imitated knows the classes of the training images.
+
+    Raises:
+        CheckpointError: Its file names others, or another order.
+    """
+    options = cfg.DISTILLATION
+    if not options.ENABLE_LOGIT or not options.TEACHER_WEIGHTS:
+        return
+    path = options.TEACHER_WEIGHTS
+    theirs = read_checkpoint(path, cache=cfg.DOWNLOAD_CACHE).get("class_names")
+    if theirs is not None and theirs != list(class_names):
+        shown = (
+            ", ".join(names[:5]) + ", ..." * (len(names) > 5) for names in (theirs, class_names)
+        )
+        raise CheckpointError(
+            "DISTILLATION.TEACHER_WEIGHTS is {}, which was trained on the classes {}, but the "
+            "training images have {}; DISTILLATION.ENABLE_LOGIT would imitate scores of other "
+            "classes: train the guide on these images".format(path, *shown)
+        )
+
+
 def _guide_differences(cfg: CfgNode, path: str) -> str:
     """Return how the config of a guide's file differs from what this config expects of the guide;
     empty if the file holds no config, or no such difference."""

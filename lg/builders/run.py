@@ -19,7 +19,7 @@ from lg.builders.data import (
     build_test_loader,
     build_train_loader,
 )
-from lg.builders.models import Guide, build_guided, prepare_bank
+from lg.builders.models import Guide, build_guided, check_guide_classes, prepare_bank
 from lg.builders.preprocessing import build_preprocessing, with_data_statistics
 from lg.builders.splits import Splits, data_notes, exclusion_line
 from lg.builders.training import (
@@ -58,6 +58,7 @@ def build_run(cfg: CfgNode, data: Splits, world: World, log: RunLog) -> Run:
     torch.backends.cudnn.benchmark = cfg.CUDNN.BENCHMARK
     torch.manual_seed(cfg.RNG_SEED)  # the same initial weights in every process
     guided, guide, loss = build_guided(cfg)
+    check_guide_classes(cfg, data.train.class_names)
     if cfg.TRAIN.WEIGHTS:
         load_weights(guided.student, cfg.TRAIN.WEIGHTS, cache=cfg.DOWNLOAD_CACHE)
     stream = np.random.SeedSequence((cfg.RNG_SEED, MODEL, world.rank)).generate_state(1)[0]
@@ -121,6 +122,7 @@ def _build_report(
         steps_per_epoch=steps_per_epoch,
         max_epoch=cfg.OPTIM.MAX_EPOCH,
         batch_size=cfg.TRAIN.BATCH_SIZE,
+        num_classes=cfg.MODEL.NUM_CLASSES,
         inter=cfg.DISTILLATION.ENABLE_INTER,
         logit=cfg.DISTILLATION.ENABLE_LOGIT,
     )

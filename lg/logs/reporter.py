@@ -38,6 +38,7 @@ class Reporter:
         steps_per_epoch: Optimiser steps per epoch.
         max_epoch: Number of epochs.
         batch_size: Images per step, over all processes.
+        num_classes: Number of classes; top-5 is left out of curves and tables for 5 or fewer.
         inter: Whether features are imitated.
         logit: Whether logits are imitated.
         published: Published test top-1 in percent by epoch (from 1); empty if unknown.
@@ -51,6 +52,7 @@ class Reporter:
     steps_per_epoch: int
     max_epoch: int
     batch_size: int
+    num_classes: int
     inter: bool
     logit: bool
     published: dict[int, float] = field(default_factory=dict)
@@ -103,7 +105,7 @@ class Reporter:
                 "mem": peak_memory_mb(self.device),
             },
         )
-        self.log.scalars(
+        self._scalars(
             total,
             {
                 **{f"iteration/{name}": value for name, value in losses.items()},
@@ -163,7 +165,7 @@ class Reporter:
                 "mem": peak_memory_mb(self.device),
             },
         )
-        self.log.scalars(
+        self._scalars(
             epoch + 1,
             {
                 "epoch/loss": means["loss"],
@@ -179,13 +181,20 @@ class Reporter:
         ]
         errors = {f"train_{key}": means[key] for key in ("top1_err", "top5_err")}
         row = {**losses, **guided, **errors, "lr": lr, "seconds": seconds, **weights}
-        self.pictures.add(epoch + 1, row)
+        self.pictures.add(epoch + 1, self._without_top5(row))
         self._train_line = (
             f"epoch {epoch + 1}/{self.max_epoch}  loss {means['loss']:.4f} ({', '.join(parts)})  "
             f"train top-1 "
             f"{100 - means['top1_err']:.2f} %  {self.batch_size / average:,.0f} images/s  "
             f"{peak_memory_mb(self.device):,} MB  eta {format_time(eta)}"
         )
+
+    def _scalars(self, step: int, values: dict[str, float]) -> None:
+        self.log.scalars(step, self._without_top5(values))
+
+    def _without_top5(self, values: dict[str, float]) -> dict[str, float]:
+        """Drop top-5 values if there are no more than 5 classes, where they say nothing."""
+        return {k: v for k, v in values.items() if self.num_classes > 5 or "top5" not in k}
 
     def _losses(self, means: dict[str, float]) -> dict[str, float]:
         """Return the losses that are in use, under their names in the log."""
@@ -237,7 +246,7 @@ class Reporter:
             },
         )
         prefix = "test_ema" if average else "test"
-        self.log.scalars(
+        self._scalars(
             epoch + 1,
             {
                 f"{prefix}/top1_acc": 100 - result.top1_err,
@@ -252,7 +261,8 @@ class Reporter:
         name = f"{'EMA ' if average else ''}{self.split}"
         accuracy, highest = 100 - result.top1_err, 100 - best["top1_err"]
         kind = "ema" if average else "test"
-        self.pictures.add(epoch + 1, {f"{kind}_{key}": v for key, v in result.rates.items()})
+        rates = self._without_top5(result.rates)
+        self.pictures.add(epoch + 1, {f"{kind}_{key}": v for key, v in rates.items()})
         self._last_tests = {**(self._last_tests if average else {}), kind: result}
         if not self._train_line:  # the run was resumed after the epoch's training
             self._train_line = f"epoch {epoch + 1}/{self.max_epoch}"

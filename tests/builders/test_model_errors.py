@@ -10,6 +10,7 @@ import torch
 
 import lg
 from lg.builders import build_teacher
+from lg.builders.models import check_guide_classes
 from lg.config import dump_config
 from lg.errors import CheckpointError, ConfigError
 
@@ -111,6 +112,19 @@ def test_a_wrong_guide_is_named_with_its_own_config(tmp_path: Path) -> None:
     torch.save({**state, "cfg": ": not YAML ["}, tmp_path / "guide.pyth")
     with pytest.raises(CheckpointError, match=r"depth, width\)$"):
         build_teacher(load(tmp_path, *guided))
+
+
+def test_scores_of_other_classes_are_not_imitated(tmp_path: Path) -> None:
+    path = tmp_path / "guide.pyth"
+    opts = ["DISTILLATION.ENABLE_LOGIT", "True", "MODEL.TYPE", "timm/test_vit", "CNN.DEPTH", "8"]
+    cfg = load(tmp_path, *opts, "DISTILLATION.TEACHER_WEIGHTS", str(path))
+    state = {"model_state": lg.published_state_dict(build_teacher(cfg, trained=False))}
+    torch.save({**state, "class_names": ["cat", "dog"]}, path)
+    check_guide_classes(cfg, ["cat", "dog"])
+    with pytest.raises(CheckpointError, match=r"on the classes cat, dog, but .* have dog, cat; DI"):
+        check_guide_classes(cfg, ["dog", "cat"])
+    torch.save(state, path)  # a published guide
+    check_guide_classes(cfg, ["dog", "cat"])
 
 
 def load(folder: Path, *opts: str) -> Any:

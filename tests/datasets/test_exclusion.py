@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -68,6 +69,21 @@ def test_images_without_files_are_named_by_position(tmp_path: Path) -> None:
     file = tmp_path / "list.txt"
     file.write_text(train.describe(7))
     assert 7 not in leave_out(train, file, "data").indices
+
+
+def test_copies_of_held_out_images_are_listed_too(tmp_path: Path) -> None:
+    root = make_folder(tmp_path / "set")
+    shutil.rmtree(root / "val")
+    shutil.copytree(root / "train", root / "test")  # every image is a copy
+    found = check_config(config(root, tmp_path / "run", TRAIN__VAL_FRACTION=0.3))
+    assert {row[0] for row in found.copies} == {
+        f"train/{name}/{number}.png" for name in ("cat", "dog") for number in range(6)
+    }
+    problems = [each.text.splitlines()[0] for each in found if each.level == PROBLEM]
+    assert [text.partition(", so")[0] for text in problems] == [
+        "8 of the 12 test images are identical to training images",
+        "4 of the 12 test images are identical to validation images",
+    ]
 
 
 def test_doctor_writes_the_copies_and_training_leaves_them_out(

@@ -54,6 +54,7 @@ def test_a_run_far_below_the_curve_is_reported_once(
         steps_per_epoch=1,
         max_epoch=300,
         batch_size=1,
+        num_classes=10,
         inter=False,
         logit=True,
         published=published_curve(lg.load_config(CONFIG, LOGIT)),

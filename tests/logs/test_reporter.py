@@ -45,6 +45,7 @@ def test_waiting_for_cores_is_reported_once(
         steps_per_epoch=1,
         max_epoch=3,
         batch_size=1,
+        num_classes=10,
         inter=False,
         logit=False,
     )

@@ -329,6 +329,11 @@ def _check_images(cfg: CfgNode, splits: dict[str, images.Split], found: Findings
         elif train.class_names == test.class_names:
             found.add(*images.find_class_gaps(train, test), *images.find_leaks(train, test))
             found.copies += images.list_leaks(train, test)
+    if cfg.TRAIN.VAL_FRACTION > 0 and {"VAL", "TEST"} <= splits.keys():
+        # Without some images, others are held out, so those of today are training images as well.
+        held_out, test = splits["VAL"], splits["TEST"]
+        found.add(*images.find_leaks(held_out, test))
+        found.copies += images.list_leaks(held_out, test)
 
 
 def _check_bank(cfg: CfgNode, train: ImageDataset, found: Findings) -> None:

@@ -154,7 +154,12 @@ def find_copies(split: Split) -> list[Finding]:
 
 
 def find_leaks(train: Split, test: Split) -> list[Finding]:
-    """Find tested images that are identical to training images, pixel for pixel."""
+    """Find tested images that are identical to training images, pixel for pixel.
+
+    Args:
+        train: Training images, or those that were held out of them.
+        test: Tested images.
+    """
     first_at = _first_positions(train)
     pairs = [
         f"{test.places[position]} and {train.places[first_at[test.images[position].digest]]}"
@@ -164,7 +169,7 @@ def find_leaks(train: Split, test: Split) -> list[Finding]:
     if not pairs:
         return []
     text = f"{len(pairs):,} of the {len(test.images):,} {test.role} images are identical to"
-    text += f" training images, so the {test.role} error is too low"
+    text += f" {train.role} images, so the {test.role} error is too low"
     fix = (
         "Remove them from one of the two, or write the list with --copies FILE and train with "
         "TRAIN.EXCLUDE FILE"

@@ -18,10 +18,12 @@ from lg.tools.init.folder import look
 from lg.tools.init.speed import Speed, measure_speed
 
 
-def save_images(folder: Path, count: int, side: int = 40) -> None:
+def save_images(folder: Path, count: int, side: int = 40, brightest: int = 255) -> None:
     folder.mkdir(parents=True)
     for number in range(count):
-        pixels = np.random.default_rng(number).integers(0, 255, (side, side + 8, 3), dtype=np.uint8)
+        random = np.random.default_rng(number)
+        small = random.integers(0, brightest, (side // 4, side // 4 + 2, 3), dtype=np.uint8)
+        pixels = small.repeat(4, axis=0).repeat(4, axis=1)
         Image.fromarray(pixels).save(folder / f"{number}.png")
 
 
@@ -101,6 +103,19 @@ def test_other_names_of_splits_are_read(
     run(monkeypatch, "--data", "photos")  # the same again
     cfg = lg.load_config("photos_configs/photos_deit-ti.yaml")
     assert len(build_train_data(cfg)) == 27 and len(build_test_data(cfg)) == 8
+
+
+def test_dark_images_are_normalised_by_their_own_numbers(
+    photos: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("a", "b"):
+        save_images(photos.parent / "scans" / name, 4, brightest=80)
+    run(monkeypatch, "--data", "scans")
+    assert "DATA_LOADER.NORMALIZE auto" in capsys.readouterr().out
+    cfg = lg.load_config("scans_configs/scans_guide.yaml")
+    assert cfg.DATA_LOADER.NORMALIZE == "auto"
+    run(monkeypatch, "--data", "photos")
+    assert lg.load_config("photos_configs/photos_guide.yaml").DATA_LOADER.NORMALIZE == "imagenet"
 
 
 def test_an_unpacked_archive_may_have_outer_folders(photos: Path) -> None:

@@ -99,6 +99,10 @@ def describe(facts: ImageFacts) -> list[str]:
         lines.append(
             "The classes have unequal sizes: TRAIN.BALANCE weights; see balanced accuracy."
         )
+    if facts.is_unusual:
+        lines.append(
+            "Brightness or contrast are not those of photographs: DATA_LOADER.NORMALIZE auto."
+        )
     if facts.are_symbols:
         lines.append("The class names suggest that mirrored images are wrong: TRAIN.HFLIP 0.")
     return lines
@@ -229,7 +233,10 @@ def _data(facts: ImageFacts, length: Length, plan: Plan) -> dict[str, dict[str, 
     return {
         "TRAIN": train,
         "TEST": {"SPLIT": "test", "PERIOD": length.test_period},
-        "DATA_LOADER": {"ROOT": str(facts.root)},
+        "DATA_LOADER": {
+            "ROOT": str(facts.root),
+            **({"NORMALIZE": "auto"} if facts.is_unusual else {}),
+        },
     }
 
 

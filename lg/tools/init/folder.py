@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+from timm.data import IMAGENET_DEFAULT_MEAN
 
 from lg.datasets import build_dataset
 from lg.datasets.base import ImageDataset
@@ -25,6 +26,7 @@ class ImageFacts:
         sizes: Training images of each class [K], before any are held out.
         splits: Images of each split that exists: train and, where present, val and test.
         side: Median of the shorter sides of some training images, pixels.
+        is_unusual: Whether brightness or contrast are far from those of photographs.
         notes: Lines about what was found or arranged.
     """
 
@@ -33,6 +35,7 @@ class ImageFacts:
     sizes: list[int]
     splits: dict[str, int]
     side: int
+    is_unusual: bool = False
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -99,7 +102,8 @@ def look(data: str) -> ImageFacts:
     sizes = np.bincount(train.labels, minlength=train.num_classes).tolist()
     counts = {split: len(dataset) for split, dataset in sets.items()}
     notes += dict.fromkeys(note for dataset in sets.values() for note in dataset.notes)
-    return ImageFacts(root, train.class_names, sizes, counts, _median_side(train), notes)
+    side, is_unusual = _sample(train)
+    return ImageFacts(root, train.class_names, sizes, counts, side, is_unusual, notes)
 
 
 def _unwrap(root: Path) -> Path:
@@ -120,14 +124,20 @@ def _has_splits(root: Path) -> bool:
         return False
 
 
-def _median_side(dataset: ImageDataset) -> int:
-    """Return the median of the shorter sides of some images; unreadable ones are left out."""
-    sides = []
+def _sample(dataset: ImageDataset) -> tuple[int, bool]:
+    """Look at some images that can be read: return `side` and `is_unusual` of `ImageFacts`."""
+    sides, means, deviations = [], [], []
     for index in np.linspace(0, len(dataset) - 1, min(_NUM_SAMPLES, len(dataset))).astype(int):
         try:
-            sides.append(min(dataset.image(int(index)).size))
+            image = dataset.image(int(index))
         except DataError:
             continue
+        pixels = np.asarray(image.resize((32, 32)), np.float32) / 255
+        sides.append(min(image.size))
+        means.append(pixels.mean(axis=(0, 1)))
+        deviations.append(pixels.std(axis=(0, 1)))
     if not sides:
         raise DataError(f"None of {_NUM_SAMPLES} images of {dataset} can be read.")
-    return int(np.median(sides))
+    far = np.abs(np.mean(means, axis=0) - IMAGENET_DEFAULT_MEAN).max() > 0.2
+    flat = np.mean(deviations) < 0.1  # of photographs: about 0.22
+    return int(np.median(sides)), bool(far or flat)

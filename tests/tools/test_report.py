@@ -19,8 +19,10 @@ from lg import trainer
 from lg.errors import DataError
 from lg.logs.log import json_line
 from lg.tools.predict import Predictions
-from lg.tools.report import mistakes, report, results
+from lg.tools.report import focus, mistakes, mixing, report, results
 from lg.tools.report.runs import changed_settings, read_runs
+from lg.tools.report.subject import Subject
+from lg.tools.report.subject import test_runs as evaluate_runs
 
 CONFIGS = Path(__file__).parents[2] / "configs/digits"
 SMALL = (
@@ -194,6 +196,28 @@ def test_without_images_the_page_shows_the_logs(runs: list[str], tmp_path: Path,
     text = out.read_text(encoding="utf-8")
     assert "was not tested" in capsys.readouterr().out and "was not tested" in text
     assert 'id="curves"' in text and 'id="classes"' not in text
+
+
+def test_missing_packages_are_named(runs: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    subjects = evaluate_runs(read_runs(runs[:1]), ["DATA_LOADER.BACKEND", "device"])
+    for name in ("pytorch_grad_cam", "cleanlab.filter"):
+        monkeypatch.setitem(sys.modules, name, None)
+    assert "Grad-CAM needs the package grad-cam: pip install -e &#x27;.[report]&#x27;" in (
+        focus.maps(subjects)
+    )
+    assert "cleanlab is not installed" in mistakes.suspects(subjects)
+
+
+def test_mixing_weights_come_from_the_last_epoch(runs: list[str], tmp_path: Path) -> None:
+    lines = [
+        json_line("train_epoch", {"epoch": f"{epoch}/2", "mixture": [[1 - w, w], [w, 1 - w]]})
+        for epoch, w in ((1, 0.5), (2, 0.125))
+    ]
+    text = "\n".join([Path(runs[0], "log.txt").read_text(), *lines, ""])
+    (tmp_path / "log.txt").write_text(text)
+    (run,) = read_runs([str(tmp_path)])
+    cells = re.findall(r">([\d.]+)</span>", mixing.mixtures([Subject(0, run, None, "")]))
+    assert cells == ["87.5", "12.5", "12.5", "87.5"]
 
 
 def look(page: Path, folder: Path, width: int) -> tuple[list[int], str]:

@@ -50,7 +50,8 @@ def test_every_family_has_distances_and_maps(name: str) -> None:
         if name != "convit":  # which starts local
             assert each.mean == pytest.approx(each.uniform, rel=0.15)
     result = image_attention(model, images)
-    assert result is not None and result[0] == len(model.blocks) - 1
+    # The last block of this CvT has only 2 x 2 keys.
+    assert result is not None and result[0] == (1 if name == "cvt" else 2)
     assert result[1].amin(dim=(1, 2)).eq(0).all() and result[1].amax(dim=(1, 2)).eq(1).all()
 
 
@@ -66,6 +67,20 @@ def test_grad_cam_uses_the_last_map_that_is_classified(name: str) -> None:
     assert index == len(model.blocks) - (2 if name in CLASS_TOKEN else 1)
     assert maps.shape == (2, 32, 32) and maps.min() >= 0 and maps.max() <= 1
     assert not any(m._forward_hooks for m in model.modules())
+
+
+def test_maps_too_coarse_to_look_at_come_last() -> None:
+    """At 16 pixels, the maps of PVTv2 are 4 x 4, 4 x 4 and 2 x 2; all keys are one place."""
+    pytest.importorskip("pytorch_grad_cam")
+    torch.manual_seed(0)
+    model, images = build("pvtv2", img_size=16).eval(), torch.randn(2, 3, 16, 16)
+    nn.init.normal_(model.net.get_classifier().weight)
+    result, attention = class_activation(model, images), image_attention(model, images)
+    assert result is not None and result[0] == 1
+    assert attention is not None and attention[0] == 2
+    model, images = build("cvt", img_size=16).eval(), torch.randn(2, 3, 16, 16)
+    attention = image_attention(model, images)  # keys: 2 x 2, 2 x 2, 1
+    assert attention is not None and attention[0] == 2
 
 
 def test_grad_cam_finds_what_is_classified() -> None:

@@ -11,12 +11,15 @@ import torch
 from torch import Tensor
 
 from lg.models.backbone import Backbone
+from lg.models.taps import map_shapes
+from lg.tools.report.attention import FINE
 
 
 def class_activation(model: Backbone, images: Tensor) -> tuple[int, Tensor] | None:
     """Return Grad-CAM of the predicted classes at the last block whose map decides about them.
 
-    Where a class token is classified, the map of the last block has no part in it.
+    Where a class token is classified, the map of the last block has no part in it. Maps of at least
+    FINE x FINE places come first.
 
     Args:
         model: In evaluation mode.
@@ -34,7 +37,13 @@ def class_activation(model: Backbone, images: Tensor) -> tuple[int, Tensor] | No
     with torch.no_grad():
         predicted = model(images).argmax(dim=1).tolist()
     targets = [ClassifierOutputTarget(label) for label in predicted]
-    for index in reversed(range(len(model.blocks))):
+    shapes = map_shapes(
+        model,
+        range(len(model.blocks)),
+        image_size=images.shape[-1],
+        in_channels=images.shape[1],
+    )
+    for index in sorted(range(len(shapes)), key=lambda k: (min(shapes[k][1:]) < FINE, -k)):
         layout = model.layouts[index]
         if layout.item is not None:  # the package reads single outputs
             continue

@@ -15,6 +15,7 @@ from lg.models.attention import attention_maps
 from lg.models.backbone import Backbone
 from lg.models.taps import FeatureTaps
 
+FINE = 4  # places in a row of the coarsest map that is worth looking at
 _BATCH = 8  # images at once; attention weights are large
 
 
@@ -125,21 +126,29 @@ def block_distances(model: Backbone, images: Tensor) -> list[BlockDistance]:
 
 
 def image_attention(model: Backbone, images: Tensor) -> tuple[int, Tensor] | None:
-    """Return where the last attending block looks, the mean over its heads.
+    """Return where the last block looks that attends to places, the mean over its heads.
+
+    Blocks with at least FINE x FINE keys come first: less is too coarse to look at.
 
     With a class token, this is what that token attends to; otherwise what all places together do.
 
     Returns:
         (block, [B, h, w], each map from 0 to 1), or None if no block attends to places.
     """
+    chosen: tuple[int, SpatialAttention] | None = None
     for index in reversed(range(len(model.blocks))):
         found = spatial_attention(model, images, index)
-        if found is None:
-            continue
-        places = found.weights.mean(dim=1)[:, :, found.prefix :]
-        seen = places[:, 0] if found.prefix else places.mean(dim=1)
-        return index, _to_unit(seen.unflatten(1, found.key_size)).cpu()
-    return None
+        is_fine = found is not None and min(found.key_size) >= FINE
+        if found is not None and (is_fine or chosen is None):
+            chosen = index, found
+        if is_fine:
+            break
+    if chosen is None:
+        return None
+    index, found = chosen
+    places = found.weights.mean(dim=1)[:, :, found.prefix :]
+    seen = places[:, 0] if found.prefix else places.mean(dim=1)
+    return index, _to_unit(seen.unflatten(1, found.key_size)).cpu()
 
 
 def _to_unit(maps: Tensor) -> Tensor:

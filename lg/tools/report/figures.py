@@ -135,7 +135,7 @@ def confusion_plot(confusion: np.ndarray, names: Sequence[str], run: int) -> str
     # A transparent background suits light and dark screens.
     full = to_rgba(color(run))
     colors = LinearSegmentedColormap.from_list("share", [(*full[:3], 0.0), full])
-    size = min(3.4 + 0.22 * len(names), 10)
+    size = 3.4 + 0.22 * len(names) if len(names) <= plots.READABLE_CLASSES else 5.0
     return svg(
         "Confusion matrix",
         lambda figure: plots.draw_confusion(figure, confusion, names, colors=colors),

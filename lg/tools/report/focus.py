@@ -10,7 +10,7 @@ from PIL import Image
 
 from lg.tools.report import figures, page
 from lg.tools.report.activation import class_activation
-from lg.tools.report.attention import BlockDistance, block_distances, image_attention
+from lg.tools.report.attention import FINE, BlockDistance, block_distances, image_attention
 from lg.tools.report.samples import heated, load_images, one_per_class, pictures, spread
 from lg.tools.report.subject import Subject, Tested, by_images, with_tests
 
@@ -73,7 +73,8 @@ def maps(subjects: Sequence[Subject]) -> str:
     text = (
         "Attention: what the class token of the last block attends to (without a class token: what "
         "all places attend to), mean over heads. Grad-CAM: the places that speak for the predicted "
-        "class, given below. Bright is much; each map has its own scale."
+        f"class, given below. Maps of at least {FINE} x {FINE} places are preferred to later, "
+        "coarser ones. Bright is much; each map has its own scale."
     )
     return page.paragraph(text) + html if html else ""
 

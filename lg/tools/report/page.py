@@ -73,7 +73,8 @@ def note(text: str) -> str:
 
 def run_name(number: int, name: str) -> str:
     """Return a run's name behind a dot in its colour."""
-    return f'<span class="run"><i class="dot r{number % 6}"></i>{escape(name)}</span>'
+    text = escape(name)
+    return f'<span class="run" title="{text}"><i class="dot r{number % 6}"></i>{text}</span>'
 
 
 def key(name: str) -> str:

@@ -96,7 +96,7 @@ def _pairs(counts: np.ndarray, names: Sequence[str]) -> str:
         for row, column in pairs
         if wrong[row, column]
     ]
-    return page.table(["label", "predicted as", "images"], rows) if rows else ""
+    return page.table(["label", "predicted as", "images"], rows, kind="pairs") if rows else ""
 
 
 def classes(subjects: Sequence[Subject]) -> str:
@@ -118,7 +118,7 @@ def classes(subjects: Sequence[Subject]) -> str:
 def _class_table(group: Sequence[tuple[Subject, list[results.ClassRow]]]) -> str:
     heads, columns = ["class", "images"], []
     for subject, rows in group:
-        name = page.run_name(subject.number, subject.run.name) + " " if len(group) > 1 else ""
+        name = page.run_name(subject.number, subject.run.name) + "<br>" if len(group) > 1 else ""
         heads += [f"{name}precision", "recall", "F1"]
         columns.append(rows)
     order = sorted(range(len(columns[0])), key=lambda k: columns[0][k].f1)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import datetime
 import os
 from collections.abc import Sequence
 
+import lg
 from lg.files.atomic import write_atomically
 from lg.tools.report import focus, mistakes, mixing, quality, summary
 from lg.tools.report.page import Section, page
@@ -55,4 +57,6 @@ def build_page(subjects: Sequence[Subject]) -> str:
         Section("cost", "Cost", summary.cost(subjects)),
         Section("settings", "Settings", summary.settings(subjects)),
     ]
-    return page(title, "Report of lg", summary.cards(subjects), sections)
+    count = f"{len(names)} runs, w" if len(names) > 1 else "W"
+    subtitle = f"{count}ritten {datetime.date.today():%d %B %Y} with lg {lg.__version__}."
+    return page(title, subtitle, summary.cards(subjects), sections)

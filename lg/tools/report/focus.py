@@ -53,7 +53,7 @@ def distances(subjects: Sequence[Subject]) -> str:
                 f"{100 * mean / uniform:.0f} %",
                 f"{found[0].mean:.2f}",
                 f"{found[-1].mean:.2f}",
-                f"{min(nearest.heads):.2f} (block {nearest.block})",
+                f"{min(nearest.heads):.2f}, block {nearest.block}",
             ]
         )
     heads = ["run", "mean, pixels", "of uniform", f"block {measured[0][1][0].block}"]

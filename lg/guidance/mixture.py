@@ -6,6 +6,7 @@ Shapes: T guide stages, B blocks, N batch, C channels, H W map.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -19,8 +20,8 @@ class MixedHeads(nn.ModuleList):
 
     Blocks of one shape are mixed first, and each mixture is projected to the channels of its stage.
     Blocks of different shapes are projected first, each by one convolution to the channels of all
-    stages; the results are resized (bilinear, align_corners False) to the size of each stage's map
-    and mixed then. The weights start equal.
+    stages; those of one shape are mixed, and the results are resized (bilinear, align_corners
+    False) to the size of each stage's map and added. The weights start equal.
 
     Attributes:
         scores: [T * B], the weights before the softmax. A vector, which weight decay spares.
@@ -37,6 +38,11 @@ class MixedHeads(nn.ModuleList):
         self.dims = [shape[0] for shape in guide_shapes]
         self.sizes = [shape[1:] for shape in guide_shapes]
         self.mixes_first = len(set(shapes)) == 1
+        # Blocks of each shape.
+        self._groups = [
+            [block for block, each in enumerate(shapes) if each == shape]
+            for shape in dict.fromkeys(shapes)
+        ]
         if self.mixes_first:
             self.extend(nn.Conv2d(shapes[0][0], dim, 1) for dim in self.dims)
         else:
@@ -53,12 +59,25 @@ class MixedHeads(nn.ModuleList):
         if self.mixes_first:
             mixed = torch.einsum("tb,bnchw->tnchw", weights, torch.stack(list(maps)))
             return [head(m) for head, m in zip(self, mixed, strict=True)]
-        projected = [head(m).split(self.dims, dim=1) for head, m in zip(self, maps, strict=True)]
-        stages = zip(weights, zip(*projected, strict=True), self.sizes, strict=True)
-        return [
-            torch.stack([w * _resize(m, size) for w, m in zip(row, parts, strict=True)]).sum(dim=0)
-            for row, parts, size in stages
+        mixtures = [
+            [_resize(part, size) for part, size in zip(parts, self.sizes, strict=True)]
+            for parts in (self._project(group, maps, weights) for group in self._groups)
         ]
+        return [torch.stack(parts).sum(dim=0) for parts in zip(*mixtures, strict=True)]
+
+    def _project(
+        self, group: Sequence[int], maps: Sequence[Tensor], weights: Tensor
+    ) -> Sequence[Tensor]:
+        """Project and mix blocks of one shape for all stages, by one convolution: resizing the sum
+        is cheaper than adding resized maps, and gives the same."""
+        dims = torch.tensor(self.dims, device=weights.device)
+        scales = weights[:, list(group)].repeat_interleave(dims, dim=0, output_size=sum(self.dims))
+        heads: list[Any] = [self[block] for block in group]
+        kernels = [h.weight * s[:, None, None, None] for h, s in zip(heads, scales.T, strict=True)]
+        biases = [h.bias * s for h, s in zip(heads, scales.T, strict=True)]
+        stacked = torch.cat([maps[block] for block in group], dim=1)
+        bias = torch.stack(biases).sum(dim=0)
+        return F.conv2d(stacked, torch.cat(kernels, dim=1), bias).split(self.dims, dim=1)
 
 
 def _resize(feature_map: Tensor, size: tuple[int, int]) -> Tensor:

@@ -65,7 +65,8 @@ def train(cfg: CfgNode, *, after_test: Callable[[Progress], None] | None = None)
             write_atomically(path, lambda file: file.write(config_text.encode()))
         if cfg.VERBOSE:
             log.stats("cfg", yaml.safe_load(config_text))
-            log.stats("complexity", complexity(run.guided.student, cfg.MODEL.IMG_SIZE))
+            sizes = cfg.MODEL.IMG_SIZE, cfg.MODEL.IN_CHANNELS
+            log.stats("complexity", complexity(run.guided.student, *sizes))
             facts = machine_facts(run.device)
             log.stats("machine", {**facts, "processes": world.size, "commit": source_commit()})
         with stop_signals(run):

@@ -417,7 +417,7 @@ def test_config_errors_are_raised_before_anything_is_built(
     faults = {
         "MODEL.NUM_CLASSES is 11, .* 10": {"MODEL__NUM_CLASSES": 11},
         "TRAIN.BATCH_SIZE is 600, .* 120": {"TRAIN__BATCH_SIZE": 600},
-        "IN_CHANNELS is 1": {"MODEL__IN_CHANNELS": 1},
+        "IN_CHANNELS is 2": {"MODEL__IN_CHANNELS": 2},
         "TRAIN.WEIGHTS is '/nowhere": {"TRAIN__WEIGHTS": "/nowhere/model.pyth"},
     }
     for message, changes in faults.items():

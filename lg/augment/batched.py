@@ -76,12 +76,12 @@ class BatchTransform:
         """Transform N prepared images.
 
         Args:
-            images: [H, W, 3] each, uint8, on any device.
+            images: [H, W, 3] each, uint8, or [H, W, 1] float32 from 0 to 255, on any device.
             epochs: Of each image, counted from 0.
             index: Positions of the images in the full data set.
 
         Returns:
-            [N, 3, S, S], float32, normalised, on the same device; the views [N, 5] in host memory,
+            [N, C, S, S], float32, normalised, on the same device; the views [N, 5] in host memory,
             see `lg.augment.view.View`.
         """
         heights, widths = (np.array([image.shape[i] for image in images]) for i in (0, 1))
@@ -95,7 +95,7 @@ class BatchTransform:
         return draw_plain(numbers, size=self.image_size, hflip=self.hflip)
 
     def apply(self, images: Tensor | Sequence[Tensor], draws: Draws) -> Tensor:
-        """Transform prepared images with given draws to [N, 3, S, S], float32, normalised."""
+        """Transform prepared images with given draws to [N, C, S, S], float32, normalised."""
         if draws.operations is None:
             assert isinstance(images, Tensor), "the plain recipe prepares images of one size"
             return normalise(_shift(images, draws), self.mean, self.std)
@@ -145,7 +145,7 @@ def normalise(
     mean: Sequence[float] = IMAGENET_DEFAULT_MEAN,
     std: Sequence[float] = IMAGENET_DEFAULT_STD,
 ) -> Tensor:
-    """Normalise uint8 [N, 3, S, S] to float32; mean and standard deviation are those of [0, 1]."""
+    """Normalise [N, C, S, S] of 0..255 to float32; `mean` and `std` are for pixels from 0 to 1."""
     middle, width = (_levels(values, pixels.device) for values in (mean, std))
     return (pixels - middle).div_(width)
 
@@ -155,10 +155,10 @@ def to_pixels(
     mean: Sequence[float] = IMAGENET_DEFAULT_MEAN,
     std: Sequence[float] = IMAGENET_DEFAULT_STD,
 ) -> Tensor:
-    """Undo `normalise`: float [N, 3, S, S] to uint8 [N, S, S, 3]; values out of range are cut."""
+    """Undo `normalise`: float [N, C, S, S] to RGB uint8 [N, S, S, 3], cut to its range."""
     middle, width = (_levels(values, images.device) for values in (mean, std))
     pixels = (images.float() * width + middle).round_().clamp_(0, 255)
-    return pixels.to(torch.uint8).permute(0, 2, 3, 1)
+    return pixels.to(torch.uint8).permute(0, 2, 3, 1).expand(-1, -1, -1, 3)
 
 
 def _levels(values: Sequence[float], device: torch.device) -> Tensor:
@@ -169,11 +169,11 @@ def erase(images: Tensor, boxes: np.ndarray, noise: np.ndarray) -> Tensor:
     """Fill boxes with normal noise, on a CPU in place.
 
     Args:
-        images: [N, 3, S, S].
+        images: [N, C, S, S], up to 3 channels.
         boxes: [N, 4], top, left, height, width; height 0 erases nothing.
         noise: [N], 0 to 1, selects the noise of each image: the same in any batch, on any device.
     """
-    choices = noise_images(images.shape[3], images.device)
+    choices = noise_images(images.shape[3], images.device)[:, : images.shape[1]]
     number = (noise * _NUM_NOISES).astype(np.int64)
     if images.is_cuda:
         return erase_together(images, boxes, choices, number)
@@ -212,7 +212,7 @@ def noise_images(size: int, device: torch.device) -> Tensor:
 
 
 def _shift(images: Tensor, draws: Draws) -> Tensor:
-    """Shift images [N, S, S, 3] by whole pixels over black, then flip them."""
+    """Shift images [N, S, S, C] by whole pixels over black, then flip them."""
     size, device = images.shape[1], images.device
     steps = np.arange(size)
     down = draws.box[:, :1] + steps

@@ -1,12 +1,15 @@
-"""The operations of RandAugment on uint8 tensors, in five kinds, with the pixel values of Pillow.
+"""The operations of RandAugment in five kinds; on uint8 tensors, with the pixel values of Pillow.
 
 Results are truncated, not rounded, and uncovered areas are filled. A kind has two functions. On the
 host, `prepare` turns the names of operations (in the order of KINDS), their levels [n], float64,
-and the side into arrays; on the device, `apply` gets images [n, 3, S, S] of uint8, which it may
-overwrite, the names, the pixel that fills uncovered areas and the copied arrays, and returns uint8
-of the same shape. Nothing is read back from the device.
+the side and the channels into arrays; on the device, `apply` gets images [n, C, S, S], which it may
+overwrite, the names, the pixel that fills uncovered areas and the copied arrays, and returns the
+same type and shape. Nothing is read back from the device.
 
-Letters in shapes: n samples of one kind, S side, P = S * S pixels.
+KINDS are for RGB images of uint8, GRAY_KINDS for gray ones of float32, which keep more than 256
+levels.
+
+Letters in shapes: n samples of one kind, C channels, S side, P = S * S pixels.
 """
 
 from __future__ import annotations
@@ -22,8 +25,9 @@ from timm.data import IMAGENET_DEFAULT_MEAN
 from torch import Tensor
 
 from lg.augment.preprocessing import fill_colour
+from lg.augment.tones import apply_tones, prepare_levels
 
-Fill = tuple[int, ...]  # per channel, 0 to 255
+Fill = tuple[float, ...]  # per channel, 0 to 255
 FILL: Fill = fill_colour(IMAGENET_DEFAULT_MEAN)
 LUMA = (19595.0, 38470.0, 7471.0)  # of 65536; float32 represents their sums exactly
 # Float32 may fall just below a whole number that Pillow's double reaches; both are truncated.
@@ -34,7 +38,7 @@ class Kind(NamedTuple):
     """Operations that are applied together."""
 
     names: tuple[str, ...]
-    prepare: Callable[[list[str], np.ndarray, int], list[np.ndarray]]
+    prepare: Callable[[list[str], np.ndarray, int, int], list[np.ndarray]]
     apply: Callable[..., Tensor]  # (images, names, fill, *arrays)
 
 
@@ -49,6 +53,11 @@ def _bytes(values: Tensor) -> Tensor:
     return values.clamp_(0, 255).to(torch.uint8)
 
 
+def _as(images: Tensor, values: Tensor) -> Tensor:
+    """Convert float32 values to the type of images: uint8, or float32 from 0 to 255."""
+    return _bytes(values) if images.dtype == torch.uint8 else values.clamp_(0, 255)
+
+
 # Kind 1: a lookup table of 256 values per channel.
 
 
@@ -56,7 +65,9 @@ def _bytes(values: Tensor) -> Tensor:
 _FROM_IMAGES = ("AutoContrast", "Equalize", "ContrastIncreasing")
 
 
-def _prepare_tables(names: list[str], level: np.ndarray, size: int) -> list[np.ndarray]:
+def _prepare_tables(
+    names: list[str], level: np.ndarray, size: int, channels: int
+) -> list[np.ndarray]:
     """Return the factors of ContrastIncreasing and the tables that do not depend on images."""
     first, last = (sum(name in some for name in names) for some in (_FROM_IMAGES[:2], _FROM_IMAGES))
     fixed = [_fixed_table(*x) for x in zip(names[last:], level[last:], strict=True)]
@@ -155,7 +166,9 @@ def _blend(start: Tensor, end: Tensor, factor: Tensor) -> Tensor:
 # Kinds 2 and 3: blends with gray and with a smoothed image.
 
 
-def _prepare_blend(names: list[str], level: np.ndarray, size: int) -> list[np.ndarray]:
+def _prepare_blend(
+    names: list[str], level: np.ndarray, size: int, channels: int
+) -> list[np.ndarray]:
     return [level[:, None, None, None].astype(np.float32)]
 
 
@@ -168,15 +181,16 @@ def _sharpness(images: Tensor, names: list[str], fill: Fill, factor: Tensor) -> 
     """Blend with Pillow's SMOOTH, (1 1 1; 1 5 1; 1 1 1) / 13, which does not change the border."""
     if images.shape[3] < 3:
         return images
-    values = images.short()
+    is_uint8 = images.dtype == torch.uint8
+    values = images.short() if is_uint8 else images
     rows = values[:, :, :-2] + values[:, :, 1:-1] + values[:, :, 2:]
     total = rows[..., :-2] + rows[..., 1:-1]
     total += rows[..., 2:]
     inner = values[:, :, 1:-1, 1:-1]
     total.add_(inner, alpha=4)
     # Rounding in float32 is exact: (total + 6.5) / 13 is never a whole number.
-    smooth = total.float().add_(6.5).mul_(1 / 13).floor_()
-    images[:, :, 1:-1, 1:-1] = _bytes(_blend(smooth, inner.float(), factor))
+    smooth = total.float().add_(6.5).mul_(1 / 13).floor_() if is_uint8 else total * (1 / 13)
+    images[:, :, 1:-1, 1:-1] = _as(images, _blend(smooth, inner.float(), factor))
     return images
 
 
@@ -197,16 +211,19 @@ def _cubic(offset: Tensor) -> list[Tensor]:
     ]
 
 
-def _filled(values: Tensor, inside: Tensor, fill: Fill) -> Tensor:
-    """Convert float32 [n, 3, ...] to uint8; fill where `inside` (0 or 1, float32) is 0.
+def _filled(images: Tensor, values: Tensor, inside: Tensor, fill: Fill) -> Tensor:
+    """Convert float32 [n, C, ...] to the type of images; fill where `inside` (0 or 1) is 0.
 
     On a CPU, arithmetic is several times faster than `where`.
     """
     colour = colours(fill, values.device).view(1, len(fill), *[1] * (values.dim() - 2))
-    return _bytes(values.sub_(colour).mul_(inside).add_(colour).add_(SLACK))
+    filled = values.sub_(colour).mul_(inside).add_(colour)
+    return _as(images, filled.add_(SLACK) if images.dtype == torch.uint8 else filled)
 
 
-def _prepare_shift(names: list[str], level: np.ndarray, size: int) -> list[np.ndarray]:
+def _prepare_shift(
+    names: list[str], level: np.ndarray, size: int, channels: int
+) -> list[np.ndarray]:
     """Return offsets to interpolate, whole shifts, and the columns that are inside, per row."""
     is_shear = np.array([name.startswith("Shear") for name in names])
     # [n, S]: horizontal offset, in pixels, of the source of each row. Beyond the side everything is
@@ -217,13 +234,13 @@ def _prepare_shift(names: list[str], level: np.ndarray, size: int) -> list[np.nd
     first, last = np.ceil(-0.5 - shift), np.ceil(size - 0.5 - shift)
     offset = (shift - whole).astype(np.float32)[:, None, :, None]
     bounds = np.stack([first, last]).astype(np.int64)[:, :, None, :, None]
-    return [offset, _starts(whole.astype(np.int64), size), bounds]
+    return [offset, _starts(whole.astype(np.int64), size, channels), bounds]
 
 
-def _starts(shift: np.ndarray, size: int) -> np.ndarray:
-    """Return the positions [n * 3 * S] in `_windows` of rows shifted by whole pixels [n, S]."""
+def _starts(shift: np.ndarray, size: int, channels: int) -> np.ndarray:
+    """Return the positions [n * C * S] in `_windows` of rows shifted by whole pixels [n, S]."""
     width, margin = size + 4, size + 2
-    rows = np.arange(len(shift) * 3 * size).reshape(len(shift), 3, size)
+    rows = np.arange(len(shift) * channels * size).reshape(len(shift), channels, size)
     return (margin + 1 + width * rows + shift[:, None]).ravel()
 
 
@@ -246,30 +263,32 @@ def _shift(
         values.addcmul_(windows[..., tap : tap + size], weights[tap])
     columns = torch.arange(size, device=images.device)
     inside = (columns >= bounds[0]) & (columns < bounds[1])
-    moved = _filled(values, inside.float(), fill)
+    moved = _filled(images, values, inside.float(), fill)
     moved[along_rows:] = moved[along_rows:].mT.clone()
     return moved
 
 
 def _windows(images: Tensor, starts: Tensor) -> Tensor:
-    """Return [n, 3, S, S + 3], uint8: the four taps of each pixel, rows shifted by whole pixels.
+    """Return [n, C, S, S + 3]: the four taps of each pixel, rows shifted by whole pixels.
 
     All rows, with repeated ends, are in one buffer, and one `index_select` on an overlapping view
     shifts them. Pixels taken from neighbouring rows are filled later.
     """
-    count, _, size, _ = images.shape
+    count, channels, size, _ = images.shape
     width, margin = size + 4, size + 2
-    length = count * 3 * size * width
+    length = count * channels * size * width
     buffer = images.new_zeros(margin + length + margin)
-    rows = buffer[margin : margin + length].view(count, 3, size, width)
+    rows = buffer[margin : margin + length].view(count, channels, size, width)
     rows[..., 2:-2] = images
     rows[..., :2] = images[..., :1]
     rows[..., -2:] = images[..., -1:]
     view = buffer.as_strided((len(buffer) - width + 2, width - 1), (1, 1))
-    return view.index_select(0, starts).view(count, 3, size, width - 1)
+    return view.index_select(0, starts).view(count, channels, size, width - 1)
 
 
-def _prepare_rotate(names: list[str], degrees: np.ndarray, size: int) -> list[np.ndarray]:
+def _prepare_rotate(
+    names: list[str], degrees: np.ndarray, size: int, channels: int
+) -> list[np.ndarray]:
     """Return the source of each pixel in double precision, as a term of its column and of its row.
 
     Both have x and y in their first dimension.
@@ -291,7 +310,7 @@ def _rotate(
     images: Tensor, names: list[str], fill: Fill, of_column: Tensor, of_row: Tensor
 ) -> Tensor:
     """Rotate counterclockwise about the centre."""
-    count, _, size, _ = images.shape
+    count, channels, size, _ = images.shape
     source = (of_column + of_row).view(2, count, 1, -1)  # x and y
     is_inside = (source >= 0) & (source < size)
     # The first of four taps, in an image padded by 2, and the offset from it.
@@ -302,7 +321,7 @@ def _rotate(
     width = size + 4
     planes = F.pad(images.float(), (2, 2, 2, 2), mode="replicate").flatten(2)
     last = 3 * width + 3
-    index = row.mul_(width).add_(column).expand(-1, 3, -1)
+    index = row.mul_(width).add_(column).expand(-1, channels, -1)
     weights = _cubic(offset)
     values = torch.zeros_like(planes[..., : size * size])
     for j in range(4):
@@ -312,7 +331,8 @@ def _rotate(
             taps = planes[..., first : planes.shape[2] - last + first].gather(2, index)
             line.addcmul_(taps, weights[i][0])
         values.addcmul_(line, weights[j][1])
-    return _filled(values, (is_inside[0] & is_inside[1]).float(), fill).view_as(images)
+    inside = (is_inside[0] & is_inside[1]).float()
+    return _filled(images, values, inside, fill).view_as(images)
 
 
 KINDS = (
@@ -333,3 +353,5 @@ KINDS = (
     Kind(("ShearX", "TranslateXRel", "ShearY", "TranslateYRel"), _prepare_shift, _shift),
     Kind(("Rotate",), _prepare_rotate, _rotate),
 )
+# Saturation means nothing without colour; as in torchvision, it changes nothing.
+GRAY_KINDS = (Kind(KINDS[0].names, prepare_levels, apply_tones), *KINDS[2:])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from PIL import Image
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
@@ -36,9 +37,12 @@ class Preprocessing:
         return [-mean / std for mean, std in zip(self.mean, self.std, strict=True)]
 
 
-def fill_colour(mean: Sequence[float]) -> tuple[int, ...]:
-    """Return the pixel, 0 to 255 per channel, that fills what no image covers: the mean."""
-    return tuple(round(255 * value) for value in mean)
+def fill_colour(mean: Sequence[float]) -> tuple[float, ...]:
+    """Return the pixel, 0 to 255 per channel, that fills what no image covers: the mean.
+
+    Colours are whole levels.
+    """
+    return tuple(255 * value if len(mean) == 1 else round(255 * value) for value in mean)
 
 
 def renormalization(
@@ -53,11 +57,11 @@ def renormalization(
     return scale, shift
 
 
-def make_square(image: Image.Image, size: int, rule: str, fill: tuple[int, ...]) -> Image.Image:
+def make_square(image: Image.Image, size: int, rule: str, fill: tuple[float, ...]) -> Image.Image:
     """Resize an image (bicubic) to size x size.
 
     Args:
-        image: Any image.
+        image: RGB, or gray in mode F.
         size: Side of the result, pixels.
         rule: squash changes the aspect ratio of the whole image; letterbox keeps it and fills the
             borders evenly; crop keeps it and shows the central square.
@@ -73,7 +77,8 @@ def make_square(image: Image.Image, size: int, rule: str, fill: tuple[int, ...])
     assert rule == "letterbox", rule
     scale = size / max(image.size)
     width, height = (max(1, round(scale * side)) for side in image.size)
-    canvas = Image.new(image.mode, (size, size), fill)
+    colour: Any = fill[0] if len(fill) == 1 else fill
+    canvas = Image.new(image.mode, (size, size), colour)
     canvas.paste(resized(image, (width, height)), ((size - width) // 2, (size - height) // 2))
     return canvas
 

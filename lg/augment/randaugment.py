@@ -1,4 +1,4 @@
-"""RandAugment as in timm (`rand-m9-mstd0.5-inc1`), on batches of uint8 tensors.
+"""RandAugment as in timm (`rand-m9-mstd0.5-inc1`), on batches of tensors.
 
 The host draws the operations. Each layer gathers the samples of one kind of operation, processes
 them together and puts them back, without waiting for the device.
@@ -16,7 +16,7 @@ import torch
 from scipy.special import ndtri
 from torch import Tensor
 
-from lg.augment.operations import FILL, KINDS, Kind
+from lg.augment.operations import FILL, GRAY_KINDS, KINDS, Fill, Kind
 from lg.device import to_device_together
 
 OPERATIONS = (  # in timm's order
@@ -104,25 +104,28 @@ def _levels(name: str, strength: np.ndarray, sign: np.ndarray) -> np.ndarray | f
     return 0.0
 
 
-def randaugment(images: Tensor, draws: Draws, fill: tuple[int, ...] = FILL) -> Tensor:
+def randaugment(images: Tensor, draws: Draws, fill: Fill = FILL) -> Tensor:
     """Apply the drawn operations, layer by layer.
 
     Args:
-        images: [N, 3, S, S], uint8, on any device. Not modified.
+        images: [N, 3, S, S] of uint8, or [N, 1, S, S] of float32 from 0 to 255, on any device. Not
+            modified.
         draws: The operations of these N samples.
         fill: Pixel of uncovered areas, 0 to 255 per channel.
 
     Returns:
-        [N, 3, S, S], uint8, on the same device.
+        Images of the same shape and type, on the same device.
 
     Raises:
         ValueError: Type or shape of images or draws is wrong.
     """
-    size = images.shape[-1]
-    if images.dtype != torch.uint8 or images.shape != (len(images), 3, size, size):
+    size, is_gray = images.shape[-1], images.dtype == torch.float32
+    channels = 1 if is_gray else 3
+    is_known = is_gray or images.dtype == torch.uint8
+    if not is_known or images.shape != (len(images), channels, size, size):
         raise ValueError(
             f"images have shape {tuple(images.shape)} and type {images.dtype}: RandAugment needs "
-            "[N, 3, S, S] of uint8"
+            "[N, 3, S, S] of uint8, or [N, 1, S, S] of float32"
         )
     if draws.operation.shape[1:] != images.shape[:1] or draws.level.shape != draws.operation.shape:
         raise ValueError(
@@ -133,7 +136,7 @@ def randaugment(images: Tensor, draws: Draws, fill: tuple[int, ...] = FILL) -> T
     groups = [
         group
         for layer in zip(draws.operation, draws.level, strict=True)
-        for group in _groups(*layer, size)
+        for group in _groups(*layer, size, channels)
     ]
     moved = iter(to_device_together([a for group in groups for a in group.arrays], images.device))
     for group in groups:
@@ -151,13 +154,13 @@ class _Group(NamedTuple):
     arrays: list[np.ndarray]  # their positions in the batch; what the kind needs
 
 
-def _groups(operation: np.ndarray, level: np.ndarray, size: int) -> Iterator[_Group]:
+def _groups(operation: np.ndarray, level: np.ndarray, size: int, channels: int) -> Iterator[_Group]:
     """Sort the samples of a layer into kinds, in the order of their names."""
-    for kind in KINDS:
+    for kind in GRAY_KINDS if channels == 1 else KINDS:
         place = np.full(len(OPERATIONS) + 1, len(kind.names))  # the last entry is for -1
         place[[OPERATIONS.index(name) for name in kind.names]] = np.arange(len(kind.names))
         order = place[operation]
         chosen = np.argsort(order, kind="stable")[: np.count_nonzero(order < len(kind.names))]
         if len(chosen) > 0:
             names = [kind.names[k] for k in order[chosen]]
-            yield _Group(kind, names, [chosen, *kind.prepare(names, level[chosen], size)])
+            yield _Group(kind, names, [chosen, *kind.prepare(names, level[chosen], size, channels)])

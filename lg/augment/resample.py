@@ -22,27 +22,27 @@ def crop_and_resize(
     """Crop images, resize them (bicubic, antialiased) to size x size, then flip them.
 
     Args:
-        images: [N, H, W, 3], or N images [H, W, 3] of any sizes; uint8.
+        images: [N, H, W, C], or N images [H, W, C] of any sizes; uint8, or float32 from 0 to 255.
         boxes: [N, 4], top, left, height and width in pixels, within the images; in host memory.
         size: Side of the result in pixels.
         flip: [N], whether to flip the result; in host memory.
 
     Returns:
-        [N, 3, size, size], uint8, on the device of the images.
+        [N, C, size, size] of the same type, on the device of the images.
     """
     if isinstance(images, Tensor) and images.is_cuda and max(images.shape[1:3]) <= MATRIX_SIDE:
         return resize_together(images, boxes, size, flip)
     if images[0].is_cuda:
         return resize_one_by_one(images, boxes, size, flip)
-    out = torch.empty(len(images), 3, size, size, dtype=torch.uint8)
+    out = torch.empty(len(images), images[0].shape[2], size, size, dtype=images[0].dtype)
     for row, (image, box, mirrored) in enumerate(zip(images, boxes.tolist(), flip, strict=True)):
         resized = _resize(image, box, size)
         out[row] = resized.flip(2) if mirrored else resized
-    return out
+    return out if out.dtype == torch.uint8 else out.clamp_(0, 255)
 
 
 def _resize(image: Tensor, box: Sequence[int], size: int) -> Tensor:
-    """Crop and resize one image [H, W, 3] to [3, size, size]."""
+    """Crop and resize one image [H, W, C] to [C, size, size]."""
     top, left, height, width = box
     crop = image[top : top + height, left : left + width].permute(2, 0, 1)[None]
     if crop.is_cuda:  # the GPU filter does not support uint8
@@ -57,7 +57,7 @@ def resize_one_by_one(
 ) -> Tensor:
     """Compute `crop_and_resize` with two kernel launches per image; the rest is done together."""
     resized = [_resize(image, box, size) for image, box in zip(images, boxes.tolist(), strict=True)]
-    out = torch.stack(resized).round_().clamp_(0, 255).to(torch.uint8)
+    out = _levels(torch.stack(resized), images[0].dtype).to(images[0].dtype)
     mirrored = to_device(flip[:, None, None, None], out.device)
     return torch.where(mirrored, out.flip(3), out)
 
@@ -76,11 +76,18 @@ def resize_together(images: Tensor, boxes: np.ndarray, size: int, flip: np.ndarr
     columns = torch.where(mirrored, columns.flip(1), columns)
     # Pillow resizes the rows first and rounds in between.
     pixels = images.permute(0, 3, 1, 2).reshape(count, channels * height, width).float()
-    across = torch.bmm(pixels, columns.mT).round_().clamp_(0, 255)
+    across = torch.bmm(pixels, columns.mT)
+    if images.dtype == torch.uint8:
+        across = _levels(across, torch.uint8)
     across = across.view(count, channels, height, size).transpose(1, 2)
-    out = torch.bmm(rows, across.reshape(count, height, channels * size)).round_().clamp_(0, 255)
-    out = out.to(torch.uint8).view(count, size, channels, size)
+    out = _levels(torch.bmm(rows, across.reshape(count, height, channels * size)), images.dtype)
+    out = out.to(images.dtype).view(count, size, channels, size)
     return out.transpose(1, 2).contiguous()
+
+
+def _levels(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """Clip to 0..255, in place; round unless the images are float32."""
+    return (values if dtype == torch.float32 else values.round_()).clamp_(0, 255)
 
 
 def cubic_matrices(start: Tensor, length: Tensor, source: int, size: int) -> Tensor:

@@ -18,8 +18,10 @@ from lg.builders.models import (
     teacher_name,
 )
 from lg.builders.preprocessing import (
+    build_pixel_format,
     build_preprocessing,
     guide_preprocessing,
+    range_note,
     with_data_statistics,
     with_trained_statistics,
 )
@@ -48,6 +50,7 @@ __all__ = [
     "build_mixing",
     "build_model",
     "build_optimizer",
+    "build_pixel_format",
     "build_precision",
     "build_preprocessing",
     "build_resources",
@@ -69,6 +72,7 @@ __all__ = [
     "load_teacher",
     "place_model",
     "prepare_bank",
+    "range_note",
     "synchronize_batch_norms",
     "teacher_name",
     "with_data_statistics",

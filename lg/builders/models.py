@@ -13,7 +13,7 @@ from yacs.config import CfgNode
 from lg.augment.preprocessing import renormalization
 from lg.builders.data import dataset_facts
 from lg.builders.families import build_family, single, with_keys
-from lg.builders.preprocessing import build_preprocessing, guide_preprocessing
+from lg.builders.preprocessing import build_preprocessing, check_window, guide_preprocessing
 from lg.checkpoint import foreign_weights, load_weights, read_checkpoint
 from lg.config.defaults import flatten
 from lg.config.rules import FAMILIES
@@ -206,6 +206,7 @@ def load_teacher(cfg: CfgNode, *, trained: bool = True) -> tuple[Backbone, dict[
     facts: dict[str, Any] = {}
     if path and foreign is None:
         facts = _load_guide(cfg, teacher, path)
+        check_window(cfg, facts, path)
     elif trained and not path:
         warnings.warn(
             "DISTILLATION.TEACHER_WEIGHTS is null: the guide has random weights.", stacklevel=2

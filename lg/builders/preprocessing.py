@@ -12,10 +12,13 @@ from yacs.config import CfgNode
 from lg.augment.preprocessing import Preprocessing
 from lg.checkpoint import read_checkpoint
 from lg.datasets.base import ImageDataset
+from lg.datasets.image import PixelFormat
 from lg.datasets.loader import usable_workers
 from lg.datasets.statistics import pixel_statistics
 from lg.distributed import World, from_main, in_turn
 from lg.errors import CheckpointError, ConfigError
+
+_FAR_BLACK = 10  # standard deviations; ImageNet: 2
 
 
 def build_preprocessing(cfg: CfgNode, *, training: bool = False) -> Preprocessing:
@@ -25,7 +28,8 @@ def build_preprocessing(cfg: CfgNode, *, training: bool = False) -> Preprocessin
         ConfigError: DATA_LOADER.NORMALIZE is auto, and MEAN and STD are not known yet.
     """
     resize = cfg.TRAIN.RESIZE if training else cfg.TEST.RESIZE or cfg.TRAIN.RESIZE
-    found, options = Preprocessing(cfg.MODEL.IMG_SIZE, resize), cfg.DATA_LOADER
+    found = replace(_imagenet(cfg.MODEL.IMG_SIZE, cfg.MODEL.IN_CHANNELS), resize=resize)
+    options = cfg.DATA_LOADER
     if options.NORMALIZE == "imagenet":
         return found
     if not options.MEAN:
@@ -61,6 +65,7 @@ def with_trained_statistics(cfg: CfgNode, weights: str, world: World) -> CfgNode
     with in_turn(world):  # a URL is downloaded once
         state = read_checkpoint(weights, cache=cfg.DOWNLOAD_CACHE)
     trained = trained_preprocessing(state, weights)
+    check_window(cfg, state, weights)
     options = cfg.DATA_LOADER
     if trained is None:
         build_preprocessing(cfg)  # raises for auto
@@ -97,7 +102,7 @@ def trained_preprocessing(state: Mapping[str, Any], name: str) -> Preprocessing 
     try:
         tree = yaml.safe_load(text)
         options, model = tree.get("DATA_LOADER") or {}, tree["MODEL"]
-        found = Preprocessing(int(model["IMG_SIZE"]))
+        found = _imagenet(int(model["IMG_SIZE"]), int(model.get("IN_CHANNELS", 3)))
         if not options.get("MEAN"):  # imagenet, as before there was the key
             return found
         mean, std = (tuple(map(float, options[key])) for key in ("MEAN", "STD"))
@@ -115,6 +120,56 @@ def guide_preprocessing(facts: Mapping[str, Any], name: str) -> Preprocessing:
         name: The guide's file, for error messages.
     """
     return trained_preprocessing(facts, name) or Preprocessing(image_size=1)
+
+
+def check_window(cfg: CfgNode, state: Mapping[str, Any], name: str) -> None:
+    """Check that weights were trained with the same DATA_LOADER.WINDOW, if their file tells it.
+
+    Args:
+        cfg: The config.
+        state: A checkpoint, or what `load_weights` returns.
+        name: The file, for the error message.
+
+    Raises:
+        ConfigError: It is another one.
+    """
+    if trained_preprocessing(state, name) is None:
+        return
+    trained = list(yaml.safe_load(state["cfg"]).get("DATA_LOADER", {}).get("WINDOW") or [])
+    if trained != list(cfg.DATA_LOADER.WINDOW):
+        raise ConfigError(
+            f"DATA_LOADER.WINDOW is {list(cfg.DATA_LOADER.WINDOW)}, but {name} was trained with "
+            f"{trained}: set it to that, or use other weights."
+        )
+
+
+def range_note(preprocessing: Preprocessing) -> str:
+    """Return a warning if images use a small part of their range; empty if they do not.
+
+    Borders that crops and augmentation fill with black would then dwarf everything else.
+    """
+    black = min(preprocessing.black)
+    if black > -_FAR_BLACK:
+        return ""
+    return (
+        f"Black is {-black:.0f} standard deviations below the mean of the training images, which "
+        "use a small part of their range: set DATA_LOADER.WINDOW (with MODEL.IN_CHANNELS 1) to it."
+    )
+
+
+def build_pixel_format(cfg: CfgNode) -> PixelFormat:
+    """Build what images are converted to: RGB, or gray with its window."""
+    window = cfg.DATA_LOADER.WINDOW
+    return PixelFormat(cfg.MODEL.IN_CHANNELS, (window[0], window[1]) if window else None)
+
+
+def _imagenet(image_size: int, channels: int) -> Preprocessing:
+    """Return the preprocessing with ImageNet's numbers, for gray images their averages."""
+    found = Preprocessing(image_size)
+    if channels == 3:
+        return found
+    mean, std = (round(sum(values) / 3, 3) for values in (found.mean, found.std))
+    return replace(found, mean=(mean,) * channels, std=(std,) * channels)
 
 
 def _with(cfg: CfgNode, mean: Sequence[float], std: Sequence[float]) -> CfgNode:

@@ -20,7 +20,7 @@ from lg.builders.data import (
     build_train_loader,
 )
 from lg.builders.models import Guide, build_guided, check_guide_classes, prepare_bank
-from lg.builders.preprocessing import build_preprocessing, with_data_statistics
+from lg.builders.preprocessing import build_preprocessing, range_note, with_data_statistics
 from lg.builders.splits import Splits, data_notes, exclusion_line
 from lg.builders.training import (
     build_average,
@@ -154,6 +154,8 @@ def _prepare_log(cfg: CfgNode, data: Splits, device: torch.device, log: RunLog) 
         log.warn("MODEL.NUM_CLASSES is 1: labels teach nothing, and every test gives 100 %.")
     if line := exclusion_line(cfg, data.train):
         log.info(line)
+    if note := range_note(build_preprocessing(cfg, training=True)):
+        log.warn(note)
     for note in data_notes(*data):
         log.warn(f"{note}.")
 
@@ -181,7 +183,9 @@ def _wrap(
             guided,
             guide,
             cfg.TRAIN.COMPILE,
-            example=torch.zeros(count, 3, cfg.MODEL.IMG_SIZE, cfg.MODEL.IMG_SIZE, device=device),
+            example=torch.zeros(
+                count, cfg.MODEL.IN_CHANNELS, *[cfg.MODEL.IMG_SIZE] * 2, device=device
+            ),
             precision=precision,
             ends=build_schedule(cfg).may_end,
             say=log.info,

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from yacs.config import CfgNode
 
+from lg.builders.preprocessing import build_pixel_format
 from lg.datasets import build_dataset
 from lg.datasets.base import MISSING, ImageDataset, hold_out, stratified_subset
 from lg.datasets.exclusion import leave_out, read_excluded
@@ -139,6 +140,7 @@ def list_split(
         download=options.DOWNLOAD,
         tolerate=tolerate,
         class_names=class_names,
+        pixel_format=build_pixel_format(cfg),
     )
 
 

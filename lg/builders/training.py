@@ -271,9 +271,10 @@ def check_training(cfg: CfgNode, *, trained_guide: bool = True) -> None:
         )
     if not cfg.TRAIN.DATASET:
         raise ConfigError("TRAIN.DATASET is '': set it to a data set, such as digits or cifar100.")
-    if cfg.MODEL.IN_CHANNELS != 3:
+    if cfg.MODEL.IN_CHANNELS not in (1, 3):
         raise ConfigError(
-            f"MODEL.IN_CHANNELS is {cfg.MODEL.IN_CHANNELS}, but images are RGB: set it to 3."
+            f"MODEL.IN_CHANNELS is {cfg.MODEL.IN_CHANNELS}, but images are RGB or gray: set it to "
+            "3 or 1."
         )
     guided = options.ENABLE_INTER or options.ENABLE_LOGIT
     if guided and trained_guide and not options.OFFLINE and options.TEACHER_WEIGHTS is None:

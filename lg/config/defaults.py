@@ -12,7 +12,9 @@ DEFAULTS: dict[str, Any] = {
         # DeiT, T2TViT, PiT, PVT, PVTv2, ConViT, CvT, ResNet, or timm/NAME for any timm model
         "TYPE": "ResNet",
         "IMG_SIZE": 224,  # side of the square input image, pixels
-        "IN_CHANNELS": 3,  # image channels; all data sets of this project have 3
+        # image channels. 3: RGB; 1: gray, of which 16 bits are kept. All data sets have 3 and are
+        # converted
+        "IN_CHANNELS": 3,
         "NUM_CLASSES": 100,  # must equal the number of classes of the data set
         "LOSS_FUN": "cross_entropy",  # cross_entropy
         # (+) initial weights. default: the family's own; mimetic: attention and positions with the
@@ -240,6 +242,9 @@ DEFAULTS: dict[str, Any] = {
         # (+) one number per channel, for pixels from 0 to 1; training fills in those of auto
         "MEAN": [],
         "STD": [],  # (+) likewise, > 0
+        # (+) gray images: [low, high], the numbers in the files that become black and white, others
+        # are clipped; []: the whole range of 8 or 16 bits
+        "WINDOW": [],
         "DOWNLOAD": True,  # (+) download a missing data set (cifar100, flowers)
     },
     # choose the fastest convolution algorithms by timing; faster, not bit-reproducible on GPUs

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 from yacs.config import CfgNode
@@ -19,3 +20,11 @@ def image_faults(cfg: CfgNode) -> Iterator[tuple[str, str]]:
         if options.NORMALIZE != "imagenet" and is_needed and count != channels:
             numbers = "one number" if channels == 1 else f"{channels} numbers"
             yield f"DATA_LOADER.{key}", f"it must hold {numbers}, one per channel of the images."
+    window = options.WINDOW
+    if window and channels != 1:
+        yield (
+            "DATA_LOADER.WINDOW",
+            "only gray images have one: set MODEL.IN_CHANNELS 1 or this [].",
+        )
+    if window and not (len(window) == 2 and -math.inf < window[0] < window[1] < math.inf):
+        yield "DATA_LOADER.WINDOW", "give [low, high], low below high, or [] for the whole range."

@@ -50,7 +50,12 @@ MODEL_TYPES = (*FAMILIES, "ResNet", "timm/NAME")
 
 
 # Elements of the lists that are empty by default, unless they are whole numbers.
-_EMPTY_LISTS = {"MODEL.BLOCKS": str, "DATA_LOADER.MEAN": float, "DATA_LOADER.STD": float}
+_EMPTY_LISTS = {
+    "MODEL.BLOCKS": str,
+    "DATA_LOADER.MEAN": float,
+    "DATA_LOADER.STD": float,
+    "DATA_LOADER.WINDOW": float,
+}
 
 
 def accepted_types(key: str) -> tuple[tuple[type, ...], tuple[type, ...]]:

@@ -1,4 +1,4 @@
-"""Data sets: `build_dataset(name, root, split)` returns labelled RGB images."""
+"""Data sets: `build_dataset(name, root, split)` returns labelled images."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from lg.datasets.chaoyang import Chaoyang
 from lg.datasets.cifar100 import CIFAR100
 from lg.datasets.digits import Digits
 from lg.datasets.flowers import Flowers
+from lg.datasets.image import PixelFormat
 from lg.datasets.image_folder import ImageFolder
 from lg.datasets.tiny_imagenet import TinyImageNet
 from lg.errors import DataError
@@ -34,6 +35,7 @@ def build_dataset(
     download: bool = False,
     tolerate: Iterable[str] = (),
     class_names: Sequence[str] | None = None,
+    pixel_format: PixelFormat | None = None,
 ) -> ImageDataset:
     """Build one split of a data set.
 
@@ -46,6 +48,7 @@ def build_dataset(
             the set's `faults`.
         class_names: Classes that a model knows, in its order; labels follow it. By default the
             set's own. The set may lack some of them.
+        pixel_format: What images are converted to, by default RGB.
 
     Raises:
         DataError: There is no such set or split, or its files are missing or damaged.
@@ -61,6 +64,7 @@ def build_dataset(
         dataset = DATASETS[name](root, split, download)
         if class_names is not None:
             dataset.rename(class_names)
+    dataset.pixel_format = pixel_format or PixelFormat()
     for fault in dataset.faults:
         if fault.kind not in tolerated:
             raise DataError(fault.text)

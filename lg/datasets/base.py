@@ -13,6 +13,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
+from lg.datasets.image import PixelFormat
 from lg.errors import DataError
 
 _NUM_FINGERPRINT_IMAGES = 16
@@ -42,6 +43,7 @@ class ImageDataset(ABC):
         class_names: K names, in the order of the labels.
         labels: [n] int64, each in 0..K-1.
         indices: [n] int64, position of each image in the full set: 0..n-1 unless it is a subset.
+        pixel_format: What the images are converted to; that of `full` counts.
         full: The set that `indices` refers to: this one, unless it is a subset.
         faults: Faults found while listing the set; `build_dataset` raises those not tolerated.
         notes: What a user should know about the list, such as files that are not read.
@@ -62,6 +64,7 @@ class ImageDataset(ABC):
         self.indices: np.ndarray = np.arange(len(self.labels), dtype=np.int64)
         self.faults: list[Fault] = []
         self.notes: list[str] = []
+        self.pixel_format = PixelFormat()
         self.full = self
 
     @property
@@ -96,11 +99,17 @@ class ImageDataset(ABC):
 
     @abstractmethod
     def image(self, index: int) -> Image.Image:
-        """Return the image at `index`: mode RGB, upright, in its stored size.
+        """Return the image at `index`: mode RGB, or F for gray, upright, in its stored size.
 
         Raises:
             DataError: The image file cannot be read.
         """
+
+    def _to_gray(self, image: Image.Image) -> Image.Image:
+        """Convert an image that does not come from a file, whose mode is of no interest."""
+        gray = self.pixel_format.convert(image)
+        gray.info = {}
+        return gray
 
     @abstractmethod
     def describe(self, index: int) -> str:

@@ -14,6 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from lg.datasets.base import ImageDataset
+from lg.datasets.image import pixel_tensor
 from lg.device import to_device
 from lg.errors import StuckError
 
@@ -23,7 +24,7 @@ Prepare = Callable[[Image.Image], Image.Image]
 
 
 class ImageCache:
-    """The images of a set as [H, W, 3] uint8 tensors; threads decode each on first use."""
+    """The images of a set as tensors (see `pixel_tensor`); threads decode each on first use."""
 
     def __init__(
         self,
@@ -86,15 +87,15 @@ class ImageCache:
 
 
 def read_prepared(dataset: ImageDataset, prepare: Prepare, position: int) -> Tensor:
-    """Read an image and convert it into the form that is cached: [H, W, 3], uint8."""
-    return torch.from_numpy(np.array(prepare(dataset.image(position))))
+    """Read an image and convert it into the form that is cached, see `pixel_tensor`."""
+    return pixel_tensor(prepare(dataset.image(position)))
 
 
 def cache_bytes(dataset: ImageDataset, prepare: Prepare) -> int:
     """Estimate the size of a set's decoded images in bytes from a sample of them."""
     chosen = np.unique(np.linspace(0, len(dataset) - 1, _NUM_SIZE_SAMPLES).astype(int))
-    sizes = [prepare(dataset.image(int(position))).size for position in chosen]
-    return int(len(dataset) * np.mean([3 * width * height for width, height in sizes]))
+    sizes = [read_prepared(dataset, prepare, int(position)).nbytes for position in chosen]
+    return int(len(dataset) * np.mean(sizes))
 
 
 def free_memory(device: torch.device) -> int:

@@ -66,7 +66,8 @@ class CIFAR100(ImageDataset):
         self.pixels = data.reshape(-1, 3, SIZE, SIZE)
 
     def image(self, index: int) -> Image.Image:
-        return Image.fromarray(np.ascontiguousarray(self.pixels[index].transpose(1, 2, 0)))
+        rgb = Image.fromarray(np.ascontiguousarray(self.pixels[index].transpose(1, 2, 0)))
+        return rgb if self.pixel_format.channels == 3 else self._to_gray(rgb)
 
     def describe(self, index: int) -> str:
         return f"{FOLDER}/{self.split} image {index}"

@@ -52,7 +52,8 @@ class Digits(ImageDataset):
         self.sources = sources
 
     def image(self, index: int) -> Image.Image:
-        return Image.fromarray(self.pixels[index]).convert("RGB")
+        rgb = Image.fromarray(self.pixels[index]).convert("RGB")
+        return rgb if self.pixel_format.channels == 3 else self._to_gray(rgb)
 
     def describe(self, index: int) -> str:
         return f"digits/{self.split} image {index} (scikit-learn's {self.sources[index]})"

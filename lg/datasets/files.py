@@ -11,7 +11,6 @@ import numpy as np
 from PIL import Image
 
 from lg.datasets.base import MISSING, Fault, ImageDataset
-from lg.datasets.image import open_rgb
 from lg.errors import DataError
 
 
@@ -50,7 +49,7 @@ class FileDataset(ImageDataset):
             self.faults.append(Fault(MISSING, text))
 
     def image(self, index: int) -> Image.Image:
-        return open_rgb(self.paths[index])
+        return self.pixel_format.open(self.paths[index])
 
     def describe(self, index: int) -> str:
         return self.paths[index]

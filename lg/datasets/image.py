@@ -1,4 +1,4 @@
-"""Read any image file as an upright RGB image.
+"""Read any image file as an upright RGB image, or as a gray one that keeps 16 bits.
 
 Conversion rules:
 
@@ -8,6 +8,9 @@ Conversion rules:
 - Palette, 1-bit, CMYK, YCbCr, LAB and HSV are converted by Pillow; ICC profiles are ignored.
 - The EXIF orientation is applied; an unreadable EXIF block is ignored.
 - Only the first frame of an animation is used.
+
+Gray images have Pillow's mode F, 0 to 255 with fractions: 8-bit gray as it is, 16-bit gray divided
+by 257, RGB converted by Pillow (ITU-R 601 luma, rounded), or a window of the file's own numbers.
 """
 
 from __future__ import annotations
@@ -15,11 +18,46 @@ from __future__ import annotations
 import contextlib
 import io
 import os
+from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
+import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
+from torch import Tensor
 
 from lg.errors import DataError
+
+GRAY_MODES = ("L", "1", "I", "F", "I;16", "I;16B", "I;16L", "I;16N")  # of gray files
+
+
+class PixelFormat(NamedTuple):
+    """What images are converted to.
+
+    Attributes:
+        channels: 3 for RGB, 1 for gray.
+        window: Of gray: (low, high), the file's numbers that become black and white; None for the
+            whole range of 8 or 16 bits.
+    """
+
+    channels: int = 3
+    window: tuple[float, float] | None = None
+
+    def open(self, path: str | os.PathLike[str]) -> Image.Image:
+        """Read an image file, as `open_rgb` does."""
+        return _open(path, self.convert)
+
+    def convert(self, image: Image.Image) -> Image.Image:
+        """Convert an open image of any mode, as `to_rgb` or `to_gray` do."""
+        return to_rgb(image) if self.channels == 3 else to_gray(image, self.window)
+
+
+def pixel_tensor(image: Image.Image) -> Tensor:
+    """Return the pixels of an RGB image, [H, W, 3] uint8, or of a gray one in mode F, [H, W, 1]
+    float32 from 0 to 255."""
+    pixels = torch.from_numpy(np.array(image))
+    # Bicubic filters overshoot, which mode F does not cut.
+    return pixels if pixels.dim() == 3 else pixels.clamp_(0, 255)[..., None]
 
 
 def open_rgb(path: str | os.PathLike[str]) -> Image.Image:
@@ -31,6 +69,12 @@ def open_rgb(path: str | os.PathLike[str]) -> Image.Image:
     Raises:
         DataError: The file is missing, unreadable, empty, truncated, too large or not an image.
     """
+    return _open(path, to_rgb)
+
+
+def _open(
+    path: str | os.PathLike[str], convert: Callable[[Image.Image], Image.Image]
+) -> Image.Image:
     try:
         # Reading first separates disk errors from decoder errors.
         with open(path, "rb") as file:
@@ -44,7 +88,7 @@ def open_rgb(path: str | os.PathLike[str]) -> Image.Image:
         raise DataError(f"{path}: the image file is empty; download it again")
     try:
         with Image.open(io.BytesIO(content)) as image:
-            return to_rgb(image)
+            return convert(image)
     except Image.DecompressionBombError as error:
         raise DataError(
             f"{path}: the image is too large to be safe ({error}); shrink it, or raise "
@@ -54,6 +98,8 @@ def open_rgb(path: str | os.PathLike[str]) -> Image.Image:
         raise DataError(
             f"{path}: the file is not an image that Pillow can read; remove or convert it"
         ) from error
+    except DataError as error:
+        raise DataError(f"{path}: {error}") from error
     except MemoryError:
         raise
     except Exception as error:  # Pillow's decoders raise many types on damaged files
@@ -72,12 +118,50 @@ def to_rgb(image: Image.Image) -> Image.Image:
         DataError: Its pixels are floating-point or 32-bit numbers beyond 16 bits, whose range is
             unknown.
     """
-    image.load()  # PNG may read its EXIF block only now, and TIFF applies the orientation itself
-    with contextlib.suppress(Exception):  # a broken EXIF block; the pixels are fine
-        ImageOps.exif_transpose(image, in_place=True)
+    _make_upright(image)
     rgb = _convert(image)
     rgb.info = {"mode": image.mode}
     return rgb
+
+
+def to_gray(image: Image.Image, window: tuple[float, float] | None = None) -> Image.Image:
+    """Convert an open image of any mode to upright gray in mode F, 0 to 255, see the top.
+
+    Its `info` holds only the `mode` of the file.
+
+    Args:
+        image: The image.
+        window: (low, high), numbers of the file that become 0 and 255; others are clipped.
+
+    Raises:
+        DataError: Without a window, its pixels are floating-point or 32-bit numbers beyond 16 bits,
+            whose range is unknown; or a pixel is not a number.
+    """
+    _make_upright(image)
+    is_deep = image.mode in GRAY_MODES[2:]
+    flat = image if is_deep else _convert(image)
+    levels = np.asarray(flat if is_deep else flat.convert("L")).astype(np.float64)
+    if not np.isfinite(levels).all():
+        raise DataError("a pixel is not a finite number")
+    if window is not None:
+        low, high = window
+        levels = ((levels - low) * (255 / (high - low))).clip(0, 255)
+    elif is_deep:
+        if image.mode == "F" or levels.min() < 0 or levels.max() > 65535:
+            raise DataError(
+                f"the pixels are numbers of unknown range, {levels.min():g} to {levels.max():g}; "
+                "set DATA_LOADER.WINDOW to [low, high], the numbers that become black and white"
+            )
+        levels = levels / 257  # 65535 = 257 * 255
+    gray = Image.fromarray(levels.astype(np.float32))
+    gray.info = {"mode": image.mode}
+    return gray
+
+
+def _make_upright(image: Image.Image) -> None:
+    image.load()  # PNG may read its EXIF block only now, and TIFF applies the orientation itself
+    with contextlib.suppress(Exception):  # a broken EXIF block; the pixels are fine
+        ImageOps.exif_transpose(image, in_place=True)
 
 
 def _convert(image: Image.Image) -> Image.Image:

@@ -12,6 +12,7 @@ from tqdm.contrib.concurrent import thread_map
 
 from lg.datasets.base import DatasetSubset, ImageDataset
 from lg.datasets.files import FileDataset
+from lg.datasets.image import GRAY_MODES
 from lg.errors import DataError
 
 
@@ -23,8 +24,9 @@ class ImageFacts:
         fault: Why it cannot be read, with its name and the fix; empty if it can.
         width: In pixels, upright.
         height: In pixels, upright.
-        digest: Hash of size and RGB pixels; equal for identical images.
+        digest: Hash of size and pixels; equal for identical images.
         mode: Pillow's mode of its file; empty if it has no separate file.
+        natural_modes: Modes that need no conversion.
     """
 
     fault: str = ""
@@ -32,6 +34,7 @@ class ImageFacts:
     height: int = 0
     digest: bytes = b""
     mode: str = ""
+    natural_modes: tuple[str, ...] = ("RGB",)
 
 
 def scan(dataset: ImageDataset, *, num_threads: int) -> list[ImageFacts]:
@@ -63,7 +66,8 @@ def inspect_image(dataset: ImageDataset, position: int) -> ImageFacts:
         return ImageFacts(fault=str(error))
     content = repr(image.size).encode() + image.tobytes()
     digest = hashlib.blake2b(content, digest_size=16).digest()
-    return ImageFacts("", image.width, image.height, digest, image.info.get("mode", ""))
+    natural = GRAY_MODES if image.mode == "F" else ("RGB",)
+    return ImageFacts("", image.width, image.height, digest, image.info.get("mode", ""), natural)
 
 
 def find_unreadable(dataset: ImageDataset, *, num_threads: int) -> dict[int, str]:

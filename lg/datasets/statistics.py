@@ -10,13 +10,14 @@ from tqdm.contrib.concurrent import thread_map
 from lg.datasets.base import ImageDataset
 
 MAX_IMAGES = 4096  # in a larger set, as many at even distances are read
-_DECIMALS = 4  # decoders of different machines agree on these
+_DECIMALS = 5  # decoders of different machines agree on these
+_SMALLEST = 1e-4  # standard deviation; images of one colour only are not divided by 0
 
 
 def pixel_statistics(dataset: ImageDataset, *, num_threads: int) -> tuple[list[float], list[float]]:
     """Return mean and standard deviation of each channel, for pixels from 0 to 1.
 
-    Every image counts the same, whatever its size. The result is rounded to four decimals and does
+    Every image counts the same, whatever its size. The result is rounded to five decimals and does
     not depend on the threads.
 
     Args:
@@ -37,8 +38,7 @@ def pixel_statistics(dataset: ImageDataset, *, num_threads: int) -> tuple[list[f
         disable=None,  # no bar unless standard error is a terminal
     )
     mean, square = np.mean(moments, axis=0) / [[255], [255**2]]
-    # Images of one colour only are not divided by 0.
-    std = np.sqrt(np.maximum(square - mean**2, 1e-6))
+    std = np.sqrt(np.maximum(square - mean**2, _SMALLEST**2))
     return mean.round(_DECIMALS).tolist(), std.round(_DECIMALS).tolist()
 
 

@@ -54,8 +54,8 @@ def load_published_state_dict(model: nn.Module, state_dict: Mapping[str, Any]) -
     if wrong:
         raise ValueError(
             f"the weights do not fit this {unwrap(model).family} model, nothing was loaded. "
-            f"{'; '.join(wrong)}. Use the config of the weights (type, classes, image size, "
-            "depth, width)"
+            f"{'; '.join(wrong)}. Use the config of the weights (type, classes, channels, "
+            "image size, depth, width)"
         )
     with torch.no_grad():
         for name, tensor in own.items():

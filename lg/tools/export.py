@@ -198,15 +198,17 @@ def compare(
 def describe(cfg: CfgNode, predictor: Predictor) -> dict[str, str]:
     """Return what the use of an exported model needs, as texts; lists and numbers are JSON."""
     preparation, channels = predictor.preprocessing, cfg.MODEL.IN_CHANNELS
+    color = "RGB / 255" if channels == 3 else "gray from 0 to 1"
     size, num_classes = preparation.image_size, len(predictor.class_names)
     facts = {
-        "input": f"images: float32 [N, {channels}, {size}, {size}], RGB / 255, minus mean, / std",
+        "input": f"images: float32 [N, {channels}, {size}, {size}], {color}, minus mean, / std",
         "output": f"logits: float32 [N, {num_classes}], softmax gives probabilities",
         "image_size": size,
         "resize": preparation.resize,
         "interpolation": "bicubic",
         "mean": preparation.mean,
         "std": preparation.std,
+        "window": cfg.DATA_LOADER.WINDOW,
         "class_names": predictor.class_names,
         "model": cfg.MODEL.TYPE,
         "lg_version": __version__,

@@ -25,7 +25,7 @@ from lg.checkpoint import load_weights
 from lg.config import load_trained_config
 from lg.datasets.base import ImageDataset
 from lg.datasets.cached_loader import CachedTestLoader
-from lg.datasets.image import open_rgb, to_rgb
+from lg.datasets.image import PixelFormat, pixel_tensor
 from lg.datasets.image_folder import SUFFIXES
 from lg.datasets.loader import stack
 from lg.device import Precision
@@ -94,6 +94,7 @@ class Predictor:
         class_names: Sequence[str],
         *,
         preprocessing: Preprocessing,
+        pixel_format: PixelFormat | None = None,
         precision: Precision,
         batch_size: int = 64,
         flip: bool = False,
@@ -104,6 +105,7 @@ class Predictor:
             model: On the device of `precision`.
             class_names: K names, in the order of the logits.
             preprocessing: Of the images.
+            pixel_format: What images are converted to, by default RGB.
             precision: Of the model.
             batch_size: Images that are classified at once.
             flip: Average the probabilities of each image and its mirror image.
@@ -112,6 +114,7 @@ class Predictor:
         self.class_names = list(class_names)
         self.preprocessing = preprocessing
         self.precision, self.batch_size, self.flip = precision, batch_size, flip
+        self._pixel_format = pixel_format or PixelFormat()
         self._transform = BatchTestTransform(**vars(preprocessing))
 
     def __call__(self, images: AnyImage | Sequence[AnyImage]) -> Prediction | list[Prediction]:
@@ -132,15 +135,18 @@ class Predictor:
         ]
 
     def prepare(self, images: Sequence[AnyImage]) -> torch.Tensor:
-        """Return images as the model's input [N, 3, S, S], in host memory.
+        """Return images as the model's input [N, C, S, S], in host memory.
 
         Raises:
             DataError: An image cannot be read.
         """
         pixels = []
         for image in images:
-            rgb = to_rgb(image.copy()) if isinstance(image, Image.Image) else open_rgb(image)
-            pixels.append(torch.from_numpy(np.array(self._transform.prepare(rgb))))
+            if isinstance(image, Image.Image):
+                upright = self._pixel_format.convert(image.copy())
+            else:
+                upright = self._pixel_format.open(image)
+            pixels.append(pixel_tensor(self._transform.prepare(upright)))
         count = len(images)
         return self._transform(stack(pixels), epochs=[0] * count, index=range(count))[0]
 
@@ -190,6 +196,7 @@ def build_predictor(cfg: CfgNode, *, flip: bool = False) -> Predictor:
         model,
         names,
         preprocessing=builders.build_preprocessing(cfg),
+        pixel_format=builders.build_pixel_format(cfg),
         precision=precision,
         batch_size=cfg.TEST.BATCH_SIZE,
         flip=flip,

@@ -225,8 +225,9 @@ def find_oddities(split: Split) -> list[Finding]:
             continue
         short, long = sorted((image.width, image.height))
         oddities = []
-        if image.mode != "RGB":
-            oddities.append(f"of Pillow's mode {image.mode}, converted to RGB")
+        if image.mode not in image.natural_modes:
+            target = image.natural_modes[0].replace("L", "gray")
+            oddities.append(f"of Pillow's mode {image.mode}, converted to {target}")
         if short < _SMALL:
             oddities.append(f"less than {_SMALL} pixels wide or high")
         if short * long > _LARGE:

@@ -51,7 +51,11 @@ def snapshot(folder: Path) -> dict[str, tuple[int, float]]:
 def test_a_good_config_has_no_problems_and_leaves_no_files(
     tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    guide = guide_file(tmp_path / "guide.pyth", test_err=12.5, cfg="TRAIN: {DATASET: digits}")
+    guide = guide_file(
+        tmp_path / "guide.pyth",
+        test_err=12.5,
+        cfg="MODEL: {IMG_SIZE: 16}\nTRAIN: {DATASET: digits}",
+    )
     before = snapshot(tmp_path)
     cfg = digits(tmp_path / "run", guide)
     doctor(cfg)

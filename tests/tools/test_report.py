@@ -16,7 +16,7 @@ from torchmetrics.functional.classification import multiclass_calibration_error
 
 import lg
 from lg import trainer
-from lg.errors import DataError
+from lg.errors import ConfigError, DataError
 from lg.logs.log import json_line
 from lg.tools.predict import Predictions
 from lg.tools.report import focus, mistakes, mixing, report, results
@@ -196,6 +196,13 @@ def test_without_images_the_page_shows_the_logs(runs: list[str], tmp_path: Path,
     text = out.read_text(encoding="utf-8")
     assert "was not tested" in capsys.readouterr().out and "was not tested" in text
     assert 'id="curves"' in text and 'id="classes"' not in text
+
+
+def test_wrong_overrides_are_errors(runs: list[str], tmp_path: Path) -> None:
+    out = tmp_path / "page.html"
+    with pytest.raises(ConfigError, match=r"Unknown config key 'TEST.SPLITT' on the command line"):
+        report(out_dirs=runs[:1], out=str(out), opts=["TEST.SPLITT", "x"])
+    assert not out.exists()
 
 
 def test_missing_packages_are_named(runs: list[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -26,6 +26,7 @@ def report(*, out_dirs: list[str], out: str | None, opts: Sequence[str]) -> None
 
     Raises:
         DataError: A folder has no log of a run.
+        ConfigError: A config cannot be used with the overrides.
     """
     runs = read_runs(out_dirs)
     path = out or str(runs[0].folder / "report.html")

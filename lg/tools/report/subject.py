@@ -12,7 +12,7 @@ from lg import trainer
 from lg.config import load_trained_config
 from lg.datasets.base import ImageDataset
 from lg.distributed import World
-from lg.errors import UserError
+from lg.errors import ConfigError, UserError
 from lg.models.backbone import Backbone, unwrap
 from lg.tools.predict import Predictions, evaluate_loaded
 from lg.tools.report.results import same_images
@@ -61,6 +61,9 @@ def test_runs(runs: Sequence[RunRecord], opts: Sequence[str]) -> list[Subject]:
     Args:
         runs: The runs.
         opts: Overrides for all of them, KEY VALUE KEY VALUE ...
+
+    Raises:
+        ConfigError: A config cannot be used with the overrides.
     """
     subjects = []
     for number, run in enumerate(runs):
@@ -71,6 +74,8 @@ def test_runs(runs: Sequence[RunRecord], opts: Sequence[str]) -> list[Subject]:
             try:
                 tested = _test(run, opts)
             except (UserError, OSError) as error:
+                if opts and isinstance(error, ConfigError):  # the overrides may be wrong
+                    raise
                 problem = str(error)
         subjects.append(Subject(number, run, tested, problem))
     return subjects

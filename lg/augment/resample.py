@@ -41,11 +41,11 @@ def crop_and_resize(
     return out if out.dtype == torch.uint8 else out.clamp_(0, 255)
 
 
-def _resize(image: Tensor, box: Sequence[int], size: int) -> Tensor:
+def _resize(image: Tensor, box: Sequence[int], size: int, *, in_float: bool = False) -> Tensor:
     """Crop and resize one image [H, W, C] to [C, size, size]."""
     top, left, height, width = box
     crop = image[top : top + height, left : left + width].permute(2, 0, 1)[None]
-    if crop.is_cuda:  # the GPU filter does not support uint8
+    if in_float:
         crop = crop.float()
     if height == width == size:
         return crop[0]
@@ -56,7 +56,9 @@ def resize_one_by_one(
     images: Tensor | Sequence[Tensor], boxes: np.ndarray, size: int, flip: np.ndarray
 ) -> Tensor:
     """Compute `crop_and_resize` with two kernel launches per image; the rest is done together."""
-    resized = [_resize(image, box, size) for image, box in zip(images, boxes.tolist(), strict=True)]
+    # The GPU filter does not support uint8.
+    pairs = zip(images, boxes.tolist(), strict=True)
+    resized = [_resize(image, box, size, in_float=True) for image, box in pairs]
     out = _levels(torch.stack(resized), images[0].dtype).to(images[0].dtype)
     mirrored = to_device(flip[:, None, None, None], out.device)
     return torch.where(mirrored, out.flip(3), out)

@@ -95,7 +95,7 @@ def test_on_gpus_images_of_many_sizes_are_resized_alike() -> None:
     boxes = np.array([[n, 2 * n, 20 + n, 24] for n in range(6)])
     boxes[3] = [1, 2, 20, 20]  # needs no resize
     flip = np.arange(6) % 2 == 0
-    mine = resize_one_by_one([image.float() for image in images], boxes, 20, flip)
+    mine = resize_one_by_one(images, boxes, 20, flip)
     wanted = crop_and_resize(images, boxes, 20, flip)
     assert mine.dtype == torch.uint8 and (mine.int() - wanted.int()).abs().max() <= 1
     assert torch.equal(mine[3], wanted[3])

@@ -176,19 +176,17 @@ RANGES: dict[str, Range] = {
     **_each(
         lambda v: 0 <= v <= 1,
         "between 0 and 1",
-        "DISTILLATION.LOGIT_WEIGHT OPTIM.DAMPENING TRAIN.HFLIP",
+        "DISTILLATION.LOGIT_WEIGHT OPTIM.DAMPENING TRAIN.HFLIP DATA_LOADER.MEAN",
     ),
     **_each(
         lambda v: 0 < v <= 1,
         "greater than 0 and at most 1",
-        "CNN.BN_MOMENTUM OPTIM.LR_MULT OPTIM.WARMUP_FACTOR TRAIN.FRACTION",
+        "CNN.BN_MOMENTUM OPTIM.LR_MULT OPTIM.WARMUP_FACTOR TRAIN.FRACTION DATA_LOADER.STD",
     ),
     "DISTILLATION.INTER_STUDENT_INDEX": (
         lambda v: v == "mix" or (isinstance(v, int) and v >= 0),
         "mix, or a list of block numbers of at least 0",
     ),
-    "DATA_LOADER.MEAN": (lambda v: 0 <= v <= 1, "between 0 and 1, for pixels from 0 to 1"),
-    "DATA_LOADER.STD": (lambda v: 0 < v <= 1, "above 0 and at most 1, for pixels from 0 to 1"),
     "DISTILLATION.ADAPTIVE_THRESHOLD": (lambda v: -math.inf < v < 0, "below 0 and finite"),
     # The Performer has half as many random features as token channels.
     "T2T.TOKEN_DIM": (lambda v: v >= 2, "at least 2"),

@@ -206,7 +206,7 @@ def test_numbers_that_cannot_take_effect_are_refused(tmp_path: Path) -> None:
     assert "MEAN is []" in fault(*values, *std) and "STD is []" in fault(*values, *mean)
     assert "3 numbers" in fault(*values, *std, "DATA_LOADER.MEAN", [0.5])
     assert "between 0 and 1" in fault(*values, *std, "DATA_LOADER.MEAN", [124, 116, 104])
-    assert "above 0" in fault(*values, *mean, "DATA_LOADER.STD", [0, 0.1, 0.1])
+    assert "greater than 0" in fault(*values, *mean, "DATA_LOADER.STD", [0, 0.1, 0.1])
     assert "Did you mean auto" in fault("DATA_LOADER.NORMALIZE", "aut")
     prepared = builders.build_preprocessing(config(GUIDE, tmp_path, *values, *mean, *std))
     assert (prepared.mean, prepared.std) == ((0.5,) * 3, (0.2,) * 3)

@@ -249,7 +249,8 @@ def test_the_doctor_says_what_each_split_is_for(tmp_path: Path, guide_file: Path
     for text, changes in facts.items():
         found = check_config(config(tmp_path, guide_file, **changes))
         assert text in [each.text for each in found if (each.level, each.topic) == (FACT, DATA)]
-        assert [each.text for each in found if each.level in (PROBLEM, NOTE)] == []
+        assert [each.text for each in found if each.level == PROBLEM] == []
+        assert [each.text for each in found if (each.level, each.topic) == (NOTE, DATA)] == []
 
 
 # Errors of the tests, and after which one training stops with a patience of 2.

@@ -164,6 +164,8 @@ def test_every_student_can_be_planned(photos: Path, model: str) -> None:
     command.init("photos", model, None, 10)
     cfg = lg.load_config(f"photos_configs/photos_{model}.yaml")
     assert cfg.DISTILLATION.ENABLE_INTER and len(cfg.DISTILLATION.INTER_STUDENT_INDEX) == 3
+    lr = cfg.OPTIM.BASE_LR
+    assert lr == (0.00025 if model == "deit-1m" else 0.00013)
 
 
 def facts_of(num_images: int, side: int = 400) -> command.ImageFacts:
@@ -178,6 +180,7 @@ def test_length_follows_data_and_machine() -> None:
         return plan.make_plan(
             facts_of(num_images, side),
             minutes=10,
+            student_lr=1e-3,
             guide_speed=Speed(seconds / 10, True),
             student_speed=lambda size: Speed(seconds * (size / 64) ** 2, False),
         )

@@ -57,6 +57,7 @@ def init(data: str, model: str, out: str | None, minutes: float) -> None:
     plan = make_plan(
         facts,
         minutes=minutes,
+        student_lr=load_config(known[model]).OPTIM.BASE_LR,
         guide_speed=measure_speed(load_config(_GUIDE, classes)),
         student_speed=student_speed,
     )

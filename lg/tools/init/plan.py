@@ -72,6 +72,7 @@ def make_plan(
     facts: ImageFacts,
     *,
     minutes: float,
+    student_lr: float,
     guide_speed: Speed,
     student_speed: Callable[[int], Speed],
 ) -> Plan:
@@ -81,6 +82,7 @@ def make_plan(
         facts: What the folder holds.
         minutes: Of training in all; at least MIN_EPOCHS epochs and MIN_STEPS steps are
             planned.
+        student_lr: Learning rate of the student's own recipe, for batches of 128.
         guide_speed: Of the guide.
         student_speed: From a side in pixels to the speed of the guided student on such images.
     """
@@ -102,7 +104,7 @@ def make_plan(
         guide=guide,
         student=student,
         guide_lr=_rounded(0.1 * batch / 128),  # linear scaling for SGD
-        student_lr=_rounded(5e-4 * sqrt(batch / 128)),  # square root scaling for AdamW
+        student_lr=_rounded(student_lr * sqrt(batch / 128)),  # square root scaling for AdamW
     )
 
 

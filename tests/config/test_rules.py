@@ -384,6 +384,7 @@ def test_settings_of_guidance_that_is_off_are_an_error(write: Write) -> None:
     path = write("DISTILLATION: {INTER_WEIGHT: 9.0}\n")
     message = fault(path)
     assert message.startswith("DISTILLATION.INTER_WEIGHT is 9.0") and "ENABLE_INTER" in message
-    # Guidance that is switched off explicitly is fine, as for an unguided run of a guided config.
+    # Guidance that is switched off explicitly takes its settings along, as for an unguided run of a
+    # guided config.
     cfg = lg.load_config(path, ["DISTILLATION.ENABLE_INTER", "False"])
-    assert leaf(cfg, "DISTILLATION.INTER_WEIGHT") == 9.0
+    assert leaf(cfg, "DISTILLATION.INTER_WEIGHT") == 2.5

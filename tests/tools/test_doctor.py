@@ -176,7 +176,8 @@ def test_problems_of_the_guide_are_all_found(tmp_path: Path) -> None:
 
 
 def test_a_weak_guide_of_other_data_is_noted(tmp_path: Path) -> None:
-    facts = {"test_err": 85.0, "ema_err": 100.0, "cfg": yaml.dump({"TRAIN": {"DATASET": "other"}})}
+    trained = yaml.dump({"MODEL": {"IMG_SIZE": 16}, "TRAIN": {"DATASET": "other"}})
+    facts = {"test_err": 85.0, "ema_err": 100.0, "cfg": trained}
     guide = guide_file(tmp_path / "guide.pyth", **facts)
     found = check_config(digits(tmp_path / "run", guide))
     assert texts(found, NOTE, MODEL) == [

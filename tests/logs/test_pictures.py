@@ -53,7 +53,10 @@ def test_the_table_has_the_numbers_of_the_log(drawn: Path) -> None:
 
 
 def test_the_pictures_are_images(drawn: Path) -> None:
-    sizes = {name: Image.open(drawn / name).size for name in NAMES[1:]}
+    sizes = {}
+    for name in NAMES[1:]:
+        with Image.open(drawn / name) as image:
+            sizes[name] = image.size
     assert all(min(size) > 300 for size in sizes.values())
     assert not list(drawn.glob(".partial*"))
 

@@ -167,7 +167,7 @@ def test_resume_in_channels_last_is_exact(
 ) -> None:
     """Also from a checkpoint whose momentum has the other memory layout."""
     opts = ["DEVICE", "cpu", "TRAIN.BATCH_SIZE", "60", "OPTIM.MAX_EPOCH", "2"]
-    opts += ["DATA_LOADER.NUM_WORKERS", "0", "OUT_DIR"]
+    opts += ["DATA_LOADER.NUM_WORKERS", "0", "LOG_PICTURES", "False", "OUT_DIR"]
     cfgs = [
         lg.load_config(CONFIGS / "digits/r-8_digits.yaml", [*opts, str(tmp_path / name)])
         for name in ("straight", "resumed")

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Time training steps in fp32 against bf16, for every family and the ResNet-56 guide.
 
-    python benchmarks/precision.py                     # about ten minutes on two cores
+    python benchmarks/precision.py                     # about six minutes on two cores
     python benchmarks/precision.py --models deit-ti r-56 --repeats 20
 
 Steps (forward, cross-entropy, backward, AdamW) of copies of one model alternate in one process:

@@ -8,7 +8,8 @@ python benchmarks/accuracy.py --check    # exit with 1 if the tables differ from
 `--add` keeps what a table needs of a run's log in docs/evidence/RUN/run.json: settings that
 differ from the defaults, tests, parameters, hours, commit and hardware (of the machine that runs
 `--add`, so run it where the model was trained). docs/evidence/tables.yaml lists the rows of each
-table and the runs of each row. A table stands in docs/results.md between `<!-- table NAME -->` and
+table and the runs of each row; a row with `minus` is the difference from those runs, seed by seed.
+A table stands in docs/results.md between `<!-- table NAME -->` and
 `<!-- end NAME -->`. An entry with `images` and `series` is a learning curve: a table of top-1 over
 the number of training images, plotted as docs/NAME.png.
 """
@@ -115,8 +116,16 @@ def row(label: str, runs: list[dict[str, Any]]) -> list[str]:
     ]
 
 
+def difference(label: str, runs: list[str], minus: list[str]) -> list[str]:
+    """Return the cells of a row: top-1 of runs minus top-1 of others with the same seeds."""
+    pairs = zip(last_accuracies(runs), last_accuracies(minus), strict=True)
+    change = spread([ours - theirs for ours, theirs in pairs])
+    change = change if change.startswith("-") else f"+{change}"
+    return [label, "", "", "", f"{len(runs)}", change, "", "", ""]
+
+
 def table(rows: list[dict[str, Any]]) -> str:
-    """Return a Markdown table of `{"label": ..., "runs": [...]}` rows."""
+    """Return a Markdown table of `{"label": ..., "runs": [...]}` rows, some with `"minus"`."""
     head = [
         "",
         "parameters",
@@ -129,15 +138,21 @@ def table(rows: list[dict[str, Any]]) -> str:
     ]
     lines = [[*head, "hours a run"], ["---"] * (len(head) + 1)]
     for entry in rows:
-        runs = [json.loads((EVIDENCE / name / "run.json").read_text()) for name in entry["runs"]]
-        lines.append(row(entry["label"], runs))
+        if "minus" in entry:
+            lines.append(difference(**entry))
+        else:
+            lines.append(row(entry["label"], load(entry["runs"])))
     return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+
+
+def load(names: list[str]) -> list[dict[str, Any]]:
+    """Return what is kept of some runs."""
+    return [json.loads((EVIDENCE / name / "run.json").read_text()) for name in names]
 
 
 def last_accuracies(names: list[str]) -> list[float]:
     """Return the top-1 accuracy of runs in their last test, in percent."""
-    runs = [json.loads((EVIDENCE / name / "run.json").read_text()) for name in names]
-    return [100 - run["tests"][-1]["top1_err"] for run in runs]
+    return [100 - run["tests"][-1]["top1_err"] for run in load(names)]
 
 
 def curve_table(entry: dict[str, Any]) -> str:
@@ -169,12 +184,13 @@ def fill(text: str, tables: dict[str, Any]) -> str:
         ValueError: The page lacks the marks of a table.
     """
     for name, rows in tables.items():
-        start, end = f"<!-- table {name} -->\n", f"\n<!-- end {name} -->"
-        if start not in text or end not in text:
+        start, end = f"<!-- table {name} -->\n", f"<!-- end {name} -->"
+        before, _, rest = text.partition(start)
+        _, found, after = rest.partition(end)
+        if not found:
             raise ValueError(f"docs/results.md lacks the marks of table {name!r}.")
-        before, rest = text.split(start, 1)
         lines = table(rows) if isinstance(rows, list) else curve_table(rows)
-        text = before + start + lines + end + rest.split(end, 1)[1]
+        text = before + start + lines + "\n" + end + after
     return text
 
 

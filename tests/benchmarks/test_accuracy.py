@@ -55,6 +55,13 @@ def test_table_gives_mean_and_student_interval(evidence):
     assert lines[3] == "| guided | 1.50 M | 0.25 | 2 | 2 | 61.0 ± 12.7 |  |  | 1.0 |"
 
 
+def test_difference_is_taken_seed_by_seed(evidence):
+    rows = [{"label": "gain", "runs": ["two", "two"], "minus": ["one", "two"]}]
+    assert accuracy.table(rows).splitlines()[2] == "| gain |  |  |  | 2 | +1.0 ± 12.7 |  |  |  |"
+    with pytest.raises(ValueError):
+        accuracy.table([{"label": "gain", "runs": ["two"], "minus": ["one", "two"]}])
+
+
 def test_learning_curve_as_table_and_plot(evidence):
     series = {"plain": [["one"], ["one"]], "guided": [["one", "two"], ["two"]]}
     entry = {"images": [102, 2040], "series": series}
@@ -72,6 +79,8 @@ def test_fill_replaces_a_table_and_needs_its_marks(evidence):
     filled = accuracy.fill(page, {"t": [{"label": "plain", "runs": ["one"]}]})
     assert "old" not in filled and "| plain |" in filled
     assert filled.startswith("a\n") and filled.endswith("\nb\n")
+    empty = page.replace("old\n", "")
+    assert accuracy.fill(empty, {"t": [{"label": "plain", "runs": ["one"]}]}) == filled
     with pytest.raises(ValueError, match="'other'"):
         accuracy.fill(page, {"other": []})
 

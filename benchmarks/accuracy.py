@@ -9,9 +9,9 @@ python benchmarks/accuracy.py --check    # exit with 1 if the tables differ from
 differ from the defaults, tests, parameters, hours, commit and hardware (of the machine that runs
 `--add`, so run it where the model was trained). docs/evidence/tables.yaml lists the rows of each
 table and the runs of each row; a row with `minus` is the difference from those runs, seed by seed.
-A table stands in docs/results.md between `<!-- table NAME -->` and
-`<!-- end NAME -->`. An entry with `images` and `series` is a learning curve: a table of top-1 over
-the number of training images, plotted as docs/NAME.png.
+A table stands in docs/results.md between `<!-- table NAME -->` and `<!-- end NAME -->`. An entry
+with `images` and `series` is a learning curve: a table of top-1 over the number of training
+images, plotted as docs/NAME.png.
 """
 
 from __future__ import annotations

@@ -163,6 +163,7 @@ def profile_steps(config: str, opts: list[str], num_steps: int = 3) -> None:
 
     import lg
     from lg import builders
+    from lg.device import synchronize
     from lg.distributed import World
 
     cfg = lg.load_config(config, [*opts, "DISTILLATION.TEACHER_WEIGHTS", "null"])
@@ -170,10 +171,8 @@ def profile_steps(config: str, opts: list[str], num_steps: int = 3) -> None:
     guided, guide, loss = builders.build_guided(cfg)
     guided.to(device).train()
     guide.to(device)
-    optimizer, precision = (
-        builders.build_optimizer(cfg, guided),
-        builders.build_precision(cfg, device),
-    )
+    optimizer = builders.build_optimizer(cfg, guided)
+    precision = builders.build_precision(cfg, device)
     size, count = cfg.MODEL.IMG_SIZE, cfg.TRAIN.BATCH_SIZE
     images = torch.randn(count, 3, size, size, device=device)
     targets = torch.full((count, cfg.MODEL.NUM_CLASSES), 1 / cfg.MODEL.NUM_CLASSES, device=device)
@@ -193,13 +192,12 @@ def profile_steps(config: str, opts: list[str], num_steps: int = 3) -> None:
         optimizer.zero_grad(set_to_none=True)
 
     def seconds(function: Callable[[], Any]) -> float:
-        wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
         function()
-        wait()
+        synchronize(device)
         started = time.perf_counter()
         for _ in range(num_steps):
             function()
-        wait()
+        synchronize(device)
         return (time.perf_counter() - started) / num_steps
 
     whole, part = seconds(step), seconds(look)
@@ -207,8 +205,7 @@ def profile_steps(config: str, opts: list[str], num_steps: int = 3) -> None:
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
     with torch.profiler.profile(activities=activities) as record:
         step()
-        if on_gpu:
-            torch.cuda.synchronize()
+        synchronize(device)
     events = list(record.events())
     kernels = [e for e in events if str(e.device_type).endswith("CUDA")] if on_gpu else events
     busy = sum(e.time_range.elapsed_us() for e in kernels) / 1e6 if on_gpu else 0.0

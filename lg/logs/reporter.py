@@ -140,11 +140,7 @@ class Reporter:
         self.log.close_bar()
         losses = self._losses(means)
         guided = {"guidance_factor": factor} if self.inter or self.logit else {}
-        weights = {
-            f"mixture/stage_{stage}_block_{block}": weight
-            for stage, row in enumerate(mixture)
-            for block, weight in enumerate(row)
-        }
+        weights = _mixture_scalars(mixture)
         seconds = time.perf_counter() - self._started
         self._check_cores(seconds)
         average = seconds / max(self._steps, 1)
@@ -176,13 +172,19 @@ class Reporter:
                 "epoch/top5_acc": 100 - means["top5_err"],
             },
         )
-        parts = [f"cls {means['cls']:.4f}"] + [
-            f"{n} {means[n]:.4f}" for n in ("inter", "logit") if getattr(self, n)
-        ]
         errors = {f"train_{key}": means[key] for key in ("top1_err", "top5_err")}
         row = {**losses, **guided, **errors, "lr": lr, "seconds": seconds, **weights}
         self.pictures.add(epoch + 1, self._without_top5(row))
-        self._train_line = (
+        self._train_line = self._describe_epoch(means, epoch, average, eta)
+
+    def _describe_epoch(
+        self, means: dict[str, float], epoch: int, average: float, eta: float
+    ) -> str:
+        """Return the line of an epoch; average is seconds per step, eta seconds."""
+        parts = [f"cls {means['cls']:.4f}"] + [
+            f"{n} {means[n]:.4f}" for n in ("inter", "logit") if getattr(self, n)
+        ]
+        return (
             f"epoch {epoch + 1}/{self.max_epoch}  loss {means['loss']:.4f} ({', '.join(parts)})  "
             f"train top-1 "
             f"{100 - means['top1_err']:.2f} %  {self.batch_size / average:,.0f} images/s  "
@@ -373,3 +375,12 @@ def result_lines(
             shown = "no images" if math.isnan(accuracy) else f"{accuracy:6.2f} % of {count:,}"
             lines.append(f"  {name:<{width}}  {shown}")
     return lines
+
+
+def _mixture_scalars(mixture: list[list[float]]) -> dict[str, float]:
+    """Name the weight of each block for each guide stage."""
+    return {
+        f"mixture/stage_{stage}_block_{block}": weight
+        for stage, row in enumerate(mixture)
+        for block, weight in enumerate(row)
+    }

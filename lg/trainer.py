@@ -246,16 +246,10 @@ def evaluate(
 def test(cfg: CfgNode) -> EvalResult:
     """Test TEST.WEIGHTS on the images that `load_tested` lists, and print the result."""
     with joined_world(cfg) as world:
-        cfg = builders.with_trained_statistics(cfg, tested_weights(cfg), world)
-        model, dataset, device = load_tested(cfg, world)
-        loader = builders.build_test_loader(cfg, dataset, world, device)
+        cfg, model, dataset, precision = load_tested(cfg, world)
+        loader = builders.build_test_loader(cfg, dataset, world, precision.device)
         try:
-            result = evaluate(
-                model,
-                loader,
-                num_classes=cfg.MODEL.NUM_CLASSES,
-                precision=builders.build_precision(cfg, device),
-            )
+            result = evaluate(model, loader, num_classes=cfg.MODEL.NUM_CLASSES, precision=precision)
         finally:
             if isinstance(loader, CachedTestLoader):
                 loader.close()
@@ -265,20 +259,21 @@ def test(cfg: CfgNode) -> EvalResult:
         return result
 
 
-def load_tested(cfg: CfgNode, world: World) -> tuple[nn.Module, ImageDataset, torch.device]:
+def load_tested(cfg: CfgNode, world: World) -> tuple[CfgNode, nn.Module, ImageDataset, Precision]:
     """Load TEST.WEIGHTS (default: the best of OUT_DIR), and list the images to test it with.
 
     The labels follow the classes of the weights, whose names checkpoints of this project hold.
 
     Returns:
-        (model on its device, images, device)
+        (config with the MEAN and STD of the training, model on its device, images, precision)
 
     Raises:
-        ConfigError: There are no weights.
+        ConfigError: There are no weights, or they were trained with another normalisation.
         DataError: The images have classes that the model does not know.
     """
     path = tested_weights(cfg)
-    device = builders.build_device(cfg, world)
+    cfg = builders.with_trained_statistics(cfg, path, world)
+    precision = builders.build_precision(cfg, builders.build_device(cfg, world))
     model = builders.build_model(cfg, pretrained=False)
     with distributed.in_turn(world):  # a URL is downloaded once
         facts = load_weights(model, path, cache=cfg.DOWNLOAD_CACHE)
@@ -288,8 +283,8 @@ def load_tested(cfg: CfgNode, world: World) -> tuple[nn.Module, ImageDataset, to
     if world.is_main:
         for note in builders.data_notes(dataset):
             print(f"Warning: {note}.", file=sys.stderr, flush=True)
-    builders.place_model(model, builders.build_precision(cfg, device))
-    return model, dataset, device
+    builders.place_model(model, precision)
+    return cfg, model, dataset, precision
 
 
 def tested_weights(cfg: CfgNode) -> str:

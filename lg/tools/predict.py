@@ -210,23 +210,21 @@ def evaluate(cfg: CfgNode) -> Predictions:
         ConfigError: There are no weights.
         DataError: The images cannot be read, or have classes that the model does not know.
     """
-    cfg = builders.with_trained_statistics(cfg, trainer.tested_weights(cfg), World())
-    return evaluate_loaded(cfg, *trainer.load_tested(cfg, World()))
+    return evaluate_loaded(*trainer.load_tested(cfg, World()))
 
 
 @torch.no_grad()
 def evaluate_loaded(
-    cfg: CfgNode, model: nn.Module, dataset: ImageDataset, device: torch.device
+    cfg: CfgNode, model: nn.Module, dataset: ImageDataset, precision: Precision
 ) -> Predictions:
     """Return what a model, on its device and left in evaluation mode, predicts for a set."""
-    precision = builders.build_precision(cfg, device)
-    loader = builders.build_test_loader(cfg, dataset, World(), device)
+    loader = builders.build_test_loader(cfg, dataset, World(), precision.device)
     model.eval()
     rows = []
     try:
         for batch in loader:
             with precision.autocast():
-                logits = model(batch.to(device).images)
+                logits = model(batch.to(precision.device).images)
             rows.append(logits.float().softmax(dim=1).cpu())
     finally:
         if isinstance(loader, CachedTestLoader):

@@ -85,9 +85,9 @@ def _test(run: RunRecord, opts: Sequence[str]) -> Tested:
     # A report downloads nothing unless it is told to.
     own = ["TEST.WEIGHTS", str(run.weights), "DATA_LOADER.DOWNLOAD", "False"]
     cfg = load_trained_config(run.weights, [*own, *opts])
-    model, dataset, device = trainer.load_tested(cfg, World())
-    predictions = evaluate_loaded(cfg, model, dataset, device)
-    return Tested(cfg, unwrap(model), device, dataset, predictions)
+    cfg, model, dataset, precision = trainer.load_tested(cfg, World())
+    predictions = evaluate_loaded(cfg, model, dataset, precision)
+    return Tested(cfg, unwrap(model), precision.device, dataset, predictions)
 
 
 def with_tests(subjects: Sequence[Subject]) -> list[tuple[Subject, Tested]]:

@@ -25,7 +25,8 @@ from torch.utils._pytree import tree_leaves
 from lg.errors import CheckpointError
 from lg.files.atomic import remove_leftovers, write_atomically
 from lg.files.safe_pickle import NUMBERS
-from lg.models.published import load_published_state_dict
+from lg.models.positions import resample_positions
+from lg.models.published import load_published_state_dict, published_state_dict
 from lg.paths import local_path
 
 DEFAULT_CACHE = "/tmp/pycls-download-cache"
@@ -148,7 +149,11 @@ def foreign_weights(state: Mapping[str, Any], name: str) -> dict[str, Tensor]:
 
 
 def load_weights(
-    model: nn.Module, path: str | os.PathLike[str], *, cache: str = DEFAULT_CACHE
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    *,
+    cache: str = DEFAULT_CACHE,
+    any_size: bool = False,
 ) -> dict[str, Any]:
     """Load weights into a model, strictly, from a checkpoint of this project or a published one.
 
@@ -158,9 +163,11 @@ def load_weights(
         model: A model of `lg.build_model`.
         path: File or URL.
         cache: Folder for downloads.
+        any_size: Whether to resample position embeddings of another image size.
 
     Returns:
-        The other facts of the file: epoch, test_err, ema_err, cfg, class_names, if present.
+        The other facts of the file: epoch, test_err, ema_err, cfg, class_names, if present. With
+        `any_size`, also resampled: key -> (old shape, new shape) of the resampled embeddings.
 
     Raises:
         CheckpointError: The file cannot be read (see `read_checkpoint`), or its keys or shapes
@@ -169,13 +176,20 @@ def load_weights(
     name = os.fspath(path)
     state = read_checkpoint(name, cache=cache)
     weights = choose_weights(state, name)
+    fitted = resample_positions(weights, published_state_dict(model)) if any_size else weights
     try:
-        load_published_state_dict(model, weights)
+        load_published_state_dict(model, fitted)
     except ValueError as error:
         raise CheckpointError(f"{name}: {error}") from None
     facts: dict[str, Any] = {
         key: state[key] for key in ("epoch", "cfg", "class_names") if key in state
     }
+    if any_size:
+        facts["resampled"] = {
+            key: (list(old.shape), list(fitted[key].shape))
+            for key, old in weights.items()
+            if fitted[key] is not old
+        }
     return facts | {key: _error(state, key) for key in ("test_err", "ema_err") if key in state}
 
 

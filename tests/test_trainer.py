@@ -428,6 +428,24 @@ def test_config_errors_are_raised_before_anything_is_built(
     assert not (tmp_path / "out").exists()
 
 
+def test_training_continues_at_another_image_size(tmp_path: Path, guide_file: Path) -> None:
+    """With a learning rate of almost 0, only the positions change: 17 tokens become 37."""
+    trainer.train(config(tmp_path / "small", guide_file, OPTIM__MAX_EPOCH=1))
+    rate = {"OPTIM__MAX_EPOCH": 1, "OPTIM__BASE_LR": 1e-12, "OPTIM__MIN_LR": 0.0}
+    start = {"TRAIN__WEIGHTS": tmp_path / "small/model.pyth", "MODEL__IMG_SIZE": 24}
+    trainer.train(config(tmp_path / "large", guide_file, **start, **rate))
+    log = (tmp_path / "large/log.txt").read_text(encoding="utf-8")
+    assert "TRAIN.WEIGHTS: pos_embed resampled from [1, 17, 24] to [1, 37, 24]." in log
+    before, after = (
+        read_checkpoint(tmp_path / name / "model.pyth")["model_state"]
+        for name in ("small", "large")
+    )
+    assert list(after) == list(before)
+    positions = (before.pop("pos_embed"), after.pop("pos_embed"))
+    assert [table.shape[1] for table in positions] == [17, 37]
+    torch.testing.assert_close(after, before, rtol=0, atol=1e-8)
+
+
 def test_bf16_trains_in_bf16(tmp_path: Path, guide_file: Path) -> None:
     mixed = {"TRAIN__MIXED_PRECISION": True, "TRAIN__AMP_DTYPE": "bf16"}
     trainer.train(config(tmp_path, guide_file, **mixed, OPTIM__MAX_EPOCH=1))

@@ -60,7 +60,7 @@ def build_run(cfg: CfgNode, data: Splits, world: World, log: RunLog) -> Run:
     guided, guide, loss = build_guided(cfg)
     check_guide_classes(cfg, data.train.class_names)
     if cfg.TRAIN.WEIGHTS:
-        load_weights(guided.student, cfg.TRAIN.WEIGHTS, cache=cfg.DOWNLOAD_CACHE)
+        _start_from(cfg, guided.student, log)
     stream = np.random.SeedSequence((cfg.RNG_SEED, MODEL, world.rank)).generate_state(1)[0]
     torch.manual_seed(int(stream))  # other draws of dropout in each process
     prepare_bank(cfg, guide, data.train, device)
@@ -142,6 +142,13 @@ def place_model(net: nn.Module, precision: Precision) -> str:
         return ""
     net.to(memory_format=torch.channels_last)
     return "Memory format: channels_last, which is faster for this model on CPUs."
+
+
+def _start_from(cfg: CfgNode, student: nn.Module, log: RunLog) -> None:
+    """Load TRAIN.WEIGHTS, which may be of another image size."""
+    facts = load_weights(student, cfg.TRAIN.WEIGHTS, cache=cfg.DOWNLOAD_CACHE, any_size=True)
+    for key, (old, new) in facts["resampled"].items():
+        log.info(f"TRAIN.WEIGHTS: {key} resampled from {old} to {new}.")
 
 
 def _prepare_log(cfg: CfgNode, data: Splits, device: torch.device, log: RunLog) -> None:

@@ -56,8 +56,11 @@ def test_a_good_config_has_no_problems_and_leaves_no_files(
         test_err=12.5,
         cfg="MODEL: {IMG_SIZE: 16}\nTRAIN: {DATASET: digits}",
     )
+    larger = lg.build_model(digits(tmp_path / "run", guide, MODEL__IMG_SIZE=24))
+    start = tmp_path / "start.pyth"  # of another image size
+    torch.save(lg.published_state_dict(larger), start)
     before = snapshot(tmp_path)
-    cfg = digits(tmp_path / "run", guide)
+    cfg = digits(tmp_path / "run", guide, TRAIN__WEIGHTS=start)
     doctor(cfg)
     assert snapshot(tmp_path) == before
     lines = capsys.readouterr().out.splitlines()

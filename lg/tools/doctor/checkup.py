@@ -186,7 +186,7 @@ def _check_model(cfg: CfgNode, found: Findings) -> None:
     if _exists(cfg.TRAIN.WEIGHTS):
         with found.catch(MODEL, "loading weights", key="TRAIN.WEIGHTS"):
             model = build_model(cfg, pretrained=False)
-            load_weights(model, cfg.TRAIN.WEIGHTS, cache=cfg.DOWNLOAD_CACHE)
+            load_weights(model, cfg.TRAIN.WEIGHTS, cache=cfg.DOWNLOAD_CACHE, any_size=True)
     if _exists(cfg.MODEL.PRETRAINED):
         with found.catch(MODEL, "loading weights", key="MODEL.PRETRAINED"):
             build_model(cfg)

@@ -25,18 +25,23 @@ from lg.distributed import World
 from lg.errors import ConfigError
 from lg.files.atomic import write_atomically
 from lg.logs.log import read_json_lines
-from lg.paths import project_folder
+from lg.paths import local_path, project_folder
 from lg.tools.seeds import read_result
 
 _GUIDE_MODEL = ("CNN.", "RESNET.")
 # Overrides of these keys and sections apply to the guide as well.
 _SHARED = (
-    *("DATA_LOADER.", "DEVICE", "RNG_SEED", "NUM_GPUS", "TRAIN.DATASET", "TRAIN.FRACTION"),
-    *("TRAIN.VAL_FRACTION", "TEST.", "MODEL.NUM_CLASSES", "LOG_", "VERBOSE", "DIST_BACKEND"),
+    *("DATA_LOADER.", "DEVICE", "RNG_SEED", "NUM_GPUS", "LOG_", "VERBOSE", "DIST_BACKEND"),
+    *("TRAIN.DATASET", "TRAIN.FRACTION", "TRAIN.VAL_FRACTION", "TRAIN.EXCLUDE", "TRAIN.BALANCE"),
+    *("TRAIN.RESIZE", "TRAIN.HFLIP", "TEST.", "MODEL.NUM_CLASSES", "MODEL.IN_CHANNELS"),
     *_GUIDE_MODEL,
 )
-# Keys that do not change what a training learns, beside those that may change when it resumes.
-_PLACES = ("DATA_LOADER.", "DISTILLATION.TEACHER_WEIGHTS", "DEVICE", "DIST_BACKEND")
+# Keys that do not change what a training learns, beside those that may change when it resumes, or
+# name files whose contents are hashed.
+_PLACES = (
+    *("DATA_LOADER.ROOT", "DATA_LOADER.ON_ERROR", "DEVICE", "DIST_BACKEND"),
+    *("DISTILLATION.TEACHER_WEIGHTS", "TRAIN.WEIGHTS", "TRAIN.EXCLUDE"),
+)
 _DONE = "pipeline.json"  # in the folder of a finished training
 
 
@@ -82,7 +87,7 @@ def pipeline(
     if path is None:
         raise ConfigError("--cfg is missing: give the config of a guided model.")
     cfg = load_config(path, opts)
-    _check(cfg, path)
+    _check(cfg, path, plain)
     guide_path = guide or find_guide(path, cfg.DISTILLATION.TEACHER_WEIGHTS)
     pairs = [pair for pair in zip(opts[::2], opts[1::2], strict=True) if pair[0] != "OUT_DIR"]
     shared = [part for pair in pairs if pair[0].startswith(_SHARED) for part in pair]
@@ -98,9 +103,12 @@ def pipeline(
         parts.append(_part("plain", path, [*bare, *off], parent, suffix="_plain"))
     parts.append(_part("guided", path, [*own, *guided], parent, suffix="", basis=first.folder))
     results = {part.name: run_part(part, train) for part in parts}
-    weights = os.path.join(results["guided"]["folder"], "model.pyth")
-    predict = f"python run_net.py --mode predict --images IMAGES TEST.WEIGHTS {weights}"
-    print("\n".join(["", *table(results), "", f"Classify images: {predict}"]))
+    weights = {
+        name: os.path.join(result["folder"], "model.pyth") for name, result in results.items()
+    }
+    places = [f"{name + ' model':<13}{path}" for name, path in weights.items()]
+    command = f"python run_net.py --mode predict --images IMAGES TEST.WEIGHTS {weights['guided']}"
+    print("\n".join(["", *table(results), "", *places, "", f"Classify images: {command}"]))
     target = os.path.join(parent, f"{Path(path).stem}_pipeline.json")
     content = json.dumps(results, indent=1).encode()
     write_atomically(target, lambda file: file.write(content))
@@ -125,7 +133,7 @@ def find_guide(path: str, weights: str | None) -> str:
     )
 
 
-def _check(cfg: CfgNode, path: str) -> None:
+def _check(cfg: CfgNode, path: str, plain: bool) -> None:
     """Reject configs without a guide, and runs that would not follow each other here."""
     options = cfg.DISTILLATION
     if not (options.ENABLE_INTER or options.ENABLE_LOGIT):
@@ -137,6 +145,11 @@ def _check(cfg: CfgNode, path: str) -> None:
         raise ConfigError(
             f"DISTILLATION.OFFLINE is True in {path}, but stored features belong to one guide: "
             "give the config without it."
+        )
+    if plain and cfg.TRAIN.WEIGHTS:
+        raise ConfigError(
+            f"TRAIN.WEIGHTS is {cfg.TRAIN.WEIGHTS!r}, from which the model without guidance would "
+            "start too: leave out --plain, and train it with --mode train from weights of its own."
         )
     if cfg.LAUNCH.MODE != "local" or "RANK" in os.environ:
         raise ConfigError(
@@ -160,6 +173,9 @@ def settings_hash(cfg: CfgNode, basis: str = "") -> str:
     Args:
         cfg: The config.
         basis: What else it depends on: the name of its guide's folder.
+
+    Raises:
+        ConfigError: TRAIN.WEIGHTS cannot be read.
     """
     skipped = (*FREE_ON_RESUME, *_PLACES)
     settings = {
@@ -173,8 +189,19 @@ def settings_hash(cfg: CfgNode, basis: str = "") -> str:
         for file in filter(os.path.isfile, files):
             images.append([os.path.relpath(file, cfg.DATA_LOADER.ROOT), os.path.getsize(file)])
         images.append([dataset.indices.tolist(), fingerprint(dataset)])
-    text = json.dumps([settings, images, os.path.basename(basis)], sort_keys=True)
+    parts = [settings, images, os.path.basename(basis)]
+    if cfg.TRAIN.WEIGHTS:
+        parts.append(_file_hash(cfg.TRAIN.WEIGHTS, cfg.DOWNLOAD_CACHE))
+    text = json.dumps(parts, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _file_hash(path: str, cache: str) -> str:
+    try:
+        content = Path(local_path(path, cache=cache)).read_bytes()
+    except OSError as error:
+        raise ConfigError(f"TRAIN.WEIGHTS is {path!r}, which cannot be read: {error}.") from None
+    return hashlib.sha256(content).hexdigest()
 
 
 def run_part(part: Part, train: Callable[[CfgNode], None]) -> dict[str, Any]:

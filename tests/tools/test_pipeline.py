@@ -16,6 +16,7 @@ from PIL import Image
 import lg
 import run_net
 from lg import trainer
+from lg.config import flatten
 from lg.errors import ConfigError
 from lg.tools import pipeline
 from tests.test_trainer import TINY
@@ -72,7 +73,12 @@ def test_three_models_are_trained_once_and_compared(
         assert cfg.DISTILLATION.ENABLE_INTER is (name == "guided")
     weights = Path(found["guide"]["folder"], "model.pyth")
     assert Path(cfg.DISTILLATION.TEACHER_WEIGHTS) == weights
-    *rows, _, command = capsys.readouterr().out.splitlines()[-6:]
+    *rows, _, guide_place, plain_place, guided_place, _, command = (
+        capsys.readouterr().out.splitlines()[-10:]
+    )
+    assert guide_place == f"guide model  {found['guide']['folder']}/model.pyth"
+    assert plain_place == f"plain model  {found['plain']['folder']}/model.pyth"
+    assert guided_place == f"guided model {found['guided']['folder']}/model.pyth"
     assert command.endswith(f"TEST.WEIGHTS {found['guided']['folder']}/model.pyth")
     assert "top-1" in rows[0] and "95 % interval" in rows[0]
     assert [row.split("  ")[0] for row in rows[1:]] == [
@@ -109,13 +115,19 @@ def test_an_interrupted_pipeline_goes_on(
     assert "g-" in done[0] and "vit_digits_ours-" in done[2] and len(done) == 3
 
 
-def test_the_hash_follows_images_and_settings_but_not_places(tmp_path: Path) -> None:
+def photos(tmp_path: Path) -> Path:
+    """Return an image folder of two classes, three images each in training and test."""
     root = tmp_path / "photos"
     for name in ("train/a", "train/b", "test/a", "test/b"):
         (root / name).mkdir(parents=True)
         for number in range(3):
             pixels = np.full((8, 8, 3), 40 * number, np.uint8)
             Image.fromarray(pixels).save(root / name / f"{number}.png")
+    return root
+
+
+def test_the_hash_follows_images_and_settings_but_not_places(tmp_path: Path) -> None:
+    root = photos(tmp_path)
 
     def ident(place: Path, *more: str) -> str:
         data = ["TRAIN.DATASET", "image_folder", "TEST.DATASET", "", "DATA_LOADER.ROOT", str(place)]
@@ -128,8 +140,50 @@ def test_the_hash_follows_images_and_settings_but_not_places(tmp_path: Path) -> 
     shutil.copytree(root, tmp_path / "moved")
     assert first == ident(tmp_path / "moved")
     assert first != ident(root, "OPTIM.BASE_LR", "0.01")
+    assert first != ident(root, "DATA_LOADER.NORMALIZE", "auto")
+    weights = tmp_path / "model.pyth"
+    weights.write_bytes(b"1")
+    started = ident(root, "TRAIN.WEIGHTS", str(weights))
+    shutil.copy(weights, tmp_path / "copy.pyth")
+    assert started == ident(root, "TRAIN.WEIGHTS", str(tmp_path / "copy.pyth"))
+    weights.write_bytes(b"2")
+    assert len({first, started, ident(root, "TRAIN.WEIGHTS", str(weights))}) == 3
     (root / "train/a/1.png").rename(root / "train/a/9.png")
     assert first != ident(root)
+
+
+def test_settings_of_the_images_reach_the_guide(tmp_path: Path) -> None:
+    """The guide must not see images that are excluded, nor be trained for others."""
+    root, guide = photos(tmp_path), tmp_path / "g.yaml"
+    (tmp_path / "copies.txt").write_text("train/a/1.png\n")
+    guide.write_text("_BASE_: configs/digits/r-8_digits.yaml\nTRAIN: {BATCH_SIZE: 2}")
+    changes = {
+        "TRAIN.DATASET": "image_folder",
+        "TEST.DATASET": "image_folder",
+        "DATA_LOADER.ROOT": str(root),
+        "MODEL.NUM_CLASSES": 2,
+        "TRAIN.FRACTION": 1.0,
+        "TRAIN.EXCLUDE": str(tmp_path / "copies.txt"),
+        "TRAIN.RESIZE": "letterbox",
+        "TRAIN.HFLIP": 0.25,
+        "TRAIN.BALANCE": "weights",
+        "MODEL.IN_CHANNELS": 1,
+        "RNG_SEED": 7,
+    }
+    seen: list[dict[str, Any]] = []
+
+    def train(cfg: Any) -> None:
+        values = dict(flatten(cfg))
+        seen.append({key: values[key] for key in changes})
+        raise KeyboardInterrupt
+
+    more = [
+        *opts(OUT_DIR=tmp_path, TRAIN__BATCH_SIZE=2),
+        *(str(part) for pair in changes.items() for part in pair),
+    ]
+    with pytest.raises(KeyboardInterrupt):
+        pipeline.pipeline(CONFIG, more, str(guide), False, train)
+    assert seen == [changes]
 
 
 def test_the_guide_is_found_by_the_name_of_its_weights(tmp_path: Path) -> None:
@@ -147,6 +201,7 @@ def test_the_guide_is_found_by_the_name_of_its_weights(tmp_path: Path) -> None:
     ("config", "more", "message"),
     [
         (None, [], "--cfg is missing"),
+        (CONFIG, ["TRAIN.WEIGHTS", "/gone.pyth"], "leave out --plain"),
         ("configs/digits/vit_digits_base.yaml", [], "is not guided"),
         ("configs/digits/vit_digits_ours_offline.yaml", [], "give the config without it"),
         (CONFIG, ["LAUNCH.MODE", "slurm"], "set LAUNCH.MODE local"),
@@ -154,4 +209,11 @@ def test_the_guide_is_found_by_the_name_of_its_weights(tmp_path: Path) -> None:
 )
 def test_what_cannot_run_is_rejected(config: str | None, more: list[str], message: str) -> None:
     with pytest.raises(ConfigError, match=re.escape(message)):
-        pipeline.pipeline(config, more, None, False, trainer.train)
+        pipeline.pipeline(config, more, None, "TRAIN.WEIGHTS" in more, trainer.train)
+
+
+def test_missing_weights_are_found_before_the_guide_trains(tmp_path: Path) -> None:
+    more = opts(TRAIN__WEIGHTS="/gone.pyth", OUT_DIR=tmp_path)
+    with pytest.raises(ConfigError, match=r"TRAIN\.WEIGHTS is '/gone\.pyth', which cannot be read"):
+        pipeline.pipeline(CONFIG, more, None, False, trainer.train)
+    assert not any(tmp_path.iterdir())

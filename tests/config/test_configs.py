@@ -73,6 +73,7 @@ GOLDEN: dict[str, tuple[int, int, list[tuple[int, int]]]] = GRID | {
     "digits/vit_digits_ours.yaml": (678_634, 6, [(96, 4), (96, 4), (96, 4)]),
     "digits/vit_digits_ours_offline.yaml": (678_634, 6, [(96, 4), (96, 4), (96, 4)]),
     "pvtv2/pvtv2-b0_flowers_best.yaml": (3_435_974, 8, [(32, 16), (64, 8), (256, 2)]),
+    "pvtv2/pvtv2-b0_flowers_best_96.yaml": (3_435_974, 8, [(32, 24), (64, 12), (256, 3)]),
     "resnet/r-18_c100.yaml": (11_227_812, 4, []),
     "resnet/r-20_c100-tenth.yaml": (278_324, 3, []),
     "resnet/r-20_flowers.yaml": (278_454, 3, []),

@@ -200,7 +200,10 @@ def _file_hash(path: str, cache: str) -> str:
     try:
         content = Path(local_path(path, cache=cache)).read_bytes()
     except OSError as error:
-        raise ConfigError(f"TRAIN.WEIGHTS is {path!r}, which cannot be read: {error}.") from None
+        raise ConfigError(
+            f"TRAIN.WEIGHTS is {path!r}, which cannot be read ({error.strerror or error}). Check "
+            "the path, or train the model that writes it first."
+        ) from None
     return hashlib.sha256(content).hexdigest()
 
 

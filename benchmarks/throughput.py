@@ -192,7 +192,6 @@ def prepare(
 ) -> tuple[dict[str, Callable[[], float]], dict[str, Any]]:
     """Return the blocks, functions that run `steps` steps and return the seconds, and facts."""
     import lg
-    from lg import trainer
     from lg.device import synchronize
     from lg.distributed import World
     from lg.logs.log import RunLog
@@ -229,28 +228,32 @@ def prepare(
     def training(run: Any) -> Callable[[], float]:
         return lambda: timed(lambda: train_step(run, next_batch(run)), run.loader.num_prefetched)
 
-    def test() -> float:
-        synchronize(device)
-        started = time.perf_counter()
-        model, count = plain.guided.student, min(2, len(plain.test_loader))
-        result = trainer.evaluate(
-            model,
-            islice(plain.test_loader, count),  # type: ignore[arg-type]
-            num_classes=plain.settings.num_classes,
-            precision=plain.precision,
-        )
-        seconds = time.perf_counter() - started
-        plain.module.train()
-        return seconds * steps * plain.report.batch_size / result.count  # for a block's images
-
     blocks = {
         "ceiling": lambda: timed(lambda: train_step(plain, fixed)),
         "loader": lambda: timed(lambda: next_batch(plain), plain.loader.num_prefetched),
     }
     blocks |= {kind: training(run) for kind, run in runs.items()}
-    blocks["test"] = test
+    blocks["test"] = lambda: test_seconds(plain, steps)
     waits = first_synchronization(blocks["guided"]) if device.type == "cuda" else ""
     return blocks, {**describe(lg.load_config(config, opts), plain), "waits": waits}
+
+
+def test_seconds(run: Any, steps: int) -> float:
+    """Test up to two batches; return the seconds for as many images as `steps` training steps."""
+    from lg import trainer
+    from lg.device import synchronize
+
+    synchronize(run.device)
+    started = time.perf_counter()
+    result = trainer.evaluate(
+        run.guided.student,
+        islice(run.test_loader, min(2, len(run.test_loader))),
+        num_classes=run.settings.num_classes,
+        precision=run.precision,
+    )
+    seconds = time.perf_counter() - started
+    run.module.train()
+    return seconds * steps * run.report.batch_size / result.count
 
 
 def describe(cfg: Any, run: Any) -> dict[str, Any]:

@@ -176,9 +176,9 @@ def load_weights(
     name = os.fspath(path)
     state = read_checkpoint(name, cache=cache)
     weights = choose_weights(state, name)
-    fitted = resample_positions(weights, published_state_dict(model)) if any_size else weights
+    fitted = resample_positions(weights, published_state_dict(model)) if any_size else {}
     try:
-        load_published_state_dict(model, fitted)
+        load_published_state_dict(model, {**weights, **fitted})
     except ValueError as error:
         raise CheckpointError(f"{name}: {error}") from None
     facts: dict[str, Any] = {
@@ -186,9 +186,7 @@ def load_weights(
     }
     if any_size:
         facts["resampled"] = {
-            key: (list(old.shape), list(fitted[key].shape))
-            for key, old in weights.items()
-            if fitted[key] is not old
+            key: (list(weights[key].shape), list(new.shape)) for key, new in fitted.items()
         }
     return facts | {key: _error(state, key) for key in ("test_err", "ema_err") if key in state}
 

@@ -14,8 +14,8 @@ _NAME = re.compile(r"(^|\.)pos_embed\d*$")
 _MAX_PREFIX = 2  # class token, distillation token
 
 
-def resample_positions(weights: Mapping[str, Any], like: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Return weights with the absolute position embeddings resampled (bicubic) to other grids.
+def resample_positions(weights: Mapping[str, Any], like: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the absolute position embeddings of weights that fit after resampling (bicubic).
 
     Args:
         weights: Weights under their published names.
@@ -23,19 +23,19 @@ def resample_positions(weights: Mapping[str, Any], like: Mapping[str, Tensor]) -
             to two other tokens, whose embeddings stay, or [1, C, S, S].
 
     Returns:
-        All weights; embeddings that differ in more than the size of their grid are as before.
+        Embeddings that differ from the model's only in the size of their grid, resampled.
     """
-    changed = {
-        name: _resample(old, new)
+    return {
+        name: fitted
         for name, new in like.items()
         if _NAME.search(name)
         and isinstance(old := weights.get(name), Tensor)
         and old.shape != new.shape
+        and (fitted := _resample(old, new)) is not None
     }
-    return {**weights, **changed}
 
 
-def _resample(old: Tensor, new: Tensor) -> Tensor:
+def _resample(old: Tensor, new: Tensor) -> Tensor | None:
     is_grid = all(table.ndim == 4 and table.shape[2] == table.shape[3] for table in (old, new))
     if is_grid and old.shape[:2] == new.shape[:2]:
         size = [*new.shape[2:]]
@@ -46,4 +46,4 @@ def _resample(old: Tensor, new: Tensor) -> Tensor:
             counts = [side**2 + prefix for side in sides]
             if min(sides) > 0 and counts == [old.shape[1], new.shape[1]]:
                 return resample_abs_pos_embed(old, [sides[1]] * 2, num_prefix_tokens=prefix)
-    return old
+    return None

@@ -10,8 +10,9 @@ differ from the defaults, tests, parameters, hours, commit and hardware (of the 
 `--add`, so run it where the model was trained). docs/evidence/tables.yaml lists the rows of each
 table and the runs of each row; a row with `minus` is the difference from those runs, seed by seed.
 A table stands in docs/results.md between `<!-- table NAME -->` and `<!-- end NAME -->`. An entry
-with `images` and `series` is a learning curve: a table of top-1 over the number of training
-images, plotted as docs/NAME.png.
+with `reference` and `rows` shows what each row gains over the reference. One with `images` and
+`series` is a learning curve: a table of top-1 over the number of training images, plotted as
+docs/NAME.png.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, median
 from typing import Any
 
 import yaml
@@ -59,7 +60,7 @@ def compact(stats: list[dict[str, Any]]) -> dict[str, Any]:
         "parameters": size["params"],
         "macs": size["macs"],
         "epochs": f"{len(epochs)}/{settings['OPTIM']['MAX_EPOCH']}",
-        "hours": round(seconds / 3600, 2),
+        "hours": round(seconds / 3600, 4),
         "tests": [{key: test[key] for key in _KEPT if key in test} for test in tests.values()],
     }
 
@@ -109,7 +110,7 @@ def row(label: str, runs: list[dict[str, Any]]) -> list[str]:
         f"{runs[0]['macs'] / 1e9:.2f}",
         " and ".join(at) if ended else f"{' and '.join(at)} (of {runs[0]['epochs'].split('/')[1]})",
         f"{len(runs)}",
-        spread([100 - test["top1_err"] for test in tests]),
+        spread(top1(runs)),
         mean("macro_f1"),
         mean("calibration_err"),
         f"{sum(run['hours'] for run in runs) / len(runs):.1f}",
@@ -118,10 +119,14 @@ def row(label: str, runs: list[dict[str, Any]]) -> list[str]:
 
 def difference(label: str, runs: list[str], minus: list[str]) -> list[str]:
     """Return the cells of a row: top-1 of runs minus top-1 of others with the same seeds."""
-    pairs = zip(last_accuracies(runs), last_accuracies(minus), strict=True)
+    return [label, "", "", "", f"{len(runs)}", gain(load(runs), load(minus)), "", "", ""]
+
+
+def gain(runs: list[dict[str, Any]], reference: list[dict[str, Any]]) -> str:
+    """Return the difference in top-1 of runs from others with the same seeds, with its sign."""
+    pairs = zip(top1(runs), top1(reference), strict=True)
     change = spread([ours - theirs for ours, theirs in pairs])
-    change = change if change.startswith("-") else f"+{change}"
-    return [label, "", "", "", f"{len(runs)}", change, "", "", ""]
+    return change if change.startswith("-") else f"+{change}"
 
 
 def table(rows: list[dict[str, Any]]) -> str:
@@ -142,6 +147,21 @@ def table(rows: list[dict[str, Any]]) -> str:
             lines.append(difference(**entry))
         else:
             lines.append(row(entry["label"], load(entry["runs"])))
+    return markdown(lines)
+
+
+def gains(reference: list[dict[str, Any]], rows: dict[str, list[dict[str, Any]]]) -> str:
+    """Return a Markdown table: top-1, gain over the reference seed by seed, and time of a run."""
+    lines = [["", "seeds", "top-1, %", "gain", "seconds a run"], ["---"] * 5]
+    for label, runs in rows.items():
+        gained = "" if runs == reference else gain(runs, reference[: len(runs)])
+        seconds = f"{3600 * median(run['hours'] for run in runs):.0f}"
+        lines.append([label, f"{len(runs)}", spread(top1(runs)), gained, seconds])
+    return markdown(lines)
+
+
+def markdown(lines: list[list[str]]) -> str:
+    """Return rows of cells as Markdown."""
     return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
 
 
@@ -150,9 +170,9 @@ def load(names: list[str]) -> list[dict[str, Any]]:
     return [json.loads((EVIDENCE / name / "run.json").read_text()) for name in names]
 
 
-def last_accuracies(names: list[str]) -> list[float]:
+def top1(runs: list[dict[str, Any]]) -> list[float]:
     """Return the top-1 accuracy of runs in their last test, in percent."""
-    return [100 - run["tests"][-1]["top1_err"] for run in load(names)]
+    return [100 - run["tests"][-1]["top1_err"] for run in runs]
 
 
 def curve_table(entry: dict[str, Any]) -> str:
@@ -160,21 +180,31 @@ def curve_table(entry: dict[str, Any]) -> str:
     head = ["top-1, %, of training images:", *(f"{count:,}" for count in entry["images"])]
     lines = [head, ["---"] * len(head)]
     for label, points in entry["series"].items():
-        lines.append([label, *(spread(last_accuracies(names)) for names in points)])
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+        lines.append([label, *(spread(top1(load(names))) for names in points)])
+    return markdown(lines)
 
 
 def draw_curve(figure: Any, entry: dict[str, Any]) -> None:
     """Draw a learning curve."""
     axes = figure.subplots()
     series = {
-        label: (entry["images"], [fmean(last_accuracies(names)) for names in points])
+        label: (entry["images"], [fmean(top1(load(names))) for names in points])
         for label, points in entry["series"].items()
     }
     draw_lines(axes, series, title="top-1 on the test set, %", xlabel="training images")
     axes.set_xscale("log")
     axes.set_xticks(entry["images"], [f"{count:,}" for count in entry["images"]], minor=False)
     axes.set_xticks([], minor=True)
+
+
+def render(entry: list[dict[str, Any]] | dict[str, Any]) -> str:
+    """Return an entry of tables.yaml as a Markdown table."""
+    if isinstance(entry, list):
+        return table(entry)
+    if "reference" in entry:
+        rows = {label: load(names) for label, names in entry["rows"].items()}
+        return gains(load(entry["reference"]), rows)
+    return curve_table(entry)
 
 
 def fill(text: str, tables: dict[str, Any]) -> str:
@@ -189,8 +219,7 @@ def fill(text: str, tables: dict[str, Any]) -> str:
         _, found, after = rest.partition(end)
         if not found:
             raise ValueError(f"docs/results.md lacks the marks of table {name!r}.")
-        lines = table(rows) if isinstance(rows, list) else curve_table(rows)
-        text = before + start + lines + "\n" + end + after
+        text = before + start + render(rows) + "\n" + end + after
     return text
 
 
@@ -211,7 +240,7 @@ def main() -> None:
         sys.exit("docs/results.md differs from docs/evidence: run python benchmarks/accuracy.py")
     if filled != page:
         RESULTS.write_text(filled, encoding="utf-8")
-    curves = {name: entry for name, entry in tables.items() if isinstance(entry, dict)}
+    curves = {name: entry for name, entry in tables.items() if "series" in entry}
     if not args.check:
         for name, entry in curves.items():
             with (ROOT / "docs" / f"{name}.png").open("wb") as stream:

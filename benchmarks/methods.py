@@ -1,20 +1,21 @@
 #!/usr/bin/env python3
-"""Compare the methods on 300 real digits, one at a time: accuracy, 95 % interval and time.
+"""Compare the methods, one at a time: accuracy, gain with 95 % interval, and time.
 
-    python benchmarks/methods.py                          # all methods, 3 seeds
+    python benchmarks/methods.py                  # all methods on 300 real digits, 3 seeds
     python benchmarks/methods.py --methods mix gram --seeds 5
-    python benchmarks/methods.py --steps configs/deit/deit-ti_flowers_ours.yaml --batch 4
+    python benchmarks/methods.py --guide configs/resnet/r-20_c100-tenth.yaml \\
+        --cfg configs/deit/deit-1m_c100-tenth_ours.yaml
+    python benchmarks/methods.py --steps --cfg configs/deit/deit-ti_flowers_ours.yaml --batch 4
 
-Trains a guide, the plain and the guided transformer for each seed, and the guided one with each
-method. Each run is a `run_net.py` command. Finished runs are read instead of repeated. With
-`--steps`, times single training steps of another guided config instead, alternating with those
-without the method; seconds of processor time, which hardly depend on what else the machine does.
-Prints a Markdown table.
+Trains a guide for each seed, the plain and the guided transformer, and the guided one with each
+method, in OUT/CONFIG_METHOD_sSEED. Each run is a `run_net.py` command. Finished runs are read
+instead of repeated. Prints a Markdown table. With `--steps`, times single training steps instead,
+alternating with those without the method; seconds of processor time, which hardly depend on what
+else the machine does.
 """
 
 from __future__ import annotations
 
-import math
 import statistics
 import subprocess
 import sys
@@ -22,14 +23,15 @@ import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
-from scipy import stats
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 import lg  # noqa: E402
+from benchmarks.accuracy import compact, gains  # noqa: E402
 from benchmarks.report import make_parser  # noqa: E402
 from lg.device import reuse_memory  # noqa: E402
 from lg.logs.log import read_json_lines  # noqa: E402
@@ -37,12 +39,12 @@ from lg.logs.log import read_json_lines  # noqa: E402
 # Name of the run -> its title, and the settings that differ from the guided transformer. {wide}
 # stands for twice its channels.
 METHODS = {
-    "plain": ("plain", ""),
+    "plain": ("plain", "DISTILLATION.ENABLE_INTER False"),
     "guided": ("guided, as published", ""),
     "mix": ("`INTER_STUDENT_INDEX mix`", "DISTILLATION.INTER_STUDENT_INDEX mix"),
     "adaptive": ("`SCHEDULE adaptive`", "DISTILLATION.SCHEDULE adaptive"),
     "mix_adaptive": (
-        "both",
+        "`INTER_STUDENT_INDEX mix`, `SCHEDULE adaptive`",
         "DISTILLATION.INTER_STUDENT_INDEX mix DISTILLATION.SCHEDULE adaptive",
     ),
     "decay_cosine": ("`SCHEDULE decay_cosine`", "DISTILLATION.SCHEDULE decay_cosine"),
@@ -53,6 +55,10 @@ METHODS = {
         "DISTILLATION.ENABLE_LOGIT True DISTILLATION.LOGIT_STANDARDIZE True",
     ),
     "mimetic": ("`INIT mimetic`", "MODEL.INIT mimetic"),
+    "mimetic_mix": (
+        "`INIT mimetic`, `INTER_STUDENT_INDEX mix`",
+        "MODEL.INIT mimetic DISTILLATION.INTER_STUDENT_INDEX mix",
+    ),
     "muon": ("`OPTIMIZER muon`", "OPTIM.OPTIMIZER muon"),
     "nadamuon": ("`OPTIMIZER nadamuon`", "OPTIM.OPTIMIZER nadamuon"),
     "patch_drop": ("`PATCH_DROP 0.5`", "TRAIN.PATCH_DROP 0.5"),
@@ -66,75 +72,56 @@ def main() -> None:
     parser = make_parser(__doc__)
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--seeds", type=int, default=3, help="number of seeds (default 3)")
+    parser.add_argument("--guide", default="configs/digits/r-8_digits.yaml", metavar="CFG")
+    parser.add_argument("--cfg", default="configs/digits/vit_digits_ours.yaml", help="guided by it")
+    parser.add_argument("--opts", nargs="*", default=[], metavar="KEY VALUE", help="of --cfg")
     parser.add_argument("--out", type=Path, default=Path("work_dirs/methods"))
-    parser.add_argument("--steps", metavar="CFG", help="time steps of this guided config instead")
-    parser.add_argument("--opts", nargs="*", default=[], metavar="KEY VALUE", help="of that config")
+    parser.add_argument("--steps", action="store_true", help="time single steps instead")
     parser.add_argument("--batch", type=int, default=4, help="images per step (default 4)")
     parser.add_argument("--rounds", type=int, default=9, help="steps of each (default 9)")
     args = parser.parse_args()
     if args.steps:
         methods = [name for name in args.methods if name in TIMED]
-        time_methods([args.steps, *args.opts], methods, args.batch, args.rounds)
+        time_methods([args.cfg, *args.opts], methods, args.batch, args.rounds)
         return
-    runs: dict[str, list[tuple[float, float]]] = {name: [] for name in args.methods}
+    runs: dict[str, list[dict[str, Any]]] = {name: [] for name in ["guided", *args.methods]}
     for seed in range(1, args.seeds + 1):
-        train("guide", "r-8_digits", "", seed=seed, out=args.out)
-        for name in args.methods:
-            config = "vit_digits_base" if name == "plain" else "vit_digits_ours"
-            runs[name].append(train(name, config, METHODS[name][1], seed=seed, out=args.out))
-    print(table(runs))
+        guide = args.out / f"{Path(args.guide).stem}_s{seed}"
+        train(args.guide, [], seed, guide)
+        for name, found in runs.items():
+            options = method([args.cfg, *args.opts], name)
+            options += ["DISTILLATION.TEACHER_WEIGHTS", str(guide.resolve() / "model.pyth")]
+            folder = args.out / f"{Path(args.cfg).stem}_{name}_s{seed}"
+            found.append(train(args.cfg, options, seed, folder))
+    print(gains(runs["guided"], {METHODS[name][0]: found for name, found in runs.items()}))
 
 
-def train(name: str, config: str, settings: str, *, seed: int, out: Path) -> tuple[float, float]:
-    """Train one run; return its final test accuracy (%) and the training time (s)."""
-    folder = (out / f"seed{seed}").resolve()
-    options = [
-        *settings.format(wide=192).split(),
-        "OUT_DIR",
-        str(folder / name),
-        "RNG_SEED",
-        str(seed),
-    ]
-    if config == "vit_digits_ours":
-        options += ["DISTILLATION.TEACHER_WEIGHTS", str(folder / "guide" / "model.pyth")]
-    command = ["run_net.py", "--mode", "train", "--cfg", f"configs/digits/{config}.yaml", *options]
-    log = folder / name / "log.txt"
-    if not log.is_file() or result(log) is None:
-        subprocess.run(
-            [sys.executable, *command, "DEVICE", "cpu", "LOG_PICTURES", "False"],
-            cwd=ROOT,
-            check=True,
-            stdout=subprocess.DEVNULL,
-        )
-    found = result(log)
-    assert found is not None, f"{log} has no test of the last epoch"
-    print(f"seed {seed}  {name:<18} {found[0]:5.1f} %  {found[1]:5.1f} s", flush=True)
-    return found
+def method(config: list[str], name: str) -> list[str]:
+    """Return KEY VALUE ... of a config (path, KEY VALUE ...) with a method."""
+    path, *opts = config
+    wide = 2 * lg.load_config(path, opts).TRANSFORMER.HIDDEN_DIM
+    return [*opts, *METHODS[name][1].format(wide=wide).split()]
 
 
-def result(log: Path) -> tuple[float, float] | None:
-    """Return accuracy (%) of the last epoch and training time (s); None if it is not tested."""
-    lines = read_json_lines(log)
-    tests = [line for line in lines if line["_type"] == "test_epoch"]
-    if not tests or len(set(tests[-1]["epoch"].split("/"))) > 1:
-        return None
-    # An epoch that is repeated after a crash counts once.
-    epochs = {line["epoch"]: line["time_epoch"] for line in lines if line["_type"] == "train_epoch"}
-    return 100 - float(tests[-1]["top1_err"]), float(sum(epochs.values()))
+def train(config: str, options: list[str], seed: int, folder: Path) -> dict[str, Any]:
+    """Train one run unless it is finished; return what `accuracy.compact` keeps of it."""
+    log = folder / "log.txt"
+    if not is_finished(log):
+        options = [*options, "RNG_SEED", str(seed), "OUT_DIR", str(folder.resolve())]
+        command = [sys.executable, "run_net.py", "--mode", "train", "--cfg", config, *options]
+        command += ["LOG_PICTURES", "False"]
+        subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+    run = compact(read_json_lines(log))
+    accuracy, minutes = 100 - run["tests"][-1]["top1_err"], 60 * run["hours"]
+    print(f"{folder.name:<40} {accuracy:5.1f} %  {minutes:5.1f} min", flush=True)
+    return run
 
 
-def table(runs: dict[str, list[tuple[float, float]]]) -> str:
-    """Return a Markdown table: mean and half the 95 % interval (Student t), gain and time."""
-    rows = ["| | top-1, % | gain | seconds a run |", "| --- | --- | --- | --- |"]
-    reference = runs.get("guided", [])
-    for name, found in runs.items():
-        pairs = zip(found, reference, strict=False)
-        gain = interval([a[0] - b[0] for a, b in pairs]) if name != "guided" else ""
-        seconds = statistics.median(time for _, time in found)
-        rows.append(
-            f"| {METHODS[name][0]} | {interval([a for a, _ in found])} | {gain} | {seconds:.0f} |"
-        )
-    return "\n".join(rows)
+def is_finished(log: Path) -> bool:
+    """Return whether a run was tested after its last epoch."""
+    lines = read_json_lines(log) if log.is_file() else []
+    tests = [line["epoch"] for line in lines if line["_type"] == "test_epoch"]
+    return bool(tests) and len(set(tests[-1].split("/"))) == 1
 
 
 def time_methods(config: list[str], methods: list[str], batch: int, rounds: int) -> None:
@@ -143,7 +130,7 @@ def time_methods(config: list[str], methods: list[str], batch: int, rounds: int)
     reuse_memory()
     print("| | without, ms | with, ms | ratio (quartiles) |\n| --- | --- | --- | --- |")
     for name in methods:
-        steps = [make_step(config, "", batch), make_step(config, METHODS[name][1], batch)]
+        steps = [make_step(config, "guided", batch), make_step(config, name, batch)]
         times: list[list[float]] = [[], []]
         for number in range(rounds + 1):
             for which in (0, 1) if number % 2 else (1, 0):
@@ -158,18 +145,16 @@ def time_methods(config: list[str], methods: list[str], batch: int, rounds: int)
         print(f"| {METHODS[name][0]} | {row} | {middle:.3f} ({low:.3f}-{high:.3f}) |", flush=True)
 
 
-def make_step(config: list[str], settings: str, batch: int) -> Callable[[], None]:
+def make_step(config: list[str], name: str, batch: int) -> Callable[[], None]:
     """Return a function that takes one training step on a fixed batch, with an untrained guide.
 
     Args:
         config: The path, and KEY VALUE ...
-        settings: KEY VALUE ... of the method.
+        name: The method.
         batch: Images.
     """
-    path, *opts = config
-    wide = 2 * lg.load_config(path, opts).TRANSFORMER.HIDDEN_DIM
-    options = [*opts, *settings.format(wide=wide).split(), "DISTILLATION.TEACHER_WEIGHTS", "null"]
-    cfg = lg.load_config(path, options)
+    options = [*method(config, name), "DISTILLATION.TEACHER_WEIGHTS", "null"]
+    cfg = lg.load_config(config[0], options)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the guide has random weights
         guided, guide, loss = lg.build_guided(cfg)
@@ -184,14 +169,6 @@ def make_step(config: list[str], settings: str, batch: int) -> Callable[[], None
         optimizer.zero_grad(set_to_none=True)
 
     return step
-
-
-def interval(values: list[float]) -> str:
-    """Return mean ± half the 95 % interval over seeds."""
-    if len(values) < 2:
-        return f"{values[0]:.1f}" if values else ""
-    error = statistics.stdev(values) / math.sqrt(len(values))
-    return f"{statistics.mean(values):.1f} ± {stats.t.ppf(0.975, len(values) - 1) * error:.1f}"
 
 
 if __name__ == "__main__":

@@ -62,6 +62,15 @@ def test_difference_is_taken_seed_by_seed(evidence):
         accuracy.table([{"label": "gain", "runs": ["two"], "minus": ["one", "two"]}])
 
 
+def test_gains_are_over_the_reference_with_the_same_seeds(evidence):
+    entry = {"reference": ["one", "two"], "rows": {"guided": ["one", "two"], "mix": ["two", "two"]}}
+    lines = accuracy.render(entry).splitlines()
+    assert lines[2] == "| guided | 2 | 61.0 ± 12.7 |  | 3600 |"
+    assert lines[3] == "| mix | 2 | 62.0 ± 0.0 | +1.0 ± 12.7 | 3600 |"
+    del entry["rows"]["guided"], entry["rows"]["mix"][1]
+    assert accuracy.render(entry).splitlines()[2] == "| mix | 1 | 62.0 | +2.0 | 3600 |"
+
+
 def test_learning_curve_as_table_and_plot(evidence):
     series = {"plain": [["one"], ["one"]], "guided": [["one", "two"], ["two"]]}
     entry = {"images": [102, 2040], "series": series}

@@ -1,28 +1,26 @@
-"""The table of methods: intervals, gains, and which runs count as finished."""
+"""The runs of the methods: which settings a method adds, and which runs count as finished."""
 
 from pathlib import Path
 
 from benchmarks import methods
 from lg.logs.log import json_line
 
-
-def test_intervals_and_gains_are_over_seeds():
-    # Student t at 97.5 % with one degree of freedom is 12.706; the standard error is 1.
-    assert methods.interval([60.0, 62.0]) == "61.0 ± 12.7"
-    lines = methods.table({"guided": [(90.0, 9.0), (92.0, 11.0)], "mix": [(91.0, 20.0)] * 2})
-    assert lines.splitlines()[2:] == [
-        "| guided, as published | 91.0 ± 12.7 |  | 10 |",
-        "| `INTER_STUDENT_INDEX mix` | 91.0 ± 0.0 | 0.0 ± 12.7 | 20 |",
-    ]
+DIGITS = "configs/digits/vit_digits_ours.yaml"
 
 
-def test_a_run_counts_once_its_last_epoch_is_tested(tmp_path: Path):
-    log, lines = tmp_path / "log.txt", []
-    for epoch in ("1/2", "2/2", "2/2"):  # the last one repeated after a crash
-        lines.append(json_line("train_epoch", {"epoch": epoch, "time_epoch": 3.0}))
+def test_a_method_adds_its_settings_to_those_of_the_config():
+    assert methods.method([DIGITS, "RNG_SEED", "3"], "guided") == ["RNG_SEED", "3"]
+    assert methods.method([DIGITS], "plain") == ["DISTILLATION.ENABLE_INTER", "False"]
+    assert methods.method([DIGITS], "lift") == ["TRANSFORMER.LIFT", "192"]
+
+
+def test_a_run_is_finished_once_its_last_epoch_is_tested(tmp_path: Path):
+    log = tmp_path / "log.txt"
+    assert not methods.is_finished(log)
+    lines = [json_line("train_epoch", {"epoch": epoch}) for epoch in ("1/2", "2/2")]
     lines.append(json_line("test_epoch", {"epoch": "1/2", "top1_err": 50.0}))
     log.write_text("\n".join(lines) + "\n")
-    assert methods.result(log) is None
+    assert not methods.is_finished(log)
     lines.append(json_line("test_epoch", {"epoch": "2/2", "top1_err": 40.0}))
     log.write_text("\n".join(lines) + "\n")
-    assert methods.result(log) == (60.0, 6.0)
+    assert methods.is_finished(log)

@@ -13,12 +13,11 @@ from lg.models.pvt import pvt
 from lg.models.pvtv2 import pvtv2
 from lg.models.resnet import resnet
 from lg.models.t2t import t2t
-from lg.models.taps import FeatureTaps, feature_maps
+from lg.models.taps import feature_maps
 from lg.models.timm_models import timm_model
 
 __all__ = [
     "Backbone",
-    "FeatureTaps",
     "MapLayout",
     "attention_maps",
     "convit",

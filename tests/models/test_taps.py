@@ -10,9 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.checkpoint import set_checkpoint_early_stop
 
-from lg.models import Backbone, FeatureTaps, deit, feature_maps, resnet
+from lg.models import Backbone, deit, feature_maps, resnet
 
 
 def student(**changes: object) -> Backbone:
@@ -61,29 +60,26 @@ def test_maps_are_the_outputs_in_the_order_of_the_indices() -> None:
         torch.testing.assert_close(feature, expected[index])
 
 
-def test_only_chosen_blocks_have_hooks_and_only_inside() -> None:
+def test_only_chosen_blocks_have_hooks_and_only_during_the_pass(monkeypatch) -> None:
     model = student()
-    with FeatureTaps(model, [2, 0]) as taps:
-        assert [len(block._forward_hooks) for block in model.blocks] == [1, 0, 1, 0]
-        model(images())
-        assert len(taps.maps()) == 2
+    seen = []
+
+    def count(*_: object) -> None:
+        seen.append([len(block._forward_hooks) for block in model.blocks])
+
+    handle = model.register_forward_pre_hook(count)
+    feature_maps(model, images(), [2, 0])
+    handle.remove()
+    assert seen == [[1, 0, 1, 0]]
     assert hooks(model) == 0
-    assert not taps._outputs
-    with pytest.raises(RuntimeError, match="boom"), FeatureTaps(model, [1]) as taps:
-        model(images())
+
+    def fail(*_: object) -> None:
         raise RuntimeError("boom")
-    assert hooks(model) == 0 and not taps._outputs
 
-
-def test_each_pass_replaces_the_maps_of_the_previous_pass() -> None:
-    model = student().eval()
-    with FeatureTaps(model, [1]) as taps:
-        model(images(0))
-        first = taps.maps()[0]
-        model(images(1))
-        second = taps.maps()[0]
-    torch.testing.assert_close(second, feature_maps(model, images(1), [1])[1][0])
-    assert not torch.allclose(first, second)
+    monkeypatch.setattr(model.blocks[3], "forward", fail)
+    with pytest.raises(RuntimeError, match="boom"):
+        feature_maps(model, images(), [1])
+    assert hooks(model) == 0
 
 
 @pytest.mark.parametrize("index", [4, -1])
@@ -113,13 +109,6 @@ def test_activation_checkpointing_changes_no_gradient() -> None:
     expected = gradients(plain, [0, 2])
     for mine, theirs in zip(gradients(checkpointed, [0, 2]), expected, strict=True):
         torch.testing.assert_close(mine, theirs)
-    # The blocks run again in the backward pass, to the end without early stop. An open tap must
-    # keep its maps.
-    with FeatureTaps(checkpointed, [0]) as taps, set_checkpoint_early_stop(False):
-        logits = checkpointed(images())
-        before = taps.maps()[0]
-        logits.sum().backward()
-        assert taps.maps()[0].data_ptr() == before.data_ptr()
 
 
 def test_distributed_data_parallel(tmp_path: os.PathLike[str]) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lg.models.attention import attention_maps
 from lg.models.backbone import Backbone
-from lg.models.taps import FeatureTaps
+from lg.models.taps import map_shapes
 
 FINE = 4  # places in a row of the coarsest map that is worth looking at
 _BATCH = 8  # images at once; attention weights are large
@@ -50,9 +50,9 @@ def spatial_attention(model: Backbone, images: Tensor, index: int) -> SpatialAtt
         weights = attention_maps(model, images, index).float()
     except ValueError:
         return None
-    with torch.no_grad(), FeatureTaps(model, [index]) as taps:
-        model(images)
-        height, width = taps.maps()[0].shape[-2:]
+    ((_, height, width),) = map_shapes(
+        model, [index], image_size=images.shape[-1], in_channels=images.shape[1]
+    )
     prefix = weights.shape[2] - height * width
     if len(weights) != len(images) or prefix not in (0, 1, model.layouts[index].prefix):
         return None

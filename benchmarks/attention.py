@@ -30,24 +30,14 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 import lg  # noqa: E402
-from benchmarks.report import make_parser, write_json  # noqa: E402
+from benchmarks.report import TRANSFORMERS, config_path, make_parser, write_json  # noqa: E402
 from lg.device import Precision, select_device, synchronize  # noqa: E402
 from lg.models.attention import attention_weights  # noqa: E402
-
-MODELS = {
-    "deit-ti": "deit",
-    "t2t-7": "t2t",
-    "pit-ti": "pit",
-    "pvt-ti": "pvt",
-    "pvtv2-b0": "pvtv2",
-    "convit-ti": "convit",
-    "cvt-13": "cvt",
-}
 
 
 def main() -> None:
     parser = make_parser(__doc__)
-    parser.add_argument("--models", nargs="+", choices=MODELS, default=[*MODELS])
+    parser.add_argument("--models", nargs="+", choices=TRANSFORMERS, default=TRANSFORMERS)
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--repeats", type=int, default=9, help="timed steps of each (default 9)")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
@@ -80,8 +70,7 @@ def spread(seconds: list[float]) -> str:
 def compare(name: str, *, device: torch.device, batch_size: int, repeats: int) -> dict[str, Any]:
     """Time steps of a model and of its unfused copy, in turn."""
     torch.manual_seed(0)
-    cfg = lg.load_config(ROOT / "configs" / MODELS[name] / f"{name}_c100_base.yaml")
-    ours = lg.build_model(cfg).to(device).train()
+    ours = lg.build_model(lg.load_config(config_path(name, "c100", "base"))).to(device).train()
     naive = timms_convit(ours) if name == "convit-ti" else copy.deepcopy(ours)
     step, naive_step = (make_step(model, batch_size) for model in (ours, naive))
     times: dict[str, list[float]] = {"ours": [], "naive": []}

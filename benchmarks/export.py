@@ -25,26 +25,16 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 import lg  # noqa: E402
-from benchmarks.report import make_parser, write_json  # noqa: E402
+from benchmarks.report import TRANSFORMERS, config_path, make_parser, write_json  # noqa: E402
 from lg.errors import ConfigError  # noqa: E402
 from lg.tools.export import export  # noqa: E402
 
-CONFIGS = {
-    "deit-ti": "deit/deit-ti_flowers_base.yaml",
-    "t2t-7": "t2t/t2t-7_flowers_base.yaml",
-    "t2t-14": "t2t/t2t-14_flowers_base.yaml",
-    "pit-ti": "pit/pit-ti_flowers_base.yaml",
-    "pvt-ti": "pvt/pvt-ti_flowers_base.yaml",
-    "pvtv2-b0": "pvtv2/pvtv2-b0_flowers_base.yaml",
-    "convit-ti": "convit/convit-ti_flowers_base.yaml",
-    "cvt-13": "cvt/cvt-13_flowers_base.yaml",
-    "r-56": "resnet/r-56_flowers.yaml",
-}
+MODELS = (*TRANSFORMERS, "t2t-14", "r-56")
 
 
 def main() -> None:
     parser = make_parser(__doc__)
-    parser.add_argument("--models", nargs="+", choices=[*CONFIGS], default=[*CONFIGS])
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=MODELS)
     parser.add_argument("--formats", nargs="+", default=["onnx", "torch", "timm"])
     parser.add_argument("--out", type=Path, default=Path("work_dirs/export.json"))
     parser.add_argument("opts", nargs="*", metavar="KEY VALUE", help="overrides of the configs")
@@ -54,7 +44,7 @@ def main() -> None:
     print("|---|---|---|---|---|---|---|", flush=True)
     for name in args.models:
         for form in args.formats:
-            row = export_random(CONFIGS[name], form, args.opts)
+            row = export_random(name, form, args.opts)
             if row is None:  # timm does not have the family
                 continue
             rows.append({"model": name, "format": form, **row})
@@ -67,15 +57,16 @@ def main() -> None:
             write_json(args.out, rows=rows)
 
 
-def export_random(config: str, form: str, opts: list[str]) -> dict[str, Any] | None:
+def export_random(name: str, form: str, opts: list[str]) -> dict[str, Any] | None:
     """Export a model of random weights to one format; None if timm does not have it."""
     torch.manual_seed(0)
     with tempfile.TemporaryDirectory() as folder:
         weights = f"{folder}/model.pyth"
-        cfg = lg.load_config(ROOT / "configs" / config, [*opts, "TEST.WEIGHTS", weights])
+        path = config_path(name, "flowers", "base")
+        cfg = lg.load_config(path, [*opts, "TEST.WEIGHTS", weights])
         model = lg.build_model(cfg)
-        for name, parameter in model.named_parameters():
-            if name in model.head_names():
+        for key, parameter in model.named_parameters():
+            if key in model.head_names():
                 nn.init.normal_(parameter, std=0.02)
         torch.save(lg.published_state_dict(model), weights)
         try:

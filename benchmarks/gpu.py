@@ -28,19 +28,10 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from benchmarks.accuracy import compact, processor  # noqa: E402
-from benchmarks.report import make_parser  # noqa: E402
+from benchmarks.report import TRANSFORMERS, config_path, make_parser  # noqa: E402
 from lg.files.atomic import write_atomically  # noqa: E402
 from lg.logs.log import read_json_lines  # noqa: E402
 
-FAMILIES = {
-    "deit": "deit-ti",
-    "t2t": "t2t-7",
-    "pit": "pit-ti",
-    "pvt": "pvt-ti",
-    "pvtv2": "pvtv2-b0",
-    "convit": "convit-ti",
-    "cvt": "cvt-13",
-}
 MODES = ("none", "default", "reduce-overhead")  # of TRAIN.COMPILE
 _FINAL = ("done", "passed", "skipped")  # outcomes that are not tried again
 # DeiT-Ti comes first because the goal is its speed.
@@ -120,13 +111,13 @@ def correctness(cases: Cases, args: argparse.Namespace) -> None:
 
 def speed(cases: Cases, args: argparse.Namespace) -> None:
     """Measure images/s of every family in every mode, and the kernels of its step."""
-    configs = {name: f"{family}/{name}_c100_ours" for family, name in FAMILIES.items()}
+    configs = {name: config_path(name, "c100", "ours") for name in TRANSFORMERS}
     modes = MODES[:1] if args.quick else MODES
     if args.quick:
-        configs = {"vit-digits": "digits/vit_digits_ours"}
+        configs = {"vit-digits": ROOT / "configs/digits/vit_digits_ours.yaml"}
     for mode in modes:
         for name, config in configs.items():
-            path = str(ROOT / f"configs/{config}.yaml")
+            path = str(config)
             opts = ["DEVICE", args.device, "TRAIN.COMPILE", mode]
             if args.device == "cuda":
                 opts += ["TRAIN.MIXED_PRECISION", "True", "CUDNN.BENCHMARK", "True"]

@@ -26,7 +26,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 import lg  # noqa: E402
-from benchmarks.report import make_parser, write_json  # noqa: E402
+from benchmarks.report import TRANSFORMERS, config_path, make_parser, write_json  # noqa: E402
 from lg import builders  # noqa: E402
 from lg.guidance import FrozenTeacher  # noqa: E402
 from tests.reference_fill import fill, reference_input  # noqa: E402
@@ -36,20 +36,7 @@ LABELS = torch.tensor([3, 42])
 NUM_STEPS = 3  # of five recorded steps; rounding errors grow with every step
 # The guide is filled below; stochastic depth would need the same random draws.
 EXACT = ["DISTILLATION.TEACHER_WEIGHTS", "null", "TRANSFORMER.DROP_PATH_RATE"]
-# name -> its guided config (for CNNs, its only config)
-MODELS = {
-    "deit-ti": "deit/deit-ti_c100_ours",
-    "t2t-7": "t2t/t2t-7_c100_ours",
-    "t2t-14": "t2t/t2t-14_c100_ours",
-    "pit-ti": "pit/pit-ti_c100_ours",
-    "pvt-ti": "pvt/pvt-ti_c100_ours",
-    "pvtv2-b0": "pvtv2/pvtv2-b0_c100_ours",
-    "convit-ti": "convit/convit-ti_c100_ours",
-    "cvt-13": "cvt/cvt-13_c100_ours",
-    "deit-ti_logit": "deit/deit-ti_c100_ours",
-    "r-18": "resnet/r-18_c100",
-    "r-56": "resnet/r-56_c100",
-}
+MODELS = (*TRANSFORMERS, "t2t-14", "deit-ti_logit", "r-18", "r-56")
 # The recorded gradient norms of CNNs contain float32 rounding errors, amplified by batch norms.
 LIMITS = {"logits": 1e-4, "features": 1e-4, "losses": 1e-4, "steps": 1e-3, "steps of CNNs": 2e-3}
 
@@ -59,7 +46,7 @@ class Parity:
     """The largest differences of one architecture; None if nothing is recorded.
 
     Attributes:
-        model: A key of MODELS.
+        model: One of MODELS.
         parameters: Number of parameters.
         keys: State dict keys, their shapes and their order are equal.
         groups: The parameter groups of the optimiser are equal.
@@ -93,7 +80,7 @@ class Parity:
 
 def main() -> None:
     parser = make_parser(__doc__)
-    parser.add_argument("models", nargs="*", choices=MODELS, default=[*MODELS])
+    parser.add_argument("models", nargs="*", choices=MODELS, default=MODELS)
     parser.add_argument("--out", type=Path, default=Path("work_dirs/parity.json"))
     args = parser.parse_args()
     print(
@@ -155,14 +142,11 @@ def numbers(name: str, kind: str = "ours", ending: str = ".npz") -> Any:
 
 def build(name: str, kind: str = "ours", *options: str) -> tuple:
     """Return config, student, guide and loss of a model, with the weights of the reference."""
-    config = ROOT / "configs" / f"{MODELS[name].removesuffix('ours')}{kind}.yaml"
-    if name.startswith("r-"):
-        config = ROOT / "configs" / f"{MODELS[name]}.yaml"
     rates = "[0.0,0.0,0.0]" if name == "cvt-13" else "0.0"
     opts = [*EXACT, rates, *options]
     if name.endswith("_logit"):
         opts += ["DISTILLATION.ENABLE_LOGIT", "True"]
-    cfg = lg.load_config(config, opts)
+    cfg = lg.load_config(config_path(name.removesuffix("_logit"), "c100", kind), opts)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the guide is filled below
         guided, guide, loss = lg.build_guided(cfg)

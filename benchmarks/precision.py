@@ -28,15 +28,17 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 import lg  # noqa: E402
-from benchmarks.attention import MODELS, make_step  # noqa: E402
-from benchmarks.report import make_parser, write_json  # noqa: E402
+from benchmarks.attention import make_step  # noqa: E402
+from benchmarks.report import TRANSFORMERS, config_path, make_parser, write_json  # noqa: E402
 from lg.builders import place_model  # noqa: E402
 from lg.device import Precision, select_device, synchronize  # noqa: E402
+
+MODELS = (*TRANSFORMERS, "r-56")
 
 
 def main() -> None:
     parser = make_parser(__doc__)
-    parser.add_argument("--models", nargs="+", choices=[*MODELS, "r-56"], default=[*MODELS, "r-56"])
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=MODELS)
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--repeats", type=int, default=9, help="timed steps of each (default 9)")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
@@ -60,8 +62,7 @@ def main() -> None:
 def compare(name: str, *, device: torch.device, batch_size: int, repeats: int) -> dict[str, Any]:
     """Return the images per second of each variant, and bf16 over plain."""
     torch.manual_seed(0)
-    config = f"{MODELS[name]}/{name}_flowers_base" if name in MODELS else f"resnet/{name}_flowers"
-    cfg = lg.load_config(ROOT / "configs" / f"{config}.yaml")
+    cfg = lg.load_config(config_path(name, "flowers", "base"))
     model, size = lg.build_model(cfg), cfg.MODEL.IMG_SIZE
     batch_size *= 4 if size < 64 else 1
     full, mixed = (Precision(device, mixed=mixed, dtype="bf16") for mixed in (False, True))

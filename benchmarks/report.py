@@ -1,4 +1,4 @@
-"""The command line and the JSON file of the benchmarks."""
+"""What the benchmarks share: the published models, the command line and the JSON file."""
 
 from __future__ import annotations
 
@@ -8,6 +8,16 @@ import os
 import platform
 from pathlib import Path
 from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+TRANSFORMERS = ("deit-ti", "t2t-7", "pit-ti", "pvt-ti", "pvtv2-b0", "convit-ti", "cvt-13")
+
+
+def config_path(name: str, data: str, kind: str) -> Path:
+    """Return the config of a published model; those of CNNs (r-56) have no kind (base, ours)."""
+    if name.startswith("r-"):
+        return ROOT / f"configs/resnet/{name}_{data}.yaml"
+    return ROOT / f"configs/{name.partition('-')[0]}/{name}_{data}_{kind}.yaml"
 
 
 def make_parser(description: str | None) -> argparse.ArgumentParser:

@@ -8,12 +8,11 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.data import DataLoader
 
 from lg.augment.mixing import Mixing
 from lg.checkpoint import CheckpointFolder, random_state, restore_random_state
-from lg.datasets.cached_loader import CachedTestLoader, CachedTrainLoader
-from lg.datasets.loader import Batch, TrainLoader
+from lg.datasets.cached_loader import CachedTrainLoader, TestLoader
+from lg.datasets.loader import TrainLoader
 from lg.device import Precision
 from lg.distributed import World, barrier, gather_objects
 from lg.errors import NonFiniteLossError
@@ -61,9 +60,8 @@ class Progress:
     best_epoch: int = 0  # its epoch, from 1
     num_stale: int = 0  # tests since then
     test_count: int = 0  # images in the split that is tested during training
-    final: dict[str, float] = field(
-        default_factory=dict
-    )  # result of the final test, see EvalResult
+    # Result of the final test, see EvalResult.
+    final: dict[str, float] = field(default_factory=dict)
     # Lowest errors so far: {"test" | "ema": {"top1_err", "top5_err", "epoch" (of the lowest
     # top1_err, from 1)}}
     best: dict[str, dict[str, float]] = field(default_factory=dict)
@@ -84,8 +82,8 @@ class Run:
     average: WeightAverage | None
     precision: Precision
     loader: TrainLoader | CachedTrainLoader
-    test_loader: DataLoader[Batch] | CachedTestLoader
-    final_loader: DataLoader[Batch] | CachedTestLoader | None  # test set, for the end
+    test_loader: TestLoader
+    final_loader: TestLoader | None  # test set, for the end
     device: torch.device
     world: World
     log: RunLog
@@ -98,9 +96,8 @@ class Run:
 
     def close(self) -> None:
         """Stop the processes and threads that read images."""
-        self.loader.close()
-        for loader in (self.test_loader, self.final_loader):
-            if isinstance(loader, CachedTestLoader):
+        for loader in (self.loader, self.test_loader, self.final_loader):
+            if loader is not None:
                 loader.close()
 
     @property

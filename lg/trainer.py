@@ -13,14 +13,13 @@ from typing import Any
 import torch
 import yaml
 from torch import nn
-from torch.utils.data import DataLoader
 from yacs.config import CfgNode
 
 from lg import builders, distributed
 from lg.checkpoint import BEST_NAME, load_weights
 from lg.config import changed_keys
 from lg.datasets.base import ImageDataset
-from lg.datasets.cached_loader import CachedTestLoader
+from lg.datasets.cached_loader import TestLoader
 from lg.datasets.loader import Batch
 from lg.device import Precision, machine_facts
 from lg.distributed import World
@@ -189,7 +188,7 @@ def test_epoch(run: Run) -> bool:
     return is_best
 
 
-def test_best(run: Run, loader: DataLoader[Batch] | CachedTestLoader) -> None:
+def test_best(run: Run, loader: TestLoader) -> None:
     """Test the best weights on the test set, once, and save the result."""
     progress = run.progress
     model = copy.deepcopy(run.guided.student)
@@ -205,7 +204,7 @@ def test_best(run: Run, loader: DataLoader[Batch] | CachedTestLoader) -> None:
     run.save()
 
 
-def _until_stopped(run: Run, loader: DataLoader[Batch] | CachedTestLoader) -> Iterator[Batch]:
+def _until_stopped(run: Run, loader: TestLoader) -> Iterator[Batch]:
     """Yield the test batches; after a stop signal, save and raise `Interrupted`."""
     num_shared = distributed.min_over_processes(len(loader), run.device)
     for number, batch in enumerate(loader):
@@ -248,11 +247,8 @@ def test(cfg: CfgNode) -> EvalResult:
     with joined_world(cfg) as world:
         cfg, model, dataset, precision = load_tested(cfg, world)
         loader = builders.build_test_loader(cfg, dataset, world, precision.device)
-        try:
+        with contextlib.closing(loader):
             result = evaluate(model, loader, num_classes=cfg.MODEL.NUM_CLASSES, precision=precision)
-        finally:
-            if isinstance(loader, CachedTestLoader):
-                loader.close()
         if world.is_main:
             names = dataset.class_names if cfg.TEST.PER_CLASS else None
             print("\n".join(result_lines(result, split=str(dataset), class_names=names)))

@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch.utils.data import DataLoader
 from yacs.config import CfgNode
 
 from lg.augment.batched import BatchTestTransform, BatchTransform
@@ -27,9 +26,8 @@ from lg.builders.splits import (
 )
 from lg.datasets.base import ImageDataset, class_weights, fingerprint
 from lg.datasets.cache import ImageCache, Prepare, cache_bytes, free_memory
-from lg.datasets.cached_loader import CachedTestLoader, CachedTrainLoader
+from lg.datasets.cached_loader import CachedTestLoader, CachedTrainLoader, TestLoader
 from lg.datasets.loader import (
-    Batch,
     Samples,
     TrainBatches,
     TrainLoader,
@@ -143,7 +141,7 @@ def build_train_loader(
 
 def build_test_loader(
     cfg: CfgNode, dataset: ImageDataset, world: World, device: torch.device
-) -> DataLoader[Batch] | CachedTestLoader:
+) -> TestLoader:
     """Build the loader of this process's share of test batches."""
     share = {"batch_size": cfg.TEST.BATCH_SIZE, "rank": world.rank, "world_size": world.size}
     transform = BatchTestTransform(**vars(build_preprocessing(cfg)))

@@ -10,7 +10,16 @@ from torch import Tensor
 
 from lg.augment.batched import BatchTestTransform, BatchTransform
 from lg.datasets.cache import ImageCache
-from lg.datasets.loader import Batch, Keys, TrainBatches, Transform, make_batch, rank_batches, stack
+from lg.datasets.loader import (
+    Batch,
+    BatchLoader,
+    Keys,
+    TrainBatches,
+    Transform,
+    make_batch,
+    rank_batches,
+    stack,
+)
 from lg.device import to_device
 from lg.errors import DataError
 
@@ -128,6 +137,9 @@ class CachedTestLoader:
             for later in self._batches[number : number + 1 + _LOOKAHEAD]:
                 self.cache.prefetch([position for _, position in later])
             yield _make(self.cache, self.transform, keys, self.device)
+
+
+TestLoader = BatchLoader | CachedTestLoader
 
 
 def _make(cache: ImageCache, transform: Transform, keys: Keys, device: torch.device) -> Batch:

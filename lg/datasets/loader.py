@@ -164,7 +164,7 @@ def _repeats(order: np.ndarray) -> np.ndarray:
     return repeats
 
 
-class _BatchLoader(DataLoader[Batch]):
+class BatchLoader(DataLoader[Batch]):
     """A DataLoader that raises the DataError which a worker returned in place of a batch."""
 
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
@@ -176,6 +176,9 @@ class _BatchLoader(DataLoader[Batch]):
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         return map(_raise_data_error, iterator)
+
+    def close(self) -> None:
+        """Nothing: the workers end with the loader."""
 
 
 def _raise_data_error(batch: Batch | DataError) -> Batch:
@@ -251,7 +254,7 @@ def test_loader(
     world_size: int = 1,
     first: int = 0,
     timeout: float = 0,
-) -> DataLoader[Batch]:
+) -> BatchLoader:
     """Create the loader of one process's test batches; see `rank_batches` and `TrainLoader`."""
     batches = rank_batches(
         len(samples.dataset), batch_size=batch_size, rank=rank, world_size=world_size, first=first
@@ -281,9 +284,9 @@ def usable_workers(wanted: int) -> int:
 
 def _data_loader(
     samples: Dataset, num_workers: int, pin_memory: bool, timeout: float, *, batch_sampler: object
-) -> DataLoader[Batch]:
+) -> BatchLoader:
     num_workers = usable_workers(num_workers)
-    return _BatchLoader(
+    return BatchLoader(
         samples,
         batch_sampler=batch_sampler,  # type: ignore[arg-type]
         num_workers=num_workers,

@@ -9,6 +9,7 @@ import json
 import os
 import sys
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,7 +25,6 @@ from lg.augment.preprocessing import Preprocessing
 from lg.checkpoint import load_weights
 from lg.config import load_trained_config
 from lg.datasets.base import ImageDataset
-from lg.datasets.cached_loader import CachedTestLoader
 from lg.datasets.image import PixelFormat, pixel_tensor
 from lg.datasets.image_folder import SUFFIXES
 from lg.datasets.loader import stack
@@ -218,17 +218,13 @@ def evaluate_loaded(
     cfg: CfgNode, model: nn.Module, dataset: ImageDataset, precision: Precision
 ) -> Predictions:
     """Return what a model, on its device and left in evaluation mode, predicts for a set."""
-    loader = builders.build_test_loader(cfg, dataset, World(), precision.device)
     model.eval()
     rows = []
-    try:
+    with closing(builders.build_test_loader(cfg, dataset, World(), precision.device)) as loader:
         for batch in loader:
             with precision.autocast():
                 logits = model(batch.to(precision.device).images)
             rows.append(logits.float().softmax(dim=1).cpu())
-    finally:
-        if isinstance(loader, CachedTestLoader):
-            loader.close()
     return Predictions(
         probabilities=torch.cat(rows).numpy(),
         labels=dataset.labels,

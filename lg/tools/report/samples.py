@@ -6,6 +6,7 @@ Shapes: B images, S image side in pixels, h x w heat map.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import closing
 
 import numpy as np
 import torch
@@ -15,7 +16,6 @@ from torch import Tensor
 from lg import builders
 from lg.augment.batched import to_pixels
 from lg.datasets.base import DatasetSubset
-from lg.datasets.cached_loader import CachedTestLoader
 from lg.distributed import World
 from lg.tools.report.subject import Tested
 
@@ -37,12 +37,8 @@ def one_per_class(labels: np.ndarray, number: int) -> list[int]:
 def load_images(tested: Tested, indices: Sequence[int]) -> Tensor:
     """Return test images at ascending `indices` as the model sees them, [B, C, S, S]."""
     subset = DatasetSubset(tested.dataset, np.array(indices))
-    loader = builders.build_test_loader(tested.cfg, subset, World(), tested.device)
-    try:
+    with closing(builders.build_test_loader(tested.cfg, subset, World(), tested.device)) as loader:
         return torch.cat([batch.to(tested.device).images for batch in loader])
-    finally:
-        if isinstance(loader, CachedTestLoader):
-            loader.close()
 
 
 def pictures(images: Tensor) -> list[Image.Image]:

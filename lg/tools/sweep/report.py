@@ -7,54 +7,50 @@ import io
 import os
 import shlex
 import warnings
-from collections.abc import Callable
 from typing import Any
 
 import optuna
 from optuna.trial import FrozenTrial, TrialState
-from yacs.config import CfgNode
 
 from lg.config.load import dump_config
 from lg.errors import ConfigError
 from lg.files.atomic import write_atomically
-from lg.tools.sweep.space import Space, trial_folder
+from lg.tools.sweep.space import Space, Sweep, flat, trial_config, trial_folder
 
 STATES = {TrialState.COMPLETE: "finished", TrialState.PRUNED: "pruned", TrialState.FAIL: "failed"}
 
 
-def report(
-    study: optuna.Study, space: Space, out_dir: str, load: Callable[[dict[str, Any], str], CfgNode]
-) -> None:
+def report(study: optuna.Study, sweep: Sweep) -> None:
     """Print the table of trials; write trials.csv, best.yaml and the plots to the sweep's folder.
 
     Args:
         study: Its trials are finished.
-        space: What varies.
-        out_dir: The folder.
-        load: Values of a trial and a folder -> its config.
+        sweep: Its settings.
 
     Raises:
         ConfigError: Every trial failed.
     """
     trials = [t for t in study.get_trials(deepcopy=False) if t.state in STATES]
     trials.sort(key=lambda trial: (list(STATES).index(trial.state), error_of(trial), trial.number))
-    rows = [_row(trial, space) for trial in trials]
+    rows = [_row(trial, sweep.space) for trial in trials]
     print("\n".join(_table(rows)))
     text = io.StringIO()
     writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
-    _write(os.path.join(out_dir, "trials.csv"), text.getvalue().encode())
+    _write(os.path.join(sweep.out_dir, "trials.csv"), text.getvalue().encode())
     if trials[0].state != TrialState.COMPLETE:
         causes = {trial.user_attrs.get("failure", "") for trial in trials}
         raise ConfigError(f"No trial finished ({'; '.join(sorted(causes))}).")
-    plots = _plot(study, out_dir)
-    best, path = trials[0], os.path.join(out_dir, "best.yaml")
-    _write(path, dump_config(load(best.params, os.path.join(out_dir, "best"))).encode())
+    plots = _plot(study, sweep.out_dir)
+    best, path = trials[0], os.path.join(sweep.out_dir, "best.yaml")
+    fixed = [*sweep.fixed, *flat({"LOG_DEST": "stdout"})]
+    cfg = trial_config(sweep.path, fixed, best.params, os.path.join(sweep.out_dir, "best"))
+    _write(path, dump_config(cfg).encode())
     print(
         f"Best: trial {best.number}, error {error_of(best):.2f} % on the images that chose it, so "
         f"this is optimistic. Its weights and the result of the final test are in "
-        f"{trial_folder(out_dir, best.number)}.\n"
+        f"{trial_folder(sweep.out_dir, best.number)}.\n"
         f"Plots: {', '.join(plots)}.\n"
         f"To train with its settings: python run_net.py --mode train --cfg {shlex.quote(path)}",
         flush=True,

@@ -6,6 +6,7 @@ import math
 import os
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from optuna.distributions import (
@@ -23,6 +24,33 @@ from lg.errors import ConfigError
 
 Space = dict[str, BaseDistribution]  # key -> the values it may take
 _RANGE = re.compile(r"(?P<scale>log|lin):(?P<low>[^:]+):(?P<high>[^:]+)")
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """What all workers of a sweep share.
+
+    Attributes:
+        path: The config.
+        fixed: Overrides that are the same in all trials.
+        space: What varies.
+        total: Number of trials.
+        is_grid: Whether the trials are all combinations of the choices; these are not pruned.
+        out_dir: Folder of the sweep.
+        storage: URL of a database; None: a journal in `out_dir`.
+        seed: Of the samplers.
+        warmup: Epochs in which no trial is pruned.
+    """
+
+    path: str
+    fixed: list[str]
+    space: Space
+    total: int
+    is_grid: bool
+    out_dir: str
+    storage: str | None
+    seed: int
+    warmup: int
 
 
 def read_space(path: str, opts: Sequence[str]) -> tuple[Space, list[str], CfgNode]:

@@ -13,7 +13,6 @@ import json
 import math
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -37,7 +36,7 @@ from lg.run import Progress
 from lg.tools.sweep.report import report
 from lg.tools.sweep.space import (
     Space,
-    flat,
+    Sweep,
     read_space,
     suggest,
     trial_config,
@@ -46,33 +45,6 @@ from lg.tools.sweep.space import (
 
 JOURNAL = "sweep.journal"
 _STARTUP = 5  # finished trials before any is pruned
-
-
-@dataclass(frozen=True)
-class Sweep:
-    """What all workers of a sweep share.
-
-    Attributes:
-        path: The config.
-        fixed: Overrides that are the same in all trials.
-        space: What varies.
-        total: Number of trials.
-        is_grid: Whether the trials are all combinations of the choices; these are not pruned.
-        out_dir: Folder of the sweep.
-        storage: URL of a database; None: a journal in `out_dir`.
-        seed: Of the samplers.
-        warmup: Epochs in which no trial is pruned.
-    """
-
-    path: str
-    fixed: list[str]
-    space: Space
-    total: int
-    is_grid: bool
-    out_dir: str
-    storage: str | None
-    seed: int
-    warmup: int
 
 
 def prepare(
@@ -135,7 +107,7 @@ def prepare(
     finished = sum(state.is_finished() for state in states)
     print(f"Sweep in {sweep.out_dir}: {finished} of {total} trials finished.", flush=True)
     if finished >= total:
-        report(study, sweep.space, sweep.out_dir, _config_of(sweep))
+        report(study, sweep)
         return None
     return cfg, sweep
 
@@ -166,7 +138,7 @@ def work(cfg: CfgNode, *, sweep: Sweep) -> None:
             held.enter_context(lock)
             outcome = _run(trial, sweep)
     if is_over:
-        report(study, sweep.space, sweep.out_dir, _config_of(sweep))
+        report(study, sweep)
 
 
 def open_study(sweep: Sweep) -> optuna.Study:
@@ -331,16 +303,6 @@ def _observer(trial: optuna.Trial, max_epoch: int) -> Callable[[Progress], None]
             raise optuna.TrialPruned
 
     return after_test
-
-
-def _config_of(sweep: Sweep) -> Callable[[dict[str, Any], str], CfgNode]:
-    """Return a function that loads the config of a trial's values, for another folder."""
-
-    def load(values: dict[str, Any], out_dir: str) -> CfgNode:
-        fixed = [*sweep.fixed, *flat({"LOG_DEST": "stdout"})]
-        return trial_config(sweep.path, fixed, values, out_dir)
-
-    return load
 
 
 def _take_own_gpu() -> None:

@@ -40,10 +40,8 @@ class Mode(NamedTuple):
     Attributes:
         help: One line for --help.
         function: MODULE:FUNCTION that runs it.
-        config: loaded: --cfg is required, and the function gets the config that it describes;
-            path: --cfg is optional, and the function gets its path (None without it) and the
-            KEY VALUE list; overrides: it gets the KEY VALUE list as `opts`; none: the mode takes
-            neither.
+        config: What the function gets of --cfg FILE KEY VALUE ...: loaded: the config; path: `path`
+            and `opts`, the KEY VALUE list; overrides: `opts`, without --cfg; none: neither.
         arguments: Declares the arguments of this mode alone, which the function gets by keyword.
         launched: Whether NUM_GPUS processes run it; needs a loaded config.
         trains: Whether the function also gets `train`, a picklable function that trains a config.
@@ -237,7 +235,7 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     if mode.config == "overrides":
         parser.set_defaults(cfg=None, opts=[])
     elif mode.config != "none":
-        _add_config(parser, required=mode.config == "loaded" and not mode.from_weights)
+        _add_config(parser, required=not mode.from_weights)
     if mode.config != "none":
         # Found here because an argument that takes several values would take the overrides too.
         is_key = (bool(_KEY.fullmatch(w)) and not os.path.exists(w) for w in words)
@@ -320,7 +318,6 @@ def start(mode: str, cfg: CfgNode, **arguments: Any) -> None:
 
         line = submit(
             entry,
-            (),
             mode=cfg.LAUNCH.MODE,
             folder=f"{cfg.OUT_DIR}/jobs",
             resources=build_resources(cfg),
@@ -332,7 +329,6 @@ def start(mode: str, cfg: CfgNode, **arguments: Any) -> None:
 
     launch(
         entry,
-        (),
         num_processes=cfg.NUM_GPUS if launched else 1,
         host=cfg.HOST,
         port_range=(cfg.PORT_RANGE[0], cfg.PORT_RANGE[1]),
@@ -342,21 +338,19 @@ def start(mode: str, cfg: CfgNode, **arguments: Any) -> None:
 def dispatch(mode: str, cfg: str | None, opts: Sequence[str], **arguments: Any) -> None:
     """Run a mode with the arguments of the command line."""
     from lg.config import load_config
-    from lg.errors import ConfigError
 
     train = functools.partial(start, "train")
     if arguments.get("seeds"):
         from lg.tools.seeds import train_seeds
 
-        assert cfg is not None  # required for training
+        assert cfg is not None
         train_seeds(cfg, opts, arguments["seeds"], train)
         return
     arguments.pop("seeds", None)
     if mode == "sweep":
         from lg.tools.sweep.trials import prepare
 
-        if cfg is None:
-            raise ConfigError("--mode sweep needs --cfg FILE.")
+        assert cfg is not None
         prepared = prepare(cfg, opts, **arguments)
         if prepared is not None:
             start(mode, prepared[0], sweep=prepared[1])
@@ -365,10 +359,13 @@ def dispatch(mode: str, cfg: str | None, opts: Sequence[str], **arguments: Any) 
     if takes == "loaded":
         start(mode, load_config(cfg, opts) if cfg else _config_of_weights(opts), **arguments)
         return
-    more: dict[str, Any] = {"train": train} if MODES[mode].trains else {}
-    if takes == "overrides":
-        more["opts"] = opts
-    _function(mode)(*((cfg, opts) if takes == "path" else ()), **arguments, **more)
+    if takes == "path":
+        arguments["path"] = cfg
+    if takes != "none":
+        arguments["opts"] = opts
+    if MODES[mode].trains:
+        arguments["train"] = train
+    _function(mode)(**arguments)
 
 
 def _config_of_weights(opts: Sequence[str]) -> CfgNode:

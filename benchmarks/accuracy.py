@@ -20,7 +20,6 @@ from __future__ import annotations
 import json
 import platform
 import re
-import subprocess
 import sys
 from pathlib import Path
 from statistics import fmean, median
@@ -33,6 +32,7 @@ from benchmarks.report import make_parser
 from lg.config.defaults import DEFAULT_VALUES, flatten
 from lg.logs.log import read_json_lines
 from lg.logs.plots import draw_lines, save_figure
+from lg.paths import source_commit
 from lg.tools.seeds import interval
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -230,9 +230,8 @@ def main() -> None:
     parser.add_argument("--commit", help="commit that trained them (default: HEAD)")
     parser.add_argument("--check", action="store_true")
     args = parser.parse_args()
-    head = ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"]
     for folder in args.add:
-        add(folder, args.commit or subprocess.check_output(head, text=True).strip())
+        add(folder, args.commit or source_commit()[:7])
     tables = yaml.safe_load((EVIDENCE / "tables.yaml").read_text(encoding="utf-8"))
     page = RESULTS.read_text(encoding="utf-8")
     filled = fill(page, tables)

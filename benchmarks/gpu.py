@@ -29,7 +29,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from benchmarks.accuracy import compact, processor  # noqa: E402
 from benchmarks.report import TRANSFORMERS, config_path, make_parser  # noqa: E402
-from lg.files.atomic import write_atomically  # noqa: E402
+from lg.files.atomic import write_text  # noqa: E402
 from lg.logs.log import read_json_lines  # noqa: E402
 
 MODES = ("none", "default", "reduce-overhead")  # of TRAIN.COMPILE
@@ -53,7 +53,7 @@ class Cases:
 
     def save(self, name: str, **result: Any) -> None:
         text = json.dumps({"case": name, **result}, indent=1, default=float)
-        write_atomically(self._path(name), lambda file: file.write(text.encode()))
+        write_text(self._path(name), text)
         print(f"{name}: {result.get('outcome', 'done')}", flush=True)
 
     def run(self, name: str, case: Callable[[float], dict[str, Any]], needs: float) -> None:
@@ -293,7 +293,7 @@ def write_table(out: Path) -> None:
         if results:
             lines += [f"## {part.capitalize()}", "", *_ROWS[part](results), ""]
     text = "\n".join(lines)
-    write_atomically(out / "table.md", lambda file: file.write(text.encode()))
+    write_text(out / "table.md", text)
     print(f"\n{text}\nWritten to {out / 'table.md'}.")
 
 

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from lg.errors import CheckpointError
+from lg.errors import CheckpointError, first_line
 from lg.files.atomic import remove_leftovers, write_atomically
 from lg.files.safe_pickle import NUMBERS
 from lg.models.positions import resample_positions
@@ -71,10 +71,9 @@ def read_checkpoint(path: str | os.PathLike[str], *, cache: str = DEFAULT_CACHE)
     except OSError as error:
         raise CheckpointError(f"{name} cannot be read: {error.strerror or error}.") from None
     except Exception as error:  # torch, safetensors and pickle raise many types for bad files
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
         raise CheckpointError(
             f"{name} is not an intact file of tensors and plain values (objects are never loaded): "
-            f"{reason}. Use another copy."
+            f"{first_line(error)}. Use another copy."
         ) from None
     if not isinstance(state, dict) or not state:
         raise CheckpointError(f"{name} holds a {type(state).__name__}; a checkpoint is a dict.")

@@ -10,6 +10,7 @@ import resource
 import sys
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -218,3 +219,22 @@ def peak_memory_mb(device: torch.device) -> int:
         return int(torch.cuda.max_memory_allocated(device) / 1024**2)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes on macOS, KiB elsewhere
     return int(peak / (1024**2 if sys.platform == "darwin" else 1024))
+
+
+def free_memory(device: torch.device) -> int:
+    """Return the free bytes of a GPU, or of this machine and its container (cgroup v2)."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    try:
+        with open("/proc/meminfo") as file:
+            lines = dict(line.split(":") for line in file)
+        limits.append(1024 * int(lines["MemAvailable"].split()[0]))
+        most, used = (
+            int(Path("/sys/fs/cgroup", name).read_text())
+            for name in ("memory.max", "memory.current")
+        )
+        limits.append(max(0, most - used))
+    except (OSError, ValueError, KeyError):
+        pass  # not Linux, or no limit
+    return min(limits)

@@ -26,19 +26,18 @@ NON_FINITE_ADVICE = (
 )
 
 
-def topk_hits(logits: Tensor, labels: Tensor, ks: Sequence[int] = (1, 5)) -> Tensor:
-    """Return whether each label is among the k highest scores, for each k.
+def topk_hits(logits: Tensor, labels: Tensor) -> Tensor:
+    """Return whether each label has the highest score, and one of the five highest.
 
     Args:
         logits: [N, K].
         labels: [N], class indices.
-        ks: Values of k; if one exceeds K, every finite row is a hit.
 
     Returns:
-        [N, len(ks)], bool. A row with non-finite logits is never a hit.
+        [N, 2], bool. A row with non-finite logits is never a hit.
     """
-    hits = top_classes(logits, max(ks)) == labels[:, None]
-    return torch.stack([hits[:, :k].any(dim=1) for k in ks], dim=1)
+    hits = top_classes(logits, 5) == labels[:, None]
+    return torch.stack([hits[:, 0], hits.any(dim=1)], dim=1)
 
 
 def top_classes(logits: Tensor, k: int) -> Tensor:

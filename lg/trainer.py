@@ -24,16 +24,16 @@ from lg.datasets.loader import Batch
 from lg.device import Precision, machine_facts
 from lg.distributed import World
 from lg.errors import CheckpointError, ConfigError
-from lg.files.atomic import write_atomically
+from lg.files.atomic import write_text
 from lg.files.lock import lock_folder
 from lg.logs.log import RunLog
 from lg.logs.reporter import result_lines
 from lg.metrics import UNKNOWN_ERR, EvalResult, TestMeter
+from lg.models.complexity import complexity
 from lg.paths import source_commit
 from lg.run import Progress, Run
 from lg.signals import Interrupted, asked_to_stop, stop_signals
 from lg.step import mix, train_step
-from lg.tools.info import complexity
 
 
 def train(cfg: CfgNode, *, after_test: Callable[[Progress], None] | None = None) -> Progress:
@@ -61,7 +61,7 @@ def train(cfg: CfgNode, *, after_test: Callable[[Progress], None] | None = None)
         config_text = run.settings.config_text
         if world.is_main:
             path = os.path.join(cfg.OUT_DIR, cfg.CFG_DEST)
-            write_atomically(path, lambda file: file.write(config_text.encode()))
+            write_text(path, config_text)
         if cfg.VERBOSE:
             log.stats("cfg", yaml.safe_load(config_text))
             sizes = cfg.MODEL.IMG_SIZE, cfg.MODEL.IN_CHANNELS

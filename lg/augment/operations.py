@@ -166,12 +166,6 @@ def _blend(start: Tensor, end: Tensor, factor: Tensor) -> Tensor:
 # Kinds 2 and 3: blends with gray and with a smoothed image.
 
 
-def _prepare_blend(
-    names: list[str], level: np.ndarray, size: int, channels: int
-) -> list[np.ndarray]:
-    return [level[:, None, None, None].astype(np.float32)]
-
-
 def _color(images: Tensor, names: list[str], fill: Fill, factor: Tensor) -> Tensor:
     pixels = images.float()
     return _bytes(_blend(_luma(pixels), pixels, factor))
@@ -348,8 +342,8 @@ KINDS = (
         _prepare_tables,
         _by_table,
     ),
-    Kind(("ColorIncreasing",), _prepare_blend, _color),
-    Kind(("SharpnessIncreasing",), _prepare_blend, _sharpness),
+    Kind(("ColorIncreasing",), prepare_levels, _color),
+    Kind(("SharpnessIncreasing",), prepare_levels, _sharpness),
     Kind(("ShearX", "TranslateXRel", "ShearY", "TranslateYRel"), _prepare_shift, _shift),
     Kind(("Rotate",), _prepare_rotate, _rotate),
 )

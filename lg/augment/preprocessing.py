@@ -27,11 +27,6 @@ class Preprocessing:
     std: tuple[float, ...] = IMAGENET_DEFAULT_STD
 
     @property
-    def channels(self) -> int:
-        """Channels of the input."""
-        return len(self.mean)
-
-    @property
     def black(self) -> list[float]:
         """The input of a black pixel, per channel."""
         return [-mean / std for mean, std in zip(self.mean, self.std, strict=True)]

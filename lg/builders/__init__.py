@@ -22,7 +22,6 @@ from lg.builders.preprocessing import (
     build_preprocessing,
     guide_preprocessing,
     range_note,
-    with_data_statistics,
     with_trained_statistics,
 )
 from lg.builders.run import build_run, place_model
@@ -75,6 +74,5 @@ __all__ = [
     "range_note",
     "synchronize_batch_norms",
     "teacher_name",
-    "with_data_statistics",
     "with_trained_statistics",
 ]

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lg.device import Precision
+from lg.errors import first_line
 from lg.guidance import FrozenTeacher, GuidedStudent
 from lg.guidance.losses import KeptMap
 
@@ -64,7 +65,7 @@ def compile_student(
                     _try_step(compiled, teacher if imitate else None, example, precision, imitate)
                     guided.zero_grad(set_to_none=True)  # replays overwrite gradients in graphs
     except Exception as error:  # compiler back ends raise errors of any type
-        reason = str(error).strip().partition("\n")[0][:200] or type(error).__name__
+        reason = first_line(error)
         warn(f"TRAIN.COMPILE {mode} failed ({reason}): student and guide run uncompiled.")
         return guided, guide
     finally:

@@ -25,7 +25,7 @@ from lg.builders.splits import (
     list_val_data,
 )
 from lg.datasets.base import ImageDataset, class_weights, fingerprint
-from lg.datasets.cache import ImageCache, Prepare, cache_bytes, free_memory
+from lg.datasets.cache import ImageCache, Prepare, cache_bytes
 from lg.datasets.cached_loader import CachedTestLoader, CachedTrainLoader, TestLoader
 from lg.datasets.loader import (
     Samples,
@@ -35,6 +35,7 @@ from lg.datasets.loader import (
     usable_workers,
 )
 from lg.datasets.scan import drop_unreadable, find_unreadable, skip_message
+from lg.device import free_memory
 from lg.distributed import World, from_main, in_turn
 from lg.errors import ConfigError, DataError
 

@@ -15,10 +15,10 @@ from lg.builders.data import dataset_facts
 from lg.builders.families import build_family, single, with_keys
 from lg.builders.preprocessing import build_preprocessing, check_window, guide_preprocessing
 from lg.checkpoint import foreign_weights, load_weights, read_checkpoint
-from lg.config.defaults import flatten
+from lg.config.defaults import flatten, is_guided
 from lg.config.rules import FAMILIES
 from lg.datasets.base import ImageDataset
-from lg.errors import CheckpointError, ConfigError, UserError
+from lg.errors import CheckpointError, ConfigError, UserError, first_line
 from lg.guidance import (
     FeatureBank,
     FrozenTeacher,
@@ -66,7 +66,7 @@ def build_model(cfg: CfgNode, *, pretrained: bool = True) -> Backbone:
         prefix = f"MODEL.TYPE {kind}: " if kind.startswith("timm/") else ""
         raise ConfigError(prefix + message) from error
     except (RuntimeError, TypeError, MemoryError, OverflowError) as error:  # sizes far too large
-        reason = str(error).strip().partition("\n")[0][:200] or type(error).__name__
+        reason = first_line(error)
         raise ConfigError(
             f"MODEL.TYPE {kind} cannot be built with these sizes ({reason}): lower those of MODEL, "
             "TRANSFORMER and the model's own section"
@@ -126,7 +126,7 @@ def build_guided(cfg: CfgNode) -> tuple[GuidedStudent, Guide, GuidanceLoss]:
     """
     options = cfg.DISTILLATION
     student = build_model(cfg)
-    if not (options.ENABLE_INTER or options.ENABLE_LOGIT):
+    if not is_guided(cfg):
         return GuidedStudent(student), NoGuide(), GuidanceLoss()
     teacher, facts = load_teacher(cfg, trained=not options.OFFLINE)
     student_taps, teacher_taps = tap_indices(cfg, student, teacher)

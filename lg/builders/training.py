@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from yacs.config import CfgNode
 
-from lg.config import dump_config
+from lg.config import dump_config, is_guided
 from lg.device import (
     Precision,
     allow_tf32,
@@ -72,7 +72,7 @@ def build_learning_rate(cfg: CfgNode) -> LearningRate:
 def build_schedule(cfg: CfgNode) -> GuidanceSchedule:
     """Build the schedule of guidance; without guidance, it is static."""
     options = cfg.DISTILLATION
-    if not (options.ENABLE_INTER or options.ENABLE_LOGIT):
+    if not is_guided(cfg):
         return GuidanceSchedule()
     return GuidanceSchedule(
         options.SCHEDULE,
@@ -276,8 +276,7 @@ def check_training(cfg: CfgNode, *, trained_guide: bool = True) -> None:
             f"MODEL.IN_CHANNELS is {cfg.MODEL.IN_CHANNELS}, but images are RGB or gray: set it to "
             "3 or 1."
         )
-    guided = options.ENABLE_INTER or options.ENABLE_LOGIT
-    if guided and trained_guide and not options.OFFLINE and options.TEACHER_WEIGHTS is None:
+    if is_guided(cfg) and trained_guide and not options.OFFLINE and options.TEACHER_WEIGHTS is None:
         raise ConfigError(
             "DISTILLATION.TEACHER_WEIGHTS is null, but the guide must be trained: train it first "
             "and set this to its model.pyth."
@@ -299,6 +298,6 @@ def _files_of_training(cfg: CfgNode) -> list[tuple[str, str | None]]:
     """Return (key, path or URL) of the files that training reads besides images."""
     options = cfg.DISTILLATION
     files = [("TRAIN.WEIGHTS", cfg.TRAIN.WEIGHTS), ("MODEL.PRETRAINED", cfg.MODEL.PRETRAINED)]
-    if (options.ENABLE_INTER or options.ENABLE_LOGIT) and not options.OFFLINE:
+    if is_guided(cfg) and not options.OFFLINE:
         files.append(("DISTILLATION.TEACHER_WEIGHTS", options.TEACHER_WEIGHTS))
     return files

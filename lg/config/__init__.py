@@ -1,6 +1,13 @@
 """The config: every key with its default, the rules for values, and loading."""
 
-from lg.config.defaults import flatten
+from lg.config.defaults import flatten, is_guided
 from lg.config.load import changed_keys, dump_config, load_config, load_trained_config
 
-__all__ = ["changed_keys", "dump_config", "flatten", "load_config", "load_trained_config"]
+__all__ = [
+    "changed_keys",
+    "dump_config",
+    "flatten",
+    "is_guided",
+    "load_config",
+    "load_trained_config",
+]

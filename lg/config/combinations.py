@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 from yacs.config import CfgNode
 
-from lg.config.defaults import DEFAULT_VALUES, flatten
+from lg.config.defaults import DEFAULT_VALUES, flatten, is_guided
 from lg.config.image_rules import image_faults
 from lg.config.rules import FAMILIES
 from lg.config.student_combinations import Fault, student_faults
@@ -345,15 +345,13 @@ def _default(key: str) -> str:
 
 
 def _uses_resnet(cfg: CfgNode) -> bool:
-    options = cfg.DISTILLATION
-    guided = options.ENABLE_INTER or options.ENABLE_LOGIT
-    return cfg.MODEL.TYPE == "ResNet" or (guided and options.TEACHER_MODEL == "ResNet")
+    guide = cfg.DISTILLATION.TEACHER_MODEL if is_guided(cfg) else ""
+    return "ResNet" in (cfg.MODEL.TYPE, guide)
 
 
 def _compares_images(cfg: CfgNode) -> bool:
     """Tell whether training needs several images at once, for batch statistics or similarity."""
     options = cfg.DISTILLATION
     similarity = options.ENABLE_INTER and options.INTER_TRANSFORM == "similarity"
-    guided = options.ENABLE_INTER or options.ENABLE_LOGIT
-    batch_norm = guided and options.TEACHER_BN == "batch"
+    batch_norm = is_guided(cfg) and options.TEACHER_BN == "batch"
     return cfg.MODEL.TYPE in ("ResNet", "CvT") or similarity or batch_norm

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from yacs.config import CfgNode
+
 # None (null in YAML) means "not set". Keys marked (+) are new in this project. All others keep the
 # names and defaults of the published code, so that its configs load unchanged.
 DEFAULTS: dict[str, Any] = {
@@ -352,6 +354,11 @@ PATHS = (
     "OUT_DIR",
     "DOWNLOAD_CACHE",
 )
+
+
+def is_guided(cfg: CfgNode) -> bool:
+    """Return whether a config trains with a guide."""
+    return bool(cfg.DISTILLATION.ENABLE_INTER or cfg.DISTILLATION.ENABLE_LOGIT)
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

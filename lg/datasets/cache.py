@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from concurrent import futures
 from concurrent.futures import Future, ThreadPoolExecutor
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -96,22 +94,3 @@ def cache_bytes(dataset: ImageDataset, prepare: Prepare) -> int:
     chosen = np.unique(np.linspace(0, len(dataset) - 1, _NUM_SIZE_SAMPLES).astype(int))
     sizes = [read_prepared(dataset, prepare, int(position)).nbytes for position in chosen]
     return int(len(dataset) * np.mean(sizes))
-
-
-def free_memory(device: torch.device) -> int:
-    """Return the free bytes of a GPU, or of this machine and its container (cgroup v2)."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
-    try:
-        with open("/proc/meminfo") as file:
-            lines = dict(line.split(":") for line in file)
-        limits.append(1024 * int(lines["MemAvailable"].split()[0]))
-        most, used = (
-            int(Path("/sys/fs/cgroup", name).read_text())
-            for name in ("memory.max", "memory.current")
-        )
-        limits.append(max(0, most - used))
-    except (OSError, ValueError, KeyError):
-        pass  # not Linux, or no limit
-    return min(limits)

@@ -35,9 +35,6 @@ class Digits(ImageDataset):
             root: Ignored.
             split: train, or test (also called val).
             download: Ignored.
-
-        Raises:
-            DataError: There is no such split.
         """
         from sklearn.datasets import load_digits
 

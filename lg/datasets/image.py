@@ -18,7 +18,6 @@ from __future__ import annotations
 import contextlib
 import io
 import os
-from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -44,8 +43,43 @@ class PixelFormat(NamedTuple):
     window: tuple[float, float] | None = None
 
     def open(self, path: str | os.PathLike[str]) -> Image.Image:
-        """Read an image file, as `open_rgb` does."""
-        return _open(path, self.convert)
+        """Read an image file in any format that Pillow supports, as a loaded, upright image.
+
+        Raises:
+            DataError: The file is missing, unreadable, empty, truncated, too large or not an image.
+        """
+        try:
+            # Reading first separates disk errors from decoder errors.
+            with open(path, "rb") as file:
+                content = file.read()
+        except OSError as error:
+            raise DataError(
+                f"{path}: the image cannot be read ({error.strerror or error}); check that the "
+                "file, or the target of a link, exists and is readable"
+            ) from error
+        if not content:
+            raise DataError(f"{path}: the image file is empty; download it again")
+        try:
+            with Image.open(io.BytesIO(content)) as image:
+                return self.convert(image)
+        except Image.DecompressionBombError as error:
+            raise DataError(
+                f"{path}: the image is too large to be safe ({error}); shrink it, or raise "
+                "PIL.Image.MAX_IMAGE_PIXELS if you trust the file"
+            ) from error
+        except UnidentifiedImageError as error:
+            raise DataError(
+                f"{path}: the file is not an image that Pillow can read; remove or convert it"
+            ) from error
+        except DataError as error:
+            raise DataError(f"{path}: {error}") from error
+        except MemoryError:
+            raise
+        except Exception as error:  # Pillow's decoders raise many types on damaged files
+            raise DataError(
+                f"{path}: the image is damaged or cannot be converted ({error}); download it "
+                "again, or save it as 8-bit RGB"
+            ) from error
 
     def convert(self, image: Image.Image) -> Image.Image:
         """Convert an open image of any mode, as `to_rgb` or `to_gray` do."""
@@ -58,55 +92,6 @@ def pixel_tensor(image: Image.Image) -> Tensor:
     pixels = torch.from_numpy(np.array(image))
     # Bicubic filters overshoot, which mode F does not cut.
     return pixels if pixels.dim() == 3 else pixels.clamp_(0, 255)[..., None]
-
-
-def open_rgb(path: str | os.PathLike[str]) -> Image.Image:
-    """Read an image file in any format that Pillow supports.
-
-    Returns:
-        A loaded, upright RGB image; the conversion rules are at the top of this file.
-
-    Raises:
-        DataError: The file is missing, unreadable, empty, truncated, too large or not an image.
-    """
-    return _open(path, to_rgb)
-
-
-def _open(
-    path: str | os.PathLike[str], convert: Callable[[Image.Image], Image.Image]
-) -> Image.Image:
-    try:
-        # Reading first separates disk errors from decoder errors.
-        with open(path, "rb") as file:
-            content = file.read()
-    except OSError as error:
-        raise DataError(
-            f"{path}: the image cannot be read ({error.strerror or error}); check that the file, "
-            "or the target of a link, exists and is readable"
-        ) from error
-    if not content:
-        raise DataError(f"{path}: the image file is empty; download it again")
-    try:
-        with Image.open(io.BytesIO(content)) as image:
-            return convert(image)
-    except Image.DecompressionBombError as error:
-        raise DataError(
-            f"{path}: the image is too large to be safe ({error}); shrink it, or raise "
-            "PIL.Image.MAX_IMAGE_PIXELS if you trust the file"
-        ) from error
-    except UnidentifiedImageError as error:
-        raise DataError(
-            f"{path}: the file is not an image that Pillow can read; remove or convert it"
-        ) from error
-    except DataError as error:
-        raise DataError(f"{path}: {error}") from error
-    except MemoryError:
-        raise
-    except Exception as error:  # Pillow's decoders raise many types on damaged files
-        raise DataError(
-            f"{path}: the image is damaged or cannot be converted ({error}); download it again, or "
-            "save it as 8-bit RGB"
-        ) from error
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

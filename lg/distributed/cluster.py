@@ -19,12 +19,11 @@ class Job:
     """The work of each process of a job; submitit stores it and runs it again after a requeue.
 
     Attributes:
-        entry: Called with `args` in each process, once processes can find each other.
-        args: Values that can be pickled.
+        entry: Called in each process, once processes can find each other.
     """
 
-    def __init__(self, entry: Callable[..., None], args: tuple[Any, ...]) -> None:
-        self.entry, self.args = entry, args
+    def __init__(self, entry: Callable[[], None]) -> None:
+        self.entry = entry
 
     def __call__(self) -> None:
         """Call `entry`; if the cluster stopped it, make submitit requeue the job."""
@@ -32,7 +31,7 @@ class Job:
 
         TorchDistributedEnvironment().export(set_cuda_visible_devices=False, overwrite=True)
         try:
-            self.entry(*self.args)
+            self.entry()
         except SystemExit as end:
             for signum in cluster_signals():
                 if end.code == 128 + signum:
@@ -48,19 +47,17 @@ class Job:
 
 
 def submit(
-    entry: Callable[..., None],
-    args: tuple[Any, ...],
+    entry: Callable[[], None],
     *,
     mode: str,
     folder: str,
     resources: Mapping[str, Any],
     max_retries: int,
 ) -> str:
-    """Submit a job in which each process calls `entry(*args)`.
+    """Submit a job in which each process calls `entry()`.
 
     Args:
         entry: A function that can be pickled.
-        args: Values that can be pickled.
         mode: slurm or submitit_local.
         folder: Where the job's output goes, in files whose names begin with the job number.
         resources: What the job requests, as `submitit.AutoExecutor.update_parameters` takes it.
@@ -85,7 +82,7 @@ def submit(
             folder=folder, cluster=cluster, **{f"{cluster}_max_num_timeout": max_retries}
         )
         executor.update_parameters(**resources)
-        job = executor.submit(Job(entry, args))
+        job = executor.submit(Job(entry))
     except (RuntimeError, OSError, submitit.core.utils.FailedJobError) as error:
         raise ConfigError(
             f"LAUNCH.MODE is {mode}, but the job could not be submitted ({first_line(error)}): "

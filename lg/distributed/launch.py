@@ -19,21 +19,19 @@ GRACE = 10  # seconds that the other processes get to end when one has failed
 
 
 def launch(
-    entry: Callable[..., None],
-    args: tuple[Any, ...],
+    entry: Callable[[], None],
     *,
     num_processes: int,
     host: str,
     port_range: tuple[int, int],
 ) -> None:
-    """Run `entry(*args)` in `num_processes` processes.
+    """Run `entry()` in `num_processes` processes.
 
     One process, or a process that torchrun started, calls it directly. When one process fails, the
     others are stopped after `GRACE` seconds.
 
     Args:
         entry: A function that can be pickled.
-        args: Values that can be pickled.
         num_processes: At least 1.
         host: The one address that the shared store listens at.
         port_range: First and last port to try.
@@ -42,7 +40,7 @@ def launch(
         OSError: No port of the range is free.
     """
     if num_processes == 1 or "RANK" in os.environ:
-        entry(*args)
+        entry()
         return
     store = _serve_at_free_port(host, port_range)
     environment = {LAUNCHED: "1", "MASTER_ADDR": store.host, "MASTER_PORT": str(store.port)}
@@ -51,7 +49,7 @@ def launch(
         use_loopback(environment)
     context = mp.start_processes(
         _run_process,
-        (entry, args, environment),
+        (entry, environment),
         nprocs=num_processes,
         start_method="spawn",
         join=False,
@@ -99,8 +97,6 @@ def _describe_kill(rank: int, signal_name: str) -> str:
     )
 
 
-def _run_process(
-    rank: int, entry: Callable[..., None], args: tuple[Any, ...], environment: dict[str, str]
-) -> None:
+def _run_process(rank: int, entry: Callable[[], None], environment: dict[str, str]) -> None:
     os.environ.update(environment, RANK=str(rank), LOCAL_RANK=str(rank))
-    entry(*args)
+    entry()

@@ -47,6 +47,11 @@ def write_atomically(path: str | os.PathLike[str], write: Callable[[Any], object
         raise
 
 
+def write_text(path: str | os.PathLike[str], text: str) -> None:
+    """Write a UTF-8 file as `write_atomically` does."""
+    write_atomically(path, lambda file: file.write(text.encode()))
+
+
 def remove_leftovers(path: str | os.PathLike[str]) -> None:
     """Remove the temporary files of `path`, whose name may be a pattern, that a process killed in
     `write_atomically` left."""

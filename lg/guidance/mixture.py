@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lg.guidance.resize import resize
+
 Shape = tuple[int, int, int]  # C, H, W
 
 
@@ -60,7 +62,7 @@ class MixedHeads(nn.ModuleList):
             mixed = torch.einsum("tb,bnchw->tnchw", weights, torch.stack(list(maps)))
             return [head(m) for head, m in zip(self, mixed, strict=True)]
         mixtures = [
-            [_resize(part, size) for part, size in zip(parts, self.sizes, strict=True)]
+            [resize(part, size) for part, size in zip(parts, self.sizes, strict=True)]
             for parts in (self._project(group, maps, weights) for group in self._groups)
         ]
         return [torch.stack(parts).sum(dim=0) for parts in zip(*mixtures, strict=True)]
@@ -78,7 +80,3 @@ class MixedHeads(nn.ModuleList):
         stacked = torch.cat([maps[block] for block in group], dim=1)
         bias = torch.stack(biases).sum(dim=0)
         return F.conv2d(stacked, torch.cat(kernels, dim=1), bias).split(self.dims, dim=1)
-
-
-def _resize(feature_map: Tensor, size: tuple[int, int]) -> Tensor:
-    return F.interpolate(feature_map, size=size, mode="bilinear", align_corners=False)

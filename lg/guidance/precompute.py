@@ -23,7 +23,7 @@ from tqdm import tqdm
 from lg.augment.view import BLACK, View, shifted
 from lg.datasets.loader import Batch
 from lg.errors import BankError
-from lg.files.atomic import TEMPORARY, remove_leftovers, write_atomically
+from lg.files.atomic import TEMPORARY, remove_leftovers, write_atomically, write_text
 from lg.guidance.bank_file import INDICES, PROGRESS, PROVENANCE, Provenance
 from lg.guidance.teacher import FrozenTeacher
 
@@ -113,7 +113,7 @@ def precompute(
                 saved = time.monotonic()
     assert done == len(indices), f"{done} maps of {len(indices)} images"
     _save_progress(folder, arrays, provenance, done)
-    write_atomically(folder / PROVENANCE, lambda file: file.write(provenance.to_json().encode()))
+    write_text(folder / PROVENANCE, provenance.to_json())
     (folder / PROGRESS).unlink()
     for name in (INDICES, PROGRESS, PROVENANCE):
         remove_leftovers(folder / name)
@@ -190,4 +190,4 @@ def _save_progress(
     for array in arrays:
         array.flush()
     text = json.dumps({"done": done, "provenance": provenance.to_json()})
-    write_atomically(folder / PROGRESS, lambda file: file.write(text.encode()))
+    write_text(folder / PROGRESS, text)

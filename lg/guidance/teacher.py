@@ -101,8 +101,6 @@ class FrozenTeacher(nn.Module):
 class NoGuide:
     """The guide of unguided training: it gives nothing to imitate."""
 
-    feature_dims: tuple[int, ...] = ()
-
     def __call__(
         self, images: Tensor, index: Tensor | None = None, view: Tensor | None = None
     ) -> tuple[list[Tensor], Tensor | None]:

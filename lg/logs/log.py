@@ -58,7 +58,6 @@ class RunLog:
         *,
         enabled: bool = True,
         console: bool = True,
-        file_name: str = "log.txt",
     ) -> None:
         """Nothing is opened before there is something to write.
 
@@ -66,17 +65,16 @@ class RunLog:
             out_dir: The run's folder.
             enabled: False on all but the main process: nothing is printed or written.
             console: Whether messages are also printed.
-            file_name: The name of the log in `out_dir`.
         """
         self.out_dir = Path(out_dir)
         self.enabled = enabled
         self.console = enabled and console
-        self._file = _LogFile(self.out_dir / file_name, self._report) if enabled else None
+        self._file = _LogFile(self.out_dir / "log.txt", self._report) if enabled else None
         self._events: EventFile | None = None
         self.tracker: Tracker | None = None  # gets the scalars too; set before `open_curves`
         self._bar: tqdm | None = None
         self._reported: set[str] = set()
-        if enabled and _is_cut(self.out_dir / file_name):
+        if enabled and _is_cut(self.out_dir / "log.txt"):
             self.write("")
 
     def open_curves(self, first_step: int) -> None:

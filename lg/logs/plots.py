@@ -168,19 +168,15 @@ def draw_confusion(
         )
 
 
-def draw_images(
-    figure: Figure, images: np.ndarray, captions: Sequence[str], columns: int = 4
-) -> None:
-    """Draw a grid of images with captions.
+def draw_images(figure: Figure, images: np.ndarray, captions: Sequence[str]) -> None:
+    """Draw rows of four images with captions.
 
     Args:
         figure: The figure.
         images: [n, S, S, 3], uint8.
         captions: n texts.
-        columns: Images in a row.
     """
-    rows = -(-len(images) // columns)
-    grid = np.ravel(figure.subplots(rows, columns, squeeze=False))
+    grid = np.ravel(figure.subplots(-(-len(images) // 4), 4, squeeze=False))
     for axes in grid:
         axes.axis("off")
     for axes, image, caption in zip(grid, images, captions, strict=False):

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from lg.errors import first_line
-from lg.files.atomic import write_atomically
+from lg.files.atomic import write_text
 
 PROJECT = "lg"
 # Addresses and schedulers of the user's machines are nobody's business, nor are passwords in URLs.
@@ -140,8 +140,7 @@ class Tracker:
         with self._tolerant():
             run_id = record.read_text().strip() if record.exists() else None
             self._backend = BACKENDS[self._name](run_id, self._folder.absolute(), self._config)
-            text = self._backend.run_id.encode()
-            write_atomically(record, lambda file: file.write(text))
+            write_text(record, self._backend.run_id)
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         """Add a point to several curves.

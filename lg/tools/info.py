@@ -5,17 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
-from torch import nn
-from torch.func import functional_call
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 from yacs.config import CfgNode
 
 from lg.builders.models import build_model, build_teacher, tap_indices, teacher_name
+from lg.config import is_guided
 from lg.guidance import MixedHeads
 from lg.guidance.losses import PROJECTED
-from lg.models.backbone import Backbone, evaluating
+from lg.models.backbone import Backbone
+from lg.models.complexity import complexity
 from lg.models.taps import map_shapes
 
 
@@ -73,7 +70,7 @@ def describe_config(cfg: CfgNode) -> list[str]:
     channels = model.IN_CHANNELS
     student = build_model(cfg, pretrained=False)
     facts = measure_model(student, image_size=model.IMG_SIZE, in_channels=channels)
-    if not (options.ENABLE_INTER or options.ENABLE_LOGIT):
+    if not is_guided(cfg):
         return describe(model.TYPE, facts, num_classes=model.NUM_CLASSES)
     teacher = build_teacher(cfg, trained=False)
     taps, guide_taps = tap_indices(cfg, student, teacher)
@@ -102,22 +99,6 @@ def measure_model(model: Backbone, *, image_size: int, in_channels: int) -> Mode
     ]
     fixed = sum(p.numel() for p in model.parameters() if not p.requires_grad)
     return ModelFacts(counts["params"], counts["macs"], image_size, rows, fixed)
-
-
-def complexity(model: nn.Module, image_size: int, in_channels: int = 3) -> dict[str, int]:
-    """Return `params` and `macs`, the multiply-adds of the forward pass of one image."""
-    # Detached: the counter follows gradients through tensors that require them, even in no_grad.
-    state = {k: v.detach() for k, v in (*model.named_parameters(), *model.named_buffers())}
-    device = next(iter(state.values())).device
-    image = torch.zeros(1, in_channels, image_size, image_size, device=device)
-    # The counter misses fused attention on some devices; MATH attention is two matrix products.
-    attention = sdpa_kernel(SDPBackend.MATH)
-    with FlopCounterMode(display=False) as counter, evaluating(model), attention:
-        functional_call(model, state, (image,))
-    return {
-        "params": sum(p.numel() for p in model.parameters()),
-        "macs": counter.get_total_flops() // 2,
-    }
 
 
 def describe(

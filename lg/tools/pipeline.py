@@ -18,12 +18,12 @@ from scipy.stats import binomtest
 from yacs.config import CfgNode
 
 from lg.builders import build_model, fetch_data
-from lg.config import flatten, load_config
+from lg.config import flatten, is_guided, load_config
 from lg.config.defaults import DEFAULT_VALUES, FREE_ON_RESUME
 from lg.datasets.base import fingerprint
 from lg.distributed import World
 from lg.errors import ConfigError
-from lg.files.atomic import write_atomically
+from lg.files.atomic import write_text
 from lg.logs.log import read_json_lines
 from lg.paths import local_path, project_folder
 from lg.tools.seeds import read_result
@@ -63,7 +63,7 @@ class Part:
 
 
 def pipeline(
-    path: str | None,
+    path: str,
     opts: Sequence[str],
     guide: str | None,
     plain: bool,
@@ -84,8 +84,6 @@ def pipeline(
     Raises:
         ConfigError: There is no student or no guide, or the runs would not run here.
     """
-    if path is None:
-        raise ConfigError("--cfg is missing: give the config of a guided model.")
     cfg = load_config(path, opts)
     _check(cfg, path, plain)
     guide_path = guide or find_guide(path, cfg.DISTILLATION.TEACHER_WEIGHTS)
@@ -110,8 +108,7 @@ def pipeline(
     command = f"python run_net.py --mode predict --images IMAGES TEST.WEIGHTS {weights['guided']}"
     print("\n".join(["", *table(results), "", *places, "", f"Classify images: {command}"]))
     target = os.path.join(parent, f"{Path(path).stem}_pipeline.json")
-    content = json.dumps(results, indent=1).encode()
-    write_atomically(target, lambda file: file.write(content))
+    write_text(target, json.dumps(results, indent=1))
 
 
 def find_guide(path: str, weights: str | None) -> str:
@@ -136,7 +133,7 @@ def find_guide(path: str, weights: str | None) -> str:
 def _check(cfg: CfgNode, path: str, plain: bool) -> None:
     """Reject configs without a guide, and runs that would not follow each other here."""
     options = cfg.DISTILLATION
-    if not (options.ENABLE_INTER or options.ENABLE_LOGIT):
+    if not is_guided(cfg):
         raise ConfigError(
             f"{path} is not guided: give the config of a guided model (--plain adds "
             "the model without guidance)."
@@ -229,7 +226,7 @@ def run_part(part: Part, train: Callable[[CfgNode], None]) -> dict[str, Any]:
         "minutes": round(seconds / 60, 2),
         **found,
     }
-    write_atomically(done, lambda file: file.write(json.dumps(result, indent=1).encode()))
+    write_text(done, json.dumps(result, indent=1))
     return result
 
 

@@ -31,7 +31,7 @@ from lg.datasets.loader import stack
 from lg.device import Precision
 from lg.distributed import World
 from lg.errors import ConfigError, DataError
-from lg.files.atomic import write_atomically
+from lg.files.atomic import write_text
 
 AnyImage = str | os.PathLike[str] | Image.Image
 
@@ -270,7 +270,7 @@ def predict(cfg: CfgNode, *, images: list[str], out: str | None, top: int, flip:
         raise DataError(f"none of the {len(paths)} images can be read")
     if out is not None:
         text = _FORMATS[Path(out).suffix](found, top)
-        write_atomically(out, lambda file: file.write(text.encode()))
+        write_text(out, text)
     rest = f", {skipped:,} skipped" if skipped else ""
     print(f"{len(found):,} images classified{rest}.{f' Written to {out}.' if out else ''}")
 

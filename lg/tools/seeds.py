@@ -13,7 +13,7 @@ from yacs.config import CfgNode
 
 from lg.config import load_config
 from lg.errors import ConfigError
-from lg.files.atomic import write_atomically
+from lg.files.atomic import write_text
 from lg.logs.log import read_json_lines
 
 # Rows of the table: key of a result, its title, and whether the table shows 100 minus the value.
@@ -59,10 +59,7 @@ def train_seeds(
     summary = summarize(list(results.values()))
     print("\n".join(table(results, summary)))
     content = {"config": path, "seeds": results, "summary": summary}
-    write_atomically(
-        os.path.join(cfg.OUT_DIR, "seeds.json"),
-        lambda file: file.write(json.dumps(content, indent=1).encode()),
-    )
+    write_text(os.path.join(cfg.OUT_DIR, "seeds.json"), json.dumps(content, indent=1))
 
 
 def read_result(folder: str, *, validated: bool) -> dict[str, Any]:

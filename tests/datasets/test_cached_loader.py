@@ -17,9 +17,10 @@ from PIL import Image
 from lg.augment.batched import BatchTestTransform, BatchTransform, normalise
 from lg.augment.mixing import Mixing
 from lg.datasets.base import DatasetSubset, ImageDataset
-from lg.datasets.cache import ImageCache, cache_bytes, free_memory
+from lg.datasets.cache import ImageCache, cache_bytes
 from lg.datasets.cached_loader import CachedTestLoader, CachedTrainLoader
 from lg.datasets.loader import MIX, Batch, Samples, TrainBatches, TrainLoader
+from lg.device import free_memory
 from lg.errors import DataError
 
 CPU = torch.device("cpu")

@@ -14,7 +14,7 @@ import lg
 from lg import builders, trainer
 from lg.augment.preprocessing import Preprocessing
 from lg.config import load_trained_config
-from lg.datasets.image import PixelFormat, open_rgb, pixel_tensor, to_gray
+from lg.datasets.image import PixelFormat, pixel_tensor, to_gray
 from lg.datasets.scan import inspect_image
 from lg.distributed import World
 from lg.errors import CheckpointError, ConfigError, DataError
@@ -141,10 +141,11 @@ def test_differences_below_a_level_of_8_bits_reach_the_model(
     torch.testing.assert_close(test_2 - test, torch.full_like(test, expected), atol=1e-4, rtol=0)
     assert (train != train_2).flatten(1).any(dim=1).all()
     path = tmp_path / "data/test/a/0.png"
-    rounded = np.asarray(open_rgb(path))
+    rounded = np.asarray(PixelFormat().open(path))
     image = Image.fromarray(ramp.astype(np.uint16))
     image.save(path)
-    assert (rounded == np.asarray(open_rgb(path))).mean() > 0.7  # RGB images lose most of it
+    # RGB images lose most of it.
+    assert (rounded == np.asarray(PixelFormat().open(path))).mean() > 0.7
 
 
 def test_a_guide_and_a_student_learn_from_gray_images(root: Path, guide: Path) -> None:

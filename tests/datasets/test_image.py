@@ -10,20 +10,20 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lg.datasets.image import open_rgb, to_rgb
+from lg.datasets.image import PixelFormat, to_rgb
 from lg.errors import DataError
 
 GRAY = np.array([[0, 51, 102], [153, 204, 255]], dtype=np.uint8)
 
 
 def pixels(path: Path) -> list:
-    image = open_rgb(path)
+    image = PixelFormat().open(path)
     assert image.mode == "RGB"
     return np.asarray(image).tolist()
 
 
 def gray_levels(path: Path) -> list:
-    rgb = np.asarray(open_rgb(path))
+    rgb = np.asarray(PixelFormat().open(path))
     assert (rgb == rgb[..., :1]).all()
     return rgb[..., 0].tolist()
 
@@ -32,7 +32,7 @@ def test_rgb_pixels_are_unchanged(tmp_path: Path) -> None:
     stored = np.arange(18, dtype=np.uint8).reshape(2, 3, 3)
     Image.fromarray(stored).save(tmp_path / "a.png")
     assert pixels(tmp_path / "a.png") == stored.tolist()
-    assert type(open_rgb(tmp_path / "a.png")) is Image.Image
+    assert type(PixelFormat().open(tmp_path / "a.png")) is Image.Image
 
 
 def test_gray_and_one_bit(tmp_path: Path) -> None:
@@ -123,7 +123,7 @@ def test_exif_orientation(tmp_path: Path, orientation: int, dtype: type) -> None
     value = dict(zip("abcdef", GRAY.ravel().tolist(), strict=True))
     expected = [[value[letter] for letter in row] for row in SHOWN[orientation]]
     assert gray_levels(tmp_path / "a.png") == expected
-    once = open_rgb(tmp_path / "a.png")
+    once = PixelFormat().open(tmp_path / "a.png")
     assert to_rgb(once).tobytes() == once.tobytes() and not once.getexif(), "rotated twice"
 
 
@@ -142,7 +142,7 @@ def test_exif_orientation_by_format(tmp_path: Path, suffix: str) -> None:
     stored = np.zeros((16, 32), dtype=np.uint8)
     stored[:, :16] = 255
     Image.fromarray(stored).save(tmp_path / f"a{suffix}", exif=exif)
-    shown = np.asarray(open_rgb(tmp_path / f"a{suffix}"))
+    shown = np.asarray(PixelFormat().open(tmp_path / f"a{suffix}"))
     assert shown.shape == (32, 16, 3)
     assert shown[:14].min() > 250 and shown[18:].max() < 5
 
@@ -176,32 +176,32 @@ def test_bad_files(tmp_path: Path, content: bytes, problem: str) -> None:
     path = tmp_path / "bad.jpg"
     path.write_bytes(content)
     with pytest.raises(DataError, match=problem) as caught:
-        open_rgb(path)
+        PixelFormat().open(path)
     assert str(caught.value).startswith(f"{path}: ")
 
 
 def test_unreadable_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(DataError, match=r"no\.png: the image cannot be read .No such file"):
-        open_rgb(tmp_path / "no.png")
+        PixelFormat().open(tmp_path / "no.png")
     with pytest.raises(DataError, match=r"cannot be read .Is a directory"):
-        open_rgb(tmp_path)
+        PixelFormat().open(tmp_path)
 
     def deny(*args: object) -> None:
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr(builtins, "open", deny)
     with pytest.raises(DataError, match=r"a\.png.*Permission denied.*readable"):
-        open_rgb(tmp_path / "a.png")
+        PixelFormat().open(tmp_path / "a.png")
 
 
 def test_decompression_bomb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     Image.fromarray(GRAY).save(tmp_path / "a.png")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 2)
     with pytest.raises(DataError, match=r"a\.png: the image is too large.*MAX_IMAGE_PIXELS"):
-        open_rgb(tmp_path / "a.png")
+        PixelFormat().open(tmp_path / "a.png")
 
 
 def test_the_error_for_a_float_image_names_its_path(tmp_path: Path) -> None:
     Image.fromarray(np.ones((2, 2), np.float32)).save(tmp_path / "f.tif")
     with pytest.raises(DataError, match=r"f\.tif.*floating-point"):
-        open_rgb(tmp_path / "f.tif")
+        PixelFormat().open(tmp_path / "f.tif")

@@ -21,7 +21,7 @@ from PIL import Image
 from lg.augment.batched import BatchTestTransform, BatchTransform
 from lg.datasets import loader as loader_module
 from lg.datasets.base import DatasetSubset, ImageDataset
-from lg.datasets.image import open_rgb
+from lg.datasets.image import PixelFormat
 from lg.datasets.loader import (
     Batch,
     Samples,
@@ -44,7 +44,7 @@ class Noise(ImageDataset):
 
     def image(self, index: int) -> Image.Image:
         if index == 0 and self.file is not None:
-            return open_rgb(self.file)
+            return PixelFormat().open(self.file)
         pixels = np.random.RandomState(index).randint(0, 256, (12, 12, 3))
         return Image.fromarray(pixels.astype(np.uint8))
 

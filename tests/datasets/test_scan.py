@@ -25,7 +25,7 @@ from lg.datasets.base import (
     fingerprint,
 )
 from lg.datasets.digits import Digits
-from lg.datasets.image import open_rgb
+from lg.datasets.image import PixelFormat
 from lg.datasets.scan import (
     drop_unreadable,
     find_unreadable,
@@ -101,7 +101,7 @@ def test_damage_after_the_first_frame_is_ignored(tmp_path: Path) -> None:
     path = tmp_path / "moving.gif"
     picture(0).save(path, save_all=True, append_images=[picture(1), picture(2)])
     path.write_bytes(path.read_bytes()[:-200])
-    assert open_rgb(path).size == (12, 9)
+    assert PixelFormat().open(path).size == (12, 9)
 
 
 def test_image_facts(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import os
 import signal
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -221,8 +222,7 @@ if __name__ == "__main__":
     name, processes, where = sys.argv[1:]
     lg.distributed.launch.GRACE = 2  # type: ignore[attr-defined]  # seconds; 10 would just take longer
     lg.distributed.launch.launch(
-        entry,
-        (name, where),
+        partial(entry, name, where),
         num_processes=int(processes),
         host="localhost",
         port_range=(10000, 65000),

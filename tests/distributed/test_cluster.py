@@ -8,6 +8,7 @@ import stat
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -41,8 +42,7 @@ def submit_to_slurm(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, *opts: str)
     asked = ["LAUNCH.MODE", "slurm", "NUM_GPUS", "16", "TRAIN.BATCH_SIZE", "160", *opts]
     cfg = lg.load_config(CONFIG, [*asked, "OUT_DIR", str(tmp_path)])
     said = submit(
-        trainer.train,
-        (cfg,),
+        partial(trainer.train, cfg),
         mode="slurm",
         folder=f"{tmp_path}/jobs",
         resources=build_resources(cfg),
@@ -54,7 +54,7 @@ def submit_to_slurm(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, *opts: str)
 
 def submit_print(cfg: Any, folder: Path) -> None:
     resources = build_resources(cfg)
-    submit(print, (), mode="slurm", folder=str(folder), resources=resources, max_retries=3)
+    submit(print, mode="slurm", folder=str(folder), resources=resources, max_retries=3)
 
 
 def test_slurm_gets_the_resources_of_the_config(
@@ -90,7 +90,7 @@ def test_a_job_on_cpus_requests_no_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path
 
 def submit_nothing(folder: Path) -> None:
     resources = build_resources(lg.load_config(CONFIG, ["LAUNCH.MODE", "slurm"]))
-    submit(print, (), mode="slurm", folder=str(folder), resources=resources, max_retries=3)
+    submit(print, mode="slurm", folder=str(folder), resources=resources, max_retries=3)
 
 
 def test_a_machine_without_slurm_is_an_error(
@@ -110,7 +110,7 @@ def test_the_error_without_submitit_names_the_install_command(
 
 
 def test_a_requeued_job_is_the_same_job() -> None:
-    job = Job(print, (1, "a"))
+    job = Job(print)
     again = job.checkpoint()
     assert again.function is job and again.args == ()
 

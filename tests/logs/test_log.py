@@ -95,11 +95,11 @@ def test_where_each_message_goes(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert capsys.readouterr() == ("said\na summary\n", "Warning: warned\n")
     text = (tmp_path / "log.txt").read_text()
     assert text == 'said\nWarning: warned\nwritten\njson_stats: {"_type": "t"}\n'
-    quiet = RunLog(tmp_path, console=False, file_name="quiet.txt")
+    quiet = RunLog(tmp_path / "quiet", console=False)
     quiet.info("said"), quiet.warn("warned"), quiet.advance("a summary")
     quiet.close()
     assert capsys.readouterr() == ("", "")
-    assert (tmp_path / "quiet.txt").read_text() == "said\nWarning: warned\n"
+    assert (tmp_path / "quiet/log.txt").read_text() == "said\nWarning: warned\n"
 
 
 def test_invalid_unicode_is_escaped(tmp_path: Path) -> None:

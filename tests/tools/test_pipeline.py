@@ -200,14 +200,13 @@ def test_the_guide_is_found_by_the_name_of_its_weights(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("config", "more", "message"),
     [
-        (None, [], "--cfg is missing"),
         (CONFIG, ["TRAIN.WEIGHTS", "/gone.pyth"], "leave out --plain"),
         ("configs/digits/vit_digits_base.yaml", [], "is not guided"),
         ("configs/digits/vit_digits_ours_offline.yaml", [], "give the config without it"),
         (CONFIG, ["LAUNCH.MODE", "slurm"], "set LAUNCH.MODE local"),
     ],
 )
-def test_what_cannot_run_is_rejected(config: str | None, more: list[str], message: str) -> None:
+def test_what_cannot_run_is_rejected(config: str, more: list[str], message: str) -> None:
     with pytest.raises(ConfigError, match=re.escape(message)):
         pipeline.pipeline(config, more, None, "TRAIN.WEIGHTS" in more, trainer.train)
 

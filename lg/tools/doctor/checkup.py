@@ -45,13 +45,14 @@ from lg.builders.training import (
     precision_note,
 )
 from lg.checkpoint import load_weights, read_checkpoint
+from lg.config import is_guided
 from lg.datasets.base import EMPTY_CLASS, MISSING, UNTRAINED_CLASS, ImageDataset
 from lg.datasets.exclusion import image_names
 from lg.datasets.loader import usable_workers
 from lg.datasets.scan import drop_unreadable, scan
 from lg.distributed import World
 from lg.errors import memory_advice
-from lg.files.atomic import write_atomically
+from lg.files.atomic import write_text
 from lg.files.lock import check_writable
 from lg.guidance import FeatureBank
 from lg.guidance.bank_file import bank_path
@@ -92,7 +93,7 @@ def doctor(cfg: CfgNode, copies: str | None = None) -> None:
         text = io.StringIO()
         csv.writer(text).writerows([images.LEAK_COLUMNS, *found.copies])
         path = os.path.expanduser(copies)
-        write_atomically(path, lambda file: file.write(text.getvalue().encode()))
+        write_text(path, text.getvalue())
         count = len({row[0] for row in found.copies})
         print(f"{path}: {count:,} training images with copies; leave them out with TRAIN.EXCLUDE.")
     if found.has_problem():
@@ -190,8 +191,7 @@ def _check_model(cfg: CfgNode, found: Findings) -> None:
     if _exists(cfg.MODEL.PRETRAINED):
         with found.catch(MODEL, "loading weights", key="MODEL.PRETRAINED"):
             build_model(cfg)
-    guided = options.ENABLE_INTER or options.ENABLE_LOGIT
-    if guided and not options.OFFLINE and _exists(options.TEACHER_WEIGHTS):
+    if is_guided(cfg) and not options.OFFLINE and _exists(options.TEACHER_WEIGHTS):
         with found.catch(MODEL, "loading weights", key="DISTILLATION.TEACHER_WEIGHTS"):
             build_teacher(cfg)
             _check_guide(cfg, options.TEACHER_WEIGHTS, found)

@@ -15,11 +15,11 @@ import torch
 from yacs.config import CfgNode
 
 from lg.checkpoint import CheckpointFolder, file_size, random_state
-from lg.datasets.cache import free_memory
 from lg.device import (
     CORE_WAIT_ADVICE,
     MAX_CORE_WAIT,
     core_wait_seconds,
+    free_memory,
     peak_memory_mb,
     synchronize,
     usable_cores,

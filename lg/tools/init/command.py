@@ -14,7 +14,7 @@ import yaml
 from lg.config import load_config
 from lg.datasets.image_folder import find_splits
 from lg.errors import ConfigError
-from lg.files.atomic import write_atomically
+from lg.files.atomic import write_text
 from lg.paths import project_folder
 from lg.tools.init.folder import ImageFacts, look
 from lg.tools.init.plan import GUIDE_SIDE, PATCHES, Length, Plan, make_plan
@@ -261,7 +261,7 @@ def _write(path: Path, text: str) -> None:
             f"{path} exists and differs, perhaps because you changed it: remove it, or give "
             "another folder with --out."
         )
-    write_atomically(path, lambda file: file.write(text.encode()))
+    write_text(path, text)
 
 
 def _short(path: Path) -> str:

@@ -35,13 +35,11 @@ class Line(NamedTuple):
         run: Number of the run, which sets the colour.
         x: Positions.
         y: Values.
-        style: Of matplotlib.
     """
 
     run: int
     x: Sequence[float]
     y: Sequence[float]
-    style: str = "-"
 
 
 def color(run: int) -> str:
@@ -84,29 +82,24 @@ def svg(label: str, draw: Any, *args: Any, width: float = WIDTH, height: float =
     return opening + text[head.end() :].strip()
 
 
-def lines(
-    title: str, series: Sequence[Line], *, percent: bool = False, xlabel: str = "epoch"
-) -> str:
-    """Return a chart of lines."""
-    return svg(title, _draw_lines, title, series, percent, xlabel)
+def lines(title: str, series: Sequence[Line], *, percent: bool = False) -> str:
+    """Return a chart of lines over epochs."""
+    return svg(title, _draw_lines, title, series, percent)
 
 
-def _draw_lines(
-    figure: Figure, title: str, series: Sequence[Line], percent: bool, xlabel: str
-) -> None:
+def _draw_lines(figure: Figure, title: str, series: Sequence[Line], percent: bool) -> None:
     axes: Axes = figure.subplots()
     for line in series:
         axes.plot(
             line.x,
             line.y,
             color=color(line.run),
-            linestyle=line.style,
             linewidth=1.6,
             marker="o" if len(line.x) < 5 else None,
             markersize=3.5,
         )
     axes.set_title(title, loc="left")
-    axes.set_xlabel(xlabel)
+    axes.set_xlabel("epoch")
     if percent:
         axes.set_ylim(0, 100)
 

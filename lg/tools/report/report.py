@@ -7,7 +7,7 @@ import os
 from collections.abc import Sequence
 
 import lg
-from lg.files.atomic import write_atomically
+from lg.files.atomic import write_text
 from lg.tools.report import focus, mistakes, mixing, quality, summary
 from lg.tools.report.page import Section, page
 from lg.tools.report.runs import read_runs
@@ -32,7 +32,7 @@ def report(*, out_dirs: list[str], out: str | None, opts: Sequence[str]) -> None
     path = out or str(runs[0].folder / "report.html")
     subjects = test_runs(runs, opts)
     html = build_page(subjects)
-    write_atomically(path, lambda file: file.write(html.encode()))
+    write_text(path, html)
     for subject in subjects:
         if subject.problem:
             print(f"{subject.run.name} was not tested: {subject.problem}")

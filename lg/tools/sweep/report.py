@@ -7,6 +7,7 @@ import io
 import os
 import shlex
 import warnings
+from functools import partial
 from typing import Any
 
 import optuna
@@ -14,7 +15,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from lg.config.load import dump_config
 from lg.errors import ConfigError
-from lg.files.atomic import write_atomically
+from lg.files.atomic import write_atomically, write_text
 from lg.tools.sweep.space import Space, Sweep, flat, trial_config, trial_folder
 
 STATES = {TrialState.COMPLETE: "finished", TrialState.PRUNED: "pruned", TrialState.FAIL: "failed"}
@@ -38,7 +39,7 @@ def report(study: optuna.Study, sweep: Sweep) -> None:
     writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
-    _write(os.path.join(sweep.out_dir, "trials.csv"), text.getvalue().encode())
+    write_text(os.path.join(sweep.out_dir, "trials.csv"), text.getvalue())
     if trials[0].state != TrialState.COMPLETE:
         causes = {trial.user_attrs.get("failure", "") for trial in trials}
         raise ConfigError(f"No trial finished ({'; '.join(sorted(causes))}).")
@@ -46,7 +47,7 @@ def report(study: optuna.Study, sweep: Sweep) -> None:
     best, path = trials[0], os.path.join(sweep.out_dir, "best.yaml")
     fixed = [*sweep.fixed, *flat({"LOG_DEST": "stdout"})]
     cfg = trial_config(sweep.path, fixed, best.params, os.path.join(sweep.out_dir, "best"))
-    _write(path, dump_config(cfg).encode())
+    write_text(path, dump_config(cfg))
     print(
         f"Best: trial {best.number}, error {error_of(best):.2f} % on the images that chose it, so "
         f"this is optimistic. Its weights and the result of the final test are in "
@@ -114,13 +115,8 @@ def _plot(study: optuna.Study, out_dir: str) -> list[str]:
             figure.set_size_inches(width, 4.5)
             for axes in figure.axes:  # labels between the powers of ten overlap
                 axes.xaxis.set_minor_formatter(ticker.NullFormatter())
-            image = io.BytesIO()
-            figure.savefig(image, format="png", dpi=120, bbox_inches="tight")
-        path = os.path.join(out_dir, f"{name}.png")
-        _write(path, image.getvalue())
+            save = partial(figure.savefig, format="png", dpi=120, bbox_inches="tight")
+            path = os.path.join(out_dir, f"{name}.png")
+            write_atomically(path, save)
         written.append(path)
     return written
-
-
-def _write(path: str, content: bytes) -> None:
-    write_atomically(path, lambda file: file.write(content))

@@ -83,8 +83,8 @@ def make_optimizer(
         momentum: Of SGD, Muon and NAdaMuon.
         dampening: Of the momentum of SGD.
         nesterov: Whether SGD uses Nesterov momentum.
-        betas: Of Adam and AdamW; for Muon and NAdaMuon of what is no matrix, and the second for the
-            second moment of NAdaMuon.
+        betas: Of Adam and AdamW, and with Muon and NAdaMuon of the parameters that are not
+            matrices; the second also of the second moment of NAdaMuon.
 
     Raises:
         ValueError: An unknown `kind`.

@@ -17,7 +17,7 @@ from yacs.config import CfgNode
 
 from lg import builders, distributed
 from lg.checkpoint import BEST_NAME, load_weights
-from lg.config import changed_keys
+from lg.config import changed_keys, stored_config
 from lg.datasets.base import ImageDataset
 from lg.datasets.cached_loader import TestLoader
 from lg.datasets.loader import Batch
@@ -274,8 +274,9 @@ def load_tested(cfg: CfgNode, world: World) -> tuple[CfgNode, nn.Module, ImageDa
     with distributed.in_turn(world):  # a URL is downloaded once
         facts = load_weights(model, path, cache=cfg.DOWNLOAD_CACHE)
     names = facts.get("class_names")
-    other_root = names is not None and not _same_root(facts.get("cfg", ""), cfg.DATA_LOADER.ROOT)
-    dataset = builders.build_test_data(cfg, names, other_root=other_root)
+    trained_root = stored_config(facts).get("DATA_LOADER.ROOT", "")
+    is_other = os.path.realpath(trained_root) != os.path.realpath(cfg.DATA_LOADER.ROOT)
+    dataset = builders.build_test_data(cfg, names, other_root=names is not None and is_other)
     if world.is_main:
         for note in builders.data_notes(dataset):
             print(f"Warning: {note}.", file=sys.stderr, flush=True)
@@ -296,11 +297,6 @@ def tested_weights(cfg: CfgNode) -> str:
             "test, or train first."
         )
     return path
-
-
-def _same_root(config_text: str, root: str) -> bool:
-    trained = (yaml.safe_load(config_text) or {}).get("DATA_LOADER", {}).get("ROOT", "")
-    return os.path.realpath(trained) == os.path.realpath(root)
 
 
 def resume(run: Run, *, auto: bool, changed: bool) -> None:

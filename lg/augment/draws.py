@@ -35,7 +35,7 @@ class Draws(NamedTuple):
 
     box: np.ndarray  # [N, 4], int64: top, left, height, width in pixels
     flip: np.ndarray  # [N], bool
-    operations: randaugment.Draws | None  # None in the plain recipe
+    operations: randaugment.Operations | None  # None in the plain recipe
     erased: np.ndarray  # [N, 4], int64: boxes in the result; height 0 erases nothing
     noise: np.ndarray  # [N], 0 to 1: selects the noise in the erased box
 

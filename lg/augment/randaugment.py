@@ -40,7 +40,7 @@ TOP_MAGNITUDE = 10.0
 UNIFORMS = 4  # random numbers per sample and layer
 
 
-class Draws(NamedTuple):
+class Operations(NamedTuple):
     """The operations of each sample of a batch.
 
     Attributes:
@@ -60,7 +60,7 @@ def draw(
     magnitude: float = 9.0,
     spread: float = 0.5,
     probability: float = 0.5,
-) -> Draws:
+) -> Operations:
     """Draw the operations of each sample, with replacement.
 
     Args:
@@ -81,7 +81,7 @@ def draw(
     for number, name in enumerate(OPERATIONS):
         at = operation == number
         level[at] = _levels(name, strength[at], sign[at])
-    return Draws(np.where(applied, operation, -1), np.where(applied, level, 0.0))
+    return Operations(np.where(applied, operation, -1), np.where(applied, level, 0.0))
 
 
 def _levels(name: str, strength: np.ndarray, sign: np.ndarray) -> np.ndarray | float:
@@ -104,7 +104,7 @@ def _levels(name: str, strength: np.ndarray, sign: np.ndarray) -> np.ndarray | f
     return 0.0
 
 
-def randaugment(images: Tensor, draws: Draws, fill: Fill = FILL) -> Tensor:
+def randaugment(images: Tensor, draws: Operations, fill: Fill = FILL) -> Tensor:
     """Apply the drawn operations, layer by layer.
 
     Args:

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import yaml
 from yacs.config import CfgNode
 
 from lg.augment.preprocessing import renormalization
@@ -15,7 +14,7 @@ from lg.builders.data import dataset_facts
 from lg.builders.families import build_family, single, with_keys
 from lg.builders.preprocessing import build_preprocessing, check_window, guide_preprocessing
 from lg.checkpoint import foreign_weights, load_weights, read_checkpoint
-from lg.config.defaults import flatten, is_guided
+from lg.config import flatten, is_guided, stored_config
 from lg.config.rules import FAMILIES
 from lg.datasets.base import ImageDataset
 from lg.errors import CheckpointError, ConfigError, UserError, first_line
@@ -263,9 +262,8 @@ def _guide_differences(cfg: CfgNode, path: str) -> str:
     """Return how the config of a guide's file differs from what this config expects of the guide;
     empty if the file holds no config, or no such difference."""
     try:
-        text = read_checkpoint(path, cache=cfg.DOWNLOAD_CACHE).get("cfg")
-        theirs = dict(flatten(yaml.safe_load(str(text))))
-    except (CheckpointError, yaml.YAMLError, AttributeError):
+        theirs = stored_config(read_checkpoint(path, cache=cfg.DOWNLOAD_CACHE))
+    except CheckpointError:
         return ""
     kind = cfg.DISTILLATION.TEACHER_MODEL
     sections = ("MODEL.NUM_CLASSES", "MODEL.IN_CHANNELS") + ("CNN.", "RESNET.") * (kind == "ResNet")

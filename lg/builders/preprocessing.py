@@ -11,6 +11,7 @@ from yacs.config import CfgNode
 
 from lg.augment.preprocessing import Preprocessing
 from lg.checkpoint import read_checkpoint
+from lg.config import stored_config
 from lg.datasets.base import ImageDataset
 from lg.datasets.image import PixelFormat
 from lg.datasets.loader import usable_workers
@@ -135,7 +136,7 @@ def check_window(cfg: CfgNode, state: Mapping[str, Any], name: str) -> None:
     """
     if trained_preprocessing(state, name) is None:
         return
-    trained = list(yaml.safe_load(state["cfg"]).get("DATA_LOADER", {}).get("WINDOW") or [])
+    trained = list(stored_config(state).get("DATA_LOADER.WINDOW") or [])
     if trained != list(cfg.DATA_LOADER.WINDOW):
         raise ConfigError(
             f"DATA_LOADER.WINDOW is {list(cfg.DATA_LOADER.WINDOW)}, but {name} was trained with "
@@ -153,7 +154,8 @@ def range_note(preprocessing: Preprocessing) -> str:
         return ""
     return (
         f"Black is {-black:.0f} standard deviations below the mean of the training images, which "
-        "use a small part of their range: set DATA_LOADER.WINDOW (with MODEL.IN_CHANNELS 1) to it."
+        "use a small part of their range: set DATA_LOADER.WINDOW to that part, with "
+        "MODEL.IN_CHANNELS 1."
     )
 
 

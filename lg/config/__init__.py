@@ -1,7 +1,13 @@
 """The config: every key with its default, the rules for values, and loading."""
 
 from lg.config.defaults import flatten, is_guided
-from lg.config.load import changed_keys, dump_config, load_config, load_trained_config
+from lg.config.load import (
+    changed_keys,
+    dump_config,
+    load_config,
+    load_trained_config,
+    stored_config,
+)
 
 __all__ = [
     "changed_keys",
@@ -10,4 +16,5 @@ __all__ = [
     "is_guided",
     "load_config",
     "load_trained_config",
+    "stored_config",
 ]

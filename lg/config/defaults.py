@@ -103,11 +103,11 @@ DEFAULTS: dict[str, Any] = {
         "LOGIT_WEIGHT": 0.5,
         # (+) factor of the guidance terms; once it is 0, the guide does not run. static: 1; until:
         # 1 in the first SCHEDULE_EPOCH epochs, then 0; decay_linear, decay_cosine: from 1 to 0 at
-        # SCHEDULE_EPOCH; adaptive: 1 until the imitation loss hardly falls any more, then 0 (its
-        # mean over an epoch is smoothed over ADAPTIVE_WINDOW epochs, and guidance ends when the
-        # change of that per epoch, smoothed likewise, has risen to ADAPTIVE_THRESHOLD)
+        # SCHEDULE_EPOCH; adaptive: 1 until the slope of the imitation loss has risen to
+        # ADAPTIVE_THRESHOLD, then 0; loss and slope (per epoch) are means over ADAPTIVE_WINDOW
+        # epochs
         "SCHEDULE": "static",
-        "SCHEDULE_EPOCH": 0,  # (+) until: 1 to MAX_EPOCH - 1; decay: up to MAX_EPOCH, which 0 means
+        "SCHEDULE_EPOCH": 0,  # (+) until: 1 to MAX_EPOCH - 1; decay: up to MAX_EPOCH; 0: MAX_EPOCH
         # (+) adaptive, epochs. If MAX_EPOCH is below 300: x MAX_EPOCH / 300, rounded down, >= 1
         "ADAPTIVE_WINDOW": 50,
         # (+) adaptive, loss per epoch, < 0. If MAX_EPOCH is below 300: x 300 / MAX_EPOCH
@@ -125,7 +125,7 @@ DEFAULTS: dict[str, Any] = {
         "FEATURE_PLACE": "file",
     },
     "OPTIM": {
-        # sgd | adam | adamw | (+) muon | nadamuon (matrices; what is no matrix: AdamW or NAdamW)
+        # sgd | adam | adamw | (+) muon | nadamuon (matrices; all other parameters: AdamW or NAdamW)
         "OPTIMIZER": "sgd",
         "BASE_LR": 0.1,  # learning rate after warm-up, > 0
         "MIN_LR": 0.0,  # final learning rate of cos, lin and exp, [0, BASE_LR]; exp needs > 0
@@ -279,7 +279,7 @@ DEFAULTS: dict[str, Any] = {
     # train_batch.jpg and confusion_matrix.png to
     # OUT_DIR
     "LOG_PICTURES": True,
-    # (+) none, or who gets the config and the scalars of TensorBoard as well: wandb | mlflow |
+    # (+) none, or the tracker that also gets the config and the scalars: wandb | mlflow |
     # trackio, each with the extra of that name and set up by its own environment variables
     "LOG_TRACKER": "none",
     "DIST_BACKEND": "nccl",  # nccl | gloo; processes without a GPU always use gloo

@@ -90,6 +90,14 @@ def load_trained_config(weights: str | os.PathLike[str], opts: Sequence[Any] = (
     return cfg
 
 
+def stored_config(state: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the config in a checkpoint, dotted key -> value; empty if it holds none."""
+    try:
+        return dict(flatten(yaml.safe_load(state["cfg"])))
+    except (KeyError, AttributeError, TypeError, yaml.YAMLError):
+        return {}
+
+
 def _assemble(files: Iterable[tuple[str, Mapping[str, Any]]], opts: Sequence[Any]) -> CfgNode:
     """Return the validated config of files in order of rising priority, and overrides."""
     given: dict[str, tuple[Any, str]] = {}  # key -> its value and where it is set

@@ -61,13 +61,13 @@ def _patch_drop(cfg: CfgNode) -> Iterator[Fault]:
         yield (
             "TRAIN.PATCH_DROP",
             f"MODEL.TYPE {kind} needs all patches, because {_NEED_ALL_PATCHES[kind]} (DeiT, "
-            "T2TViT and vision transformers of timm can do with some of them): set it to 0.",
+            "T2TViT and vision transformers of timm work with a subset): set it to 0.",
         )
     if options.ENABLE_INTER and options.INTER_TRANSFORM == "similarity":
         yield (
             "TRAIN.PATCH_DROP",
             "DISTILLATION.INTER_TRANSFORM similarity compares images position by position, but "
-            "each image keeps other positions: set that to another transform, or this to 0.",
+            "each image keeps different positions: set that to another transform, or this to 0.",
         )
     is_wide = cfg.TRANSFORMER.WIDE_LAST or cfg.TRANSFORMER.LIFT
     if options.ENABLE_INTER and options.INTER_STUDENT_INDEX == "mix" and is_wide:

@@ -71,8 +71,8 @@ class Flowers(FileDataset):
             fetch(_download, TORCHVISION_FOLDER, folder, ENTRIES, name)
         remedy = (
             "set download=True (DATA_LOADER.DOWNLOAD True), or download 102flowers.tgz, "
-            f"imagelabels.mat and setid.mat from "
-            f"{ADDRESS} into {folder} and unpack the first there, which creates {folder / 'jpg'}"
+            f"imagelabels.mat and setid.mat from {ADDRESS} into {folder} and unpack the first "
+            f"there, which creates {folder / 'jpg'}"
         )
         require([folder / entry for entry in ENTRIES], name, remedy)
         label_of = _vector(folder / "imagelabels.mat", "labels") - 1  # by image id - 1

@@ -114,9 +114,9 @@ class Reporter:
             },
         )
         self.log.advance(
-            f"epoch {epoch + 1}/{self.max_epoch} step {step}/{self.steps_per_epoch}  loss "
-            f"{means['loss']:.4f}  "
-            f"{self.batch_size / average:,.0f} images/s  eta {format_time(eta)}"
+            f"epoch {epoch + 1}/{self.max_epoch} step {step}/{self.steps_per_epoch}  "
+            f"loss {means['loss']:.4f}  {self.batch_size / average:,.0f} images/s  "
+            f"eta {format_time(eta)}"
         )
 
     def train_epoch(
@@ -186,9 +186,9 @@ class Reporter:
         ]
         return (
             f"epoch {epoch + 1}/{self.max_epoch}  loss {means['loss']:.4f} ({', '.join(parts)})  "
-            f"train top-1 "
-            f"{100 - means['top1_err']:.2f} %  {self.batch_size / average:,.0f} images/s  "
-            f"{peak_memory_mb(self.device):,} MB  eta {format_time(eta)}"
+            f"train top-1 {100 - means['top1_err']:.2f} %  "
+            f"{self.batch_size / average:,.0f} images/s  {peak_memory_mb(self.device):,} MB  "
+            f"eta {format_time(eta)}"
         )
 
     def _scalars(self, step: int, values: dict[str, float]) -> None:

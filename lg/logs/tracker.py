@@ -18,7 +18,7 @@ from lg.errors import first_line
 from lg.files.atomic import write_text
 
 PROJECT = "lg"
-# Addresses and schedulers of the user's machines are nobody's business, nor are passwords in URLs.
+# Addresses and schedulers of the user's machines are private, and so are passwords in URLs.
 _PRIVATE = ("LAUNCH.", "HOST", "PORT_RANGE")
 _PASSWORD = re.compile(r"(?<=://)[^/@\s]+@")
 

@@ -51,6 +51,6 @@ def drop_patches(model: Backbone, rate: float) -> None:
     if not isinstance(net, (VisionTransformer, T2TViT)):
         raise ValueError(
             f"this {model.family} model needs all patches (DeiT, T2TViT and timm's "
-            "VisionTransformer can do with some of them)"
+            "VisionTransformer work with a subset)"
         )
     net.patch_drop = PatchDrop(rate, net.num_prefix_tokens)

@@ -153,8 +153,8 @@ def write_checked(
         parity = compare(source.model, form.load(fresh), images)
         if not parity.is_met:
             raise ExportError(
-                f"The {name} export is removed, because it does not compute what the model "
-                f"computes: {parity}. Try another --format, or another version of torch."
+                f"The {name} export is removed, because its logits differ from the "
+                f"model's: {parity}. Try another --format, or another version of torch."
             )
         place = folder / form.place
         if fresh.is_dir():

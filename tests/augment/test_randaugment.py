@@ -14,7 +14,7 @@ from timm.data.auto_augment import LEVEL_TO_ARG, NAME_TO_OP, rand_augment_transf
 
 from lg.augment import randaugment as module
 from lg.augment.operations import FILL, KINDS
-from lg.augment.randaugment import OPERATIONS, UNIFORMS, Draws, randaugment
+from lg.augment.randaugment import OPERATIONS, UNIFORMS, Operations, randaugment
 
 ENHANCE = (0.1, 0.19, 0.83, 1.0, 1.81, 1.9)
 MOVE = (0.0, 0.9, -0.9123, 1.0, -1.0)  # fractions of the maximum
@@ -49,11 +49,13 @@ def photographs(size: int) -> torch.Tensor:
     return torch.from_numpy(images.clip(0, 255).astype(np.uint8))
 
 
-def fixed(name: str, level: float, count: int) -> Draws:
-    return Draws(np.full((1, count), OPERATIONS.index(name)), np.full((1, count), float(level)))
+def fixed(name: str, level: float, count: int) -> Operations:
+    return Operations(
+        np.full((1, count), OPERATIONS.index(name)), np.full((1, count), float(level))
+    )
 
 
-def draw(count: int, *, rng: np.random.Generator, layers: int = 2, **options: float) -> Draws:
+def draw(count: int, *, rng: np.random.Generator, layers: int = 2, **options: float) -> Operations:
     return module.draw(rng.random((count, layers, UNIFORMS)), **options)
 
 
@@ -235,7 +237,7 @@ def test_a_seed_fixes_the_draws() -> None:
 def test_the_input_is_not_modified_and_no_operation_is_the_identity() -> None:
     images = photographs(16)
     kept = images.clone()
-    none = Draws(np.full((2, 5), -1), np.zeros((2, 5)))
+    none = Operations(np.full((2, 5), -1), np.zeros((2, 5)))
     same = randaugment(images, none)
     assert torch.equal(same, kept) and same.data_ptr() != images.data_ptr()
     for name in OPERATIONS:
@@ -248,7 +250,7 @@ def test_a_sample_does_not_depend_on_its_batch() -> None:
     draws = draw(40, rng=np.random.default_rng(2), probability=1)
     whole = randaugment(images, draws)
     for n in range(40):
-        one = Draws(draws.operation[:, n : n + 1], draws.level[:, n : n + 1])
+        one = Operations(draws.operation[:, n : n + 1], draws.level[:, n : n + 1])
         assert torch.equal(randaugment(images[n : n + 1], one), whole[n : n + 1])
     strided = images.contiguous(memory_format=torch.channels_last)
     assert torch.equal(randaugment(strided, draws), whole)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from lg.augment.batched import BatchTestTransform, BatchTransform, to_pixels
-from lg.augment.randaugment import OPERATIONS, Draws, randaugment
+from lg.augment.randaugment import OPERATIONS, Operations, randaugment
 from lg.augment.resample import crop_and_resize, resize_one_by_one, resize_together
 
 LEVELS = {
@@ -37,7 +37,9 @@ def smooth(count: int = 3, size: int = 32) -> torch.Tensor:
 def apply(name: str, images: torch.Tensor, fill: float = 100) -> torch.Tensor:
     """Apply one operation to every image."""
     shape = (1, len(images))
-    draws = Draws(np.full(shape, OPERATIONS.index(name)), np.full(shape, LEVELS.get(name, 0.0)))
+    draws = Operations(
+        np.full(shape, OPERATIONS.index(name)), np.full(shape, LEVELS.get(name, 0.0))
+    )
     return randaugment(images, draws, (fill,) * images.shape[1])
 
 

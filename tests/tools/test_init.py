@@ -168,9 +168,9 @@ def test_every_student_can_be_planned(photos: Path, model: str) -> None:
     assert lr == (0.00025 if model == "deit-1m" else 0.00013)
 
 
-def facts_of(num_images: int, side: int = 400) -> command.ImageFacts:
+def facts_of(num_images: int, side: int = 400) -> command.FolderFacts:
     sizes = [num_images // 2] * 2
-    return command.ImageFacts(
+    return command.FolderFacts(
         Path("x"), ["a", "b"], sizes, {"train": num_images, "val": 9, "test": 9}, side
     )
 

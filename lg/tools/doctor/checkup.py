@@ -16,7 +16,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-import yaml
 from yacs.config import CfgNode
 
 from lg.builders.data import (
@@ -45,7 +44,7 @@ from lg.builders.training import (
     precision_note,
 )
 from lg.checkpoint import load_weights, read_checkpoint
-from lg.config import is_guided
+from lg.config import flatten, is_guided, stored_config
 from lg.datasets.base import EMPTY_CLASS, MISSING, UNTRAINED_CLASS, ImageDataset
 from lg.datasets.exclusion import image_names
 from lg.datasets.loader import usable_workers
@@ -207,27 +206,21 @@ def _check_guide(cfg: CfgNode, path: str, found: Findings) -> None:
         if is_weak := min(errors) > 0.9 * chance:
             text += f", where guessing gives {chance:.1f} %: train the guide first"
         found.add(Finding(NOTE if is_weak else FACT, MODEL, f"{text}."))
-    try:
-        guide = yaml.safe_load(state["cfg"])
-        dataset = guide["TRAIN"]["DATASET"]
-    except (yaml.YAMLError, KeyError, TypeError, AttributeError):
+    guide = stored_config(state)
+    if not guide:
         return
-    held_out = cfg.RNG_SEED, cfg.TRAIN.FRACTION, cfg.TRAIN.VAL_FRACTION
-    train = guide["TRAIN"]
-    if cfg.TRAIN.VAL_FRACTION > 0 and held_out != (
-        guide.get("RNG_SEED"),
-        train.get("FRACTION"),
-        train.get("VAL_FRACTION"),
-    ):
+    mine, splits = dict(flatten(cfg)), ("RNG_SEED", "TRAIN.FRACTION", "TRAIN.VAL_FRACTION")
+    if cfg.TRAIN.VAL_FRACTION > 0 and any(guide.get(key) != mine[key] for key in splits):
         text = (
             "the guide was trained on some of the held-out images, so they are less new to the "
             "student than test images: train it with the same RNG_SEED, TRAIN.FRACTION and "
             "TRAIN.VAL_FRACTION"
         )
         found.add(Finding(NOTE, MODEL, f"{text} ({path})."))
-    if cfg.TRAIN.EXCLUDE and train.get("EXCLUDE") != cfg.TRAIN.EXCLUDE:
+    if cfg.TRAIN.EXCLUDE and guide.get("TRAIN.EXCLUDE") != cfg.TRAIN.EXCLUDE:
         text = "the guide was trained on images that TRAIN.EXCLUDE leaves out: train it with that"
         found.add(Finding(NOTE, MODEL, f"{text} ({path})."))
+    dataset = guide.get("TRAIN.DATASET")
     if dataset and dataset != cfg.TRAIN.DATASET:
         text = f"the guide was trained on {dataset}, but TRAIN.DATASET is {cfg.TRAIN.DATASET}"
         found.add(Finding(NOTE, MODEL, f"{text} ({path})."))

@@ -16,7 +16,7 @@ from lg.datasets.image_folder import find_splits
 from lg.errors import ConfigError
 from lg.files.atomic import write_text
 from lg.paths import project_folder
-from lg.tools.init.folder import ImageFacts, look
+from lg.tools.init.folder import FolderFacts, look
 from lg.tools.init.plan import GUIDE_SIDE, PATCHES, Length, Plan, make_plan
 from lg.tools.init.speed import Speed, measure_speed
 
@@ -78,7 +78,7 @@ def student_configs() -> dict[str, str]:
     return found
 
 
-def describe(facts: ImageFacts) -> list[str]:
+def describe(facts: FolderFacts) -> list[str]:
     """Return lines about the images."""
     splits = ", ".join(f"{count:,} in {split}" for split, count in facts.splits.items())
     lines = [f"{facts.root}: {len(facts.class_names)} classes; images: {splits}."]
@@ -109,7 +109,7 @@ def describe(facts: ImageFacts) -> list[str]:
     return lines
 
 
-def render_guide(facts: ImageFacts, plan: Plan, path: Path) -> str:
+def render_guide(facts: FolderFacts, plan: Plan, path: Path) -> str:
     """Return the text of the guide's config."""
     header = [
         f"The guide for {facts.root.name}: a ResNet-56 on {GUIDE_SIDE}-pixel images.",
@@ -125,7 +125,7 @@ def render_guide(facts: ImageFacts, plan: Plan, path: Path) -> str:
 
 
 def render_student(
-    facts: ImageFacts, plan: Plan, path: Path, model: str, source: str, guide: Path
+    facts: FolderFacts, plan: Plan, path: Path, model: str, source: str, guide: Path
 ) -> str:
     """Return the text of the student's config.
 
@@ -170,7 +170,7 @@ def render_student(
     return _text(header, tree)
 
 
-def advise(facts: ImageFacts, plan: Plan, guide: Path, student: Path) -> list[str]:
+def advise(facts: FolderFacts, plan: Plan, guide: Path, student: Path) -> list[str]:
     """Return lines about the plan, and the commands to run next."""
     total = plan.guide.minutes + plan.student.minutes
     run = f"python {shlex.quote(_script())} --mode"
@@ -206,7 +206,7 @@ def _size_opts(source: str, size: int) -> list[str]:
     return [*opts, "TRANSFORMER.PATCH_SIZE", str(PATCHES[size])] if is_plain else opts
 
 
-def _header(facts: ImageFacts, length: Length, plan: Plan, path: Path) -> list[str]:
+def _header(facts: FolderFacts, length: Length, plan: Plan, path: Path) -> list[str]:
     low, high = min(facts.sizes), max(facts.sizes)
     names = ", ".join(facts.class_names)
     return [
@@ -217,7 +217,7 @@ def _header(facts: ImageFacts, length: Length, plan: Plan, path: Path) -> list[s
     ]
 
 
-def _data(facts: ImageFacts, length: Length, plan: Plan) -> dict[str, dict[str, object]]:
+def _data(facts: FolderFacts, length: Length, plan: Plan) -> dict[str, dict[str, object]]:
     """Return the sections that guide and student share."""
     train: dict[str, object] = {
         "DATASET": "image_folder",

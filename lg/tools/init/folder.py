@@ -17,7 +17,7 @@ _NUM_SAMPLES = 24  # images whose sizes are looked at
 
 
 @dataclass(frozen=True)
-class ImageFacts:
+class FolderFacts:
     """What a folder of images holds.
 
     Attributes:
@@ -68,7 +68,7 @@ class ImageFacts:
 _SIDES = ("left", "right")
 
 
-def look(data: str) -> ImageFacts:
+def look(data: str) -> FolderFacts:
     """Look at a folder of images.
 
     Args:
@@ -103,7 +103,7 @@ def look(data: str) -> ImageFacts:
     counts = {split: len(dataset) for split, dataset in sets.items()}
     notes += dict.fromkeys(note for dataset in sets.values() for note in dataset.notes)
     side, is_unusual = _sample(train)
-    return ImageFacts(root, train.class_names, sizes, counts, side, is_unusual, notes)
+    return FolderFacts(root, train.class_names, sizes, counts, side, is_unusual, notes)
 
 
 def _unwrap(root: Path) -> Path:
@@ -125,7 +125,7 @@ def _has_splits(root: Path) -> bool:
 
 
 def _sample(dataset: ImageDataset) -> tuple[int, bool]:
-    """Look at some images that can be read: return `side` and `is_unusual` of `ImageFacts`."""
+    """Look at some images that can be read: return `side` and `is_unusual` of `FolderFacts`."""
     sides, means, deviations = [], [], []
     for index in np.linspace(0, len(dataset) - 1, min(_NUM_SAMPLES, len(dataset))).astype(int):
         try:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from math import ceil, sqrt
 
-from lg.tools.init.folder import ImageFacts
+from lg.tools.init.folder import FolderFacts
 from lg.tools.init.speed import Speed
 
 # Sides of the student's images in pixels, and the patches of models whose patches can be chosen,
@@ -69,7 +69,7 @@ class Plan:
 
 
 def make_plan(
-    facts: ImageFacts,
+    facts: FolderFacts,
     *,
     minutes: float,
     student_lr: float,

@@ -1,4 +1,4 @@
-"""Class activation maps (Grad-CAM, arXiv 1610.02391): which places speak for the predicted class.
+"""Class activation maps (Grad-CAM, arXiv 1610.02391): the regions that support the predicted class.
 
 Shapes: B images, S image side in pixels.
 """

@@ -36,10 +36,10 @@ def distances(subjects: Sequence[Subject]) -> str:
     if not measured:
         return ""
     text = (
-        "How far each place of the image looks: the distance to the places it attends to, weighted "
-        f"by attention, mean of {_NUM_MEASURED} test images, in pixels of the model's input. A dot "
-        "is a head, a line the mean of a block; the dotted line is attention that is the same "
-        "everywhere. Imitating a CNN teaches locality: look for short distances in early blocks."
+        "Mean distance between a position of the image and the positions it attends to, weighted "
+        f"by attention, over {_NUM_MEASURED} test images, in pixels of the model's input. Each dot "
+        "is a head, each line the mean of a block; the dotted line is uniform attention. Imitating "
+        "a CNN teaches locality: look for short distances in early blocks."
     )
     rows = []
     for subject, found in measured:
@@ -72,9 +72,9 @@ def maps(subjects: Sequence[Subject]) -> str:
     html = "".join(map(_map_table, by_images(subjects)))
     text = (
         "Attention: what the class token of the last block attends to (without a class token: what "
-        "all places attend to), mean over heads. Grad-CAM: the places that speak for the predicted "
-        f"class, given below. Maps of at least {FINE} x {FINE} places are preferred to later, "
-        "coarser ones. Bright is much; each map has its own scale."
+        "all positions attend to), mean over heads. Grad-CAM: the regions that support the "
+        f"predicted class, given below. Maps of at least {FINE} x {FINE} positions are preferred "
+        "to later, coarser ones. Brighter means more; each map has its own scale."
     )
     return page.paragraph(text) + html if html else ""
 

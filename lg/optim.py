@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ def parameter_groups(
     named_parameters: Iterable[tuple[str, nn.Parameter]],
     *,
     head_names: set[str],
+    no_decay: Collection[str] = (),
     weight_decay: float,
     head_lr_ratio: float = 1.0,
 ) -> list[dict[str, Any]]:
@@ -30,6 +31,7 @@ def parameter_groups(
     Args:
         named_parameters: Names and parameters of the trained module.
         head_names: Names of the classifier's parameters.
+        no_decay: Names of further parameters that are not decayed.
         weight_decay: Of the decayed groups.
         head_lr_ratio: Learning rate of the head relative to the body.
 
@@ -52,6 +54,7 @@ def parameter_groups(
             continue
         last = name.rsplit(".", 1)[-1]
         plain = parameter.ndim <= 1 or last == "bias" or last.startswith(NO_DECAY_TOKENS)
+        plain = plain or name in no_decay
         group = groups[
             f"{'head' if name in head_names else 'body'}_{'no_decay' if plain else 'decay'}"
         ]
@@ -101,6 +104,8 @@ def make_optimizer(
     if kind == "adamw":
         return torch.optim.AdamW(groups, lr=lr, betas=betas, fused=True)
     if kind in ("muon", "nadamuon"):
+        # Position tables are matrices, too, but not of weights.
+        groups = [{**g, "use_fallback": g["name"].endswith("no_decay")} for g in groups]
         return create_optimizer_v2(groups, opt=kind, lr=lr, momentum=momentum, betas=betas)
     raise ValueError(f"kind is {kind!r}; allowed: sgd, adam, adamw, muon, nadamuon.")
 

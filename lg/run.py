@@ -11,6 +11,7 @@ from torch import nn
 
 from lg.augment.mixing import Mixing
 from lg.checkpoint import CheckpointFolder, random_state, restore_random_state
+from lg.config import stored_config
 from lg.datasets.cached_loader import CachedTrainLoader, TestLoader
 from lg.datasets.loader import TrainLoader
 from lg.device import Precision
@@ -56,6 +57,7 @@ class Progress:
     test_err: float = UNKNOWN_ERR  # top-1, last test
     ema_err: float = UNKNOWN_ERR  # the same of the weight average
     test_due: bool = False  # whether the last finished epoch still has to be tested
+    tested_epoch: int = 0  # of the last test, from 1
     best_err: float = float("inf")  # lowest of both errors over all tests
     best_epoch: int = 0  # its epoch, from 1
     num_stale: int = 0  # tests since then
@@ -185,7 +187,7 @@ class Run:
             load_published_state_dict(self.average.module, state["ema_state"])
         elif self.average is not None:  # the average was off so far and starts here
             self.average.set(student)
-        self._restore_optimizer(state["optimizer_state"])
+        self._restore_optimizer(state)
         if state["scaler_state"]:  # empty unless the run used fp16
             self.precision.scaler.load_state_dict(state["scaler_state"])
         if "schedule_state" in state:  # absent in older checkpoints
@@ -197,8 +199,18 @@ class Run:
         if self.world.rank < len(state["rng_state"]):
             restore_random_state(state["rng_state"][self.world.rank])
 
-    def _restore_optimizer(self, saved: Mapping[str, Any]) -> None:
+    def _restore_optimizer(self, state: Mapping[str, Any]) -> None:
         """Restore the optimiser's state and learning rates, and keep its other settings."""
+        mine, theirs = (
+            stored_config({"cfg": text}).get("OPTIM.OPTIMIZER")
+            for text in (self.settings.config_text, state["cfg"])
+        )
+        if mine != theirs:
+            raise ValueError(
+                f"OPTIM.OPTIMIZER is {mine}, but its optimiser state is that of {theirs}; to start "
+                "from its weights, set TRAIN.WEIGHTS to it and OUT_DIR to a new folder"
+            )
+        saved = state["optimizer_state"]
         settings = [
             {key: value for key, value in group.items() if key not in ("params", "lr")}
             for group in self.optimizer.param_groups
@@ -212,7 +224,7 @@ class Run:
         merged = [{**group, **mine} for group, mine in zip(groups, settings, strict=True)]
         self.optimizer.load_state_dict({**saved, "param_groups": merged})
         # Fused optimisers walk through memory, so their state needs the layout of the weights.
-        for parameter, state in self.optimizer.state.items():
-            for name, value in state.items():
+        for parameter, kept in self.optimizer.state.items():
+            for name, value in kept.items():
                 if isinstance(value, torch.Tensor) and value.shape == parameter.shape:
-                    state[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
+                    kept[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)

@@ -92,7 +92,7 @@ def train_epochs(run: Run, after_test: Callable[[Progress], None] | None = None)
             after_test(progress)
         if not run.is_trained and asked_to_stop(run, None):
             raise Interrupted(run.signals[0], path)
-    if not progress.best:  # MAX_EPOCH was lowered to an epoch before the first test
+    if progress.tested_epoch < progress.epoch:  # MAX_EPOCH or EARLY_STOP was lowered
         run.save(is_best=test_epoch(run))
     if run.final_loader is not None and not progress.final:
         test_best(run, run.final_loader)
@@ -180,6 +180,7 @@ def test_epoch(run: Run) -> bool:
             average=kind == "ema",
         )
     progress.test_err, progress.ema_err = errors["test"], errors.get("ema", UNKNOWN_ERR)
+    progress.tested_epoch = progress.epoch
     is_best = min(errors.values()) < progress.best_err
     progress.num_stale += 1
     if is_best:

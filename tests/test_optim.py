@@ -89,3 +89,19 @@ def test_muon_orthogonalises_matrices_and_keeps_the_groups(kind: str) -> None:
     moved = (parameters[bias].detach() - before[bias]).abs()
     if kind == "muon":
         torch.testing.assert_close(moved, torch.full_like(moved, lr), rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+def test_position_tables_of_timm_models_are_not_decayed(kind: str) -> None:
+    opts = ["MODEL.TYPE", "timm/swin_tiny_patch4_window7_224", "MODEL.IMG_SIZE", "64"]
+    cfg = lg.load_config(CONFIGS / "timm/convnext-atto_flowers.yaml", opts)
+    guided, _, _ = lg.build_guided(cfg)
+    cfg.merge_from_list(["OPTIM.OPTIMIZER", kind])
+    groups = builders.build_optimizer(cfg, guided).param_groups
+    where = {name: group for group in groups for name in group["parameter_names"]}
+    tables = [name for name in where if name.endswith("relative_position_bias_table")]
+    assert len(tables) == 12 and all(where[name]["name"] == "body_no_decay" for name in tables)
+    assert all(group["weight_decay"] == 0 for group in groups if group["name"] == "body_no_decay")
+    if kind == "muon":
+        flags = {group["name"]: group["use_fallback"] for group in groups}
+        assert flags == {name: name.endswith("no_decay") for name in flags}

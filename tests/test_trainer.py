@@ -343,6 +343,24 @@ def test_a_run_shortened_before_its_first_test_is_tested(
     assert read_checkpoint(tmp_path / "model.pyth")["test_err"] < 100
 
 
+def test_a_run_shortened_after_a_test_is_tested_at_its_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        stop_after(patch, 2 * STEPS)
+        with pytest.raises(Interrupted):
+            trainer.train(config(tmp_path, None, TEST__PERIOD=1))
+    changes = {"TEST__PERIOD": 2, "OPTIM__MAX_EPOCH": 4}
+    with monkeypatch.context() as patch:
+        stop_after(patch, STEPS)
+        with pytest.raises(Interrupted):
+            trainer.train(config(tmp_path, None, **changes))
+    progress = trainer.train(config(tmp_path, None, **{**changes, "OPTIM__MAX_EPOCH": 3}))
+    tested = [line["epoch"] for line in stats(tmp_path) if line["_type"] == "test_epoch"]
+    assert tested == ["1/3", "2/4", "3/3"] and progress.tested_epoch == 3
+    assert progress.test_err < 100
+
+
 def test_other_data_under_the_same_name_is_warned_about(
     straight: Path, guide_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -37,10 +37,14 @@ def build_optimizer(cfg: CfgNode, guided: GuidedStudent) -> torch.optim.Optimize
 
     Projection heads get the learning rate of the body, not that of the classifier.
     """
-    heads = {f"student.{name}" for name in guided.student.head_names()}
+    student = guided.student
+    listed: set[str] = getattr(
+        student.net, "no_weight_decay", set
+    )()  # models of timm know their own
     groups = parameter_groups(
         guided.named_parameters(),
-        head_names=heads,
+        head_names={f"student.{name}" for name in student.head_names()},
+        no_decay={f"student.net.{name}" for name in listed},
         weight_decay=cfg.OPTIM.WEIGHT_DECAY,
         head_lr_ratio=cfg.OPTIM.HEAD_LR_RATIO,
     )

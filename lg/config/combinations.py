@@ -172,6 +172,7 @@ def _guidance_schedule(cfg: CfgNode) -> Iterator[Fault]:
             f"DISTILLATION.SCHEDULE {kind} does not read it: set this to 0, or that to until, "
             "decay_linear or decay_cosine.",
         )
+    weak = options.ENABLE_INTER and options.INTER_TRANSFORM in ("attention", "similarity")
     if kind != "adaptive":
         for key in _changed(cfg, "DISTILLATION.ADAPTIVE_WINDOW", "DISTILLATION.ADAPTIVE_THRESHOLD"):
             yield key, f"only DISTILLATION.SCHEDULE adaptive reads it: leave it at {_default(key)}."
@@ -181,6 +182,12 @@ def _guidance_schedule(cfg: CfgNode) -> Iterator[Fault]:
             "the adaptive schedule needs two windows to decide, which must be shorter than the "
             f"training (OPTIM.MAX_EPOCH {length}; windows refer to 300 epochs if it has fewer): "
             "lower it, or set DISTILLATION.SCHEDULE to another value.",
+        )
+    elif weak and not _changed(cfg, "DISTILLATION.ADAPTIVE_THRESHOLD"):
+        yield (
+            "DISTILLATION.ADAPTIVE_THRESHOLD",
+            f"losses of DISTILLATION.INTER_TRANSFORM {options.INTER_TRANSFORM} are so small that "
+            "guidance would end after two windows: set it nearer to 0, such as -0.0002.",
         )
 
 

@@ -347,6 +347,13 @@ def _validate(cfg: CfgNode, where: Mapping[str, str]) -> None:
                 raise fault(
                     key, "it has no effect: set DISTILLATION.ENABLE_INTER or ENABLE_LOGIT True."
                 )
+    for kind in ("INTER", "LOGIT"):
+        switch, prefix = f"DISTILLATION.ENABLE_{kind}", f"DISTILLATION.{kind}_"
+        for key, place in where.items():
+            is_idle = key.startswith(prefix) and not values[switch]
+            is_meant = place == _COMMAND_LINE or switch not in where
+            if is_idle and is_meant and values[key] != DEFAULT_VALUES[key]:
+                raise fault(key, f"it has no effect: set {switch} True.")
 
 
 _REPR = reprlib.Repr()

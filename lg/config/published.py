@@ -19,14 +19,22 @@ CURVES: list[tuple[dict[str, Any], dict[int, float]]] = [
             "TRANSFORMER.HIDDEN_DIM": 192,
             "TRANSFORMER.DEPTH": 12,
             "TRANSFORMER.NUM_HEADS": 3,
+            "TRANSFORMER.WIDE_LAST": 0,
+            "TRANSFORMER.LIFT": 0,
             "CNN.DEPTH": 56,
             "TRAIN.DATASET": "cifar100",
             "TRAIN.FRACTION": 1.0,
             "TRAIN.VAL_FRACTION": 0.0,
-            "TEST.DATASET": "cifar100",
+            "TRAIN.EXCLUDE": "",
+            "TRAIN.PATCH_DROP": 0.0,
+            "TRAIN.WEIGHTS": "",
+            "TEST.SPLIT": "test",
             "OPTIM.MAX_EPOCH": 300,
             "DISTILLATION.ENABLE_INTER": False,
             "DISTILLATION.ENABLE_LOGIT": True,
+            "DISTILLATION.LOGIT_LOSS": "soft",
+            "DISTILLATION.LOGIT_WEIGHT": 0.5,
+            "DISTILLATION.SCHEDULE": "static",
             "DISTILLATION.TEACHER_MODEL": "ResNet",
             "DISTILLATION.TEACHER_IMG_SIZE": 32,
         },
@@ -38,6 +46,8 @@ CURVES: list[tuple[dict[str, Any], dict[int, float]]] = [
 def published_curve(cfg: CfgNode) -> dict[int, float]:
     """Return the published test top-1 (percent) by epoch for a config; empty if unknown."""
     values = dict(flatten(cfg))
+    if cfg.TEST.DATASET not in ("", cfg.TRAIN.DATASET):
+        return {}
     for settings, curve in CURVES:
         if all(values[key] == value for key, value in settings.items()):
             return curve

@@ -210,7 +210,7 @@ class GuidanceLoss:
         if self.logit_weight > 0:
             learned = logit
             if factor < 1:
-                labelled = classification_loss(imitating_logits, targets)
+                labelled = classification_loss(imitating_logits, targets, self.class_weights)
                 learned = factor * logit + (1 - factor) * labelled
             loss = (1 - self.logit_weight) * cls + self.logit_weight * learned
         if student_maps:

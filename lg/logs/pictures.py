@@ -62,10 +62,16 @@ class Pictures:
         self._drawn, self._seconds = time.perf_counter(), _FIRST_DELAY / _MAX_SHARE
         self._failed: set[str] = set()
 
-    def add(self, epoch: int, values: Mapping[str, float]) -> None:
-        """Add values to the row of an epoch (counted from 1)."""
-        if self._row.get("epoch") != epoch:
-            self._row = {"epoch": epoch}
+    def train_row(self, epoch: int, values: Mapping[str, float]) -> None:
+        """Write the row of an epoch (counted from 1) that was trained."""
+        self._row = {"epoch": epoch, **values}
+        self._write("results.csv", self._write_row)
+
+    def test_row(self, epoch: int, values: Mapping[str, float]) -> None:
+        """Add a test to the row of its epoch, which `end_epoch` writes."""
+        if self._row.get("epoch") != epoch:  # the run was stopped in the test and resumed
+            written = [row for row in self._read_rows() if int(row["epoch"]) == epoch]
+            self._row = {**(written[0] if written else {}), "epoch": epoch}
         self._row.update(values)
 
     def end_epoch(self, *, is_last: bool) -> None:
@@ -157,8 +163,8 @@ class Pictures:
         losses = {name: self._series(key) for key, name in _LOSSES.items()}
         accuracies = {
             "training images": self._series("train_top1_err", accuracy=True),
-            "test": self._series("test_top1_err", accuracy=True),
-            "test, weight average": self._series("ema_top1_err", accuracy=True),
+            "tested images": self._series("test_top1_err", accuracy=True),
+            "tested images, weight average": self._series("ema_top1_err", accuracy=True),
         }
         panels = {
             "loss": {name: line for name, line in losses.items() if line[0]},

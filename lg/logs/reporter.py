@@ -174,7 +174,7 @@ class Reporter:
         )
         errors = {f"train_{key}": means[key] for key in ("top1_err", "top5_err")}
         row = {**losses, **guided, **errors, "lr": lr, "seconds": seconds, **weights}
-        self.pictures.add(epoch + 1, self._without_top5(row))
+        self.pictures.train_row(epoch + 1, self._without_top5(row))
         self._train_line = self._describe_epoch(means, epoch, average, eta)
 
     def _describe_epoch(
@@ -264,7 +264,7 @@ class Reporter:
         accuracy, highest = 100 - result.top1_err, 100 - best["top1_err"]
         kind = "ema" if average else "test"
         rates = self._without_top5(result.rates)
-        self.pictures.add(epoch + 1, {f"{kind}_{key}": v for key, v in rates.items()})
+        self.pictures.test_row(epoch + 1, {f"{kind}_{key}": v for key, v in rates.items()})
         self._last_tests = {**(self._last_tests if average else {}), kind: result}
         if not self._train_line:  # the run was resumed after the epoch's training
             self._train_line = f"epoch {epoch + 1}/{self.max_epoch}"

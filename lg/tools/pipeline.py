@@ -90,7 +90,8 @@ def pipeline(
     pairs = [pair for pair in zip(opts[::2], opts[1::2], strict=True) if pair[0] != "OUT_DIR"]
     shared = [part for pair in pairs if pair[0].startswith(_SHARED) for part in pair]
     own = [part for pair in pairs for part in pair]
-    of_guide = ("DISTILLATION.", *_GUIDE_MODEL)
+    own_size = cfg.MODEL.TYPE == "ResNet"  # its keys are those of the guide
+    of_guide = ("DISTILLATION.", *(() if own_size else _GUIDE_MODEL))
     bare = [part for pair in pairs if not pair[0].startswith(of_guide) for part in pair]
     parent = cfg.OUT_DIR if "OUT_DIR" in opts[::2] else os.path.dirname(cfg.OUT_DIR)
     first = _part("guide", guide_path, shared, parent)

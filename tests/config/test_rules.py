@@ -173,7 +173,7 @@ BROKEN: list[tuple[str, dict[str, Any], str]] = [
             "TRAIN.PATCH_DROP": 0.5,
             "DISTILLATION.INTER_TRANSFORM": "similarity",
         },
-        "each image keeps other positions",
+        "each image keeps different positions",
     ),
     (
         "TRAIN.PATCH_DROP",
@@ -261,6 +261,15 @@ BROKEN: list[tuple[str, dict[str, Any], str]] = [
             ("until", "DISTILLATION.SCHEDULE_EPOCH", 0, "use 1 to 8"),
             ("adaptive", "DISTILLATION.ADAPTIVE_WINDOW", 150, "two windows"),
         ]
+    ),
+    (
+        "DISTILLATION.ADAPTIVE_THRESHOLD",
+        {
+            **INTER,
+            "DISTILLATION.SCHEDULE": "adaptive",
+            "DISTILLATION.INTER_TRANSFORM": "attention",
+        },
+        "set it nearer to 0",
     ),
     (
         "DISTILLATION.FEATURE_PLACE",
@@ -388,3 +397,8 @@ def test_settings_of_guidance_that_is_off_are_an_error(write: Write) -> None:
     # guided config.
     cfg = lg.load_config(path, ["DISTILLATION.ENABLE_INTER", "False"])
     assert leaf(cfg, "DISTILLATION.INTER_WEIGHT") == 2.5
+    # One kind of imitation does not read the settings of the other.
+    path = write(yaml.safe_dump(nested(INTER)))
+    message = fault(path, "DISTILLATION.LOGIT_TEMP", "4")
+    assert "LOGIT_TEMP is 4.0, set on the command line" in message
+    assert message.endswith("set DISTILLATION.ENABLE_LOGIT True.")

@@ -153,3 +153,11 @@ def test_a_distillation_token_learns_labels_after_the_end() -> None:
     for logits in pair:
         expected = (logits.detach().softmax(dim=1) - torch.eye(3)[:2]) / 2  # of the mean over 2
         torch.testing.assert_close(logits.grad, 0.5 * expected)
+
+
+def test_classes_are_weighted_after_the_end() -> None:
+    weights = torch.tensor([0.5, 2.0, 1.0])
+    loss = GuidanceLoss(logit_weight=0.5, class_weights=weights)
+    logits, labels = torch.randn(5, 3), torch.tensor([0, 1, 2, 0, 1])
+    terms = loss(logits, [], torch.eye(3)[labels], factor=0.0)
+    torch.testing.assert_close(terms["loss"], terms["cls"])

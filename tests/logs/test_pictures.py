@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -81,6 +82,20 @@ def test_pictures_change_neither_training_nor_resume(
     assert (tmp_path / "confusion_matrix.png").read_bytes() == (
         drawn / "confusion_matrix.png"
     ).read_bytes()
+
+
+def test_a_repeated_test_keeps_the_row_of_its_epoch(
+    drawn: Path, tmp_path: Path, guide_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(*_args: object) -> None:
+        signal.raise_signal(signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer.TestMeter, "add", stop)
+        with pytest.raises(Interrupted):
+            trainer.train(config(tmp_path, guide_file, LOG_PICTURES=True))
+    trainer.train(config(tmp_path, guide_file, LOG_PICTURES=True))
+    assert rows(tmp_path) == rows(drawn)
 
 
 def test_a_failing_picture_does_not_end_training(

@@ -25,9 +25,14 @@ def test_the_curve_applies_to_its_model_data_epochs_and_guidance_only() -> None:
         ["TRAIN.FRACTION", "0.5"],
         ["OPTIM.MAX_EPOCH", "200"],
         ["DISTILLATION.ENABLE_INTER", "True"],
+        ["DISTILLATION.SCHEDULE", "decay_linear"],
+        ["TRAIN.PATCH_DROP", "0.5"],
+        ["TEST.DATASET", "digits"],
+        ["TEST.SPLIT", "train"],
     ):
         assert published_curve(lg.load_config(CONFIG, [*LOGIT, *other])) == {}
     assert published_curve(lg.load_config(CONFIG)) == {}
+    assert published_curve(lg.load_config(CONFIG, [*LOGIT, "TEST.DATASET", ""]))[300] == 78.5
 
 
 # The curve at epoch 63 is 57.8 + 12 / 25 * (65.0 - 57.8) = 61.256.

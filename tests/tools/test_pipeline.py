@@ -115,6 +115,21 @@ def test_an_interrupted_pipeline_goes_on(
     assert "g-" in done[0] and "vit_digits_ours-" in done[2] and len(done) == 3
 
 
+def test_a_plain_resnet_has_the_size_of_the_guided_one(tmp_path: Path, guide: str) -> None:
+    depths: list[int] = []
+
+    def train(cfg: Any) -> None:
+        if depths.append(cfg.CNN.DEPTH) or len(depths) == 2:
+            raise KeyboardInterrupt
+        trainer.train(cfg)
+
+    more = opts(MODEL__TYPE="ResNet", CNN__DEPTH=14, OUT_DIR=tmp_path)
+    more += ["DISTILLATION.INTER_STUDENT_INDEX", "[0,1,2]"]
+    with pytest.raises(KeyboardInterrupt):
+        pipeline.pipeline(CONFIG, more, guide, True, train)
+    assert depths == [14, 14]
+
+
 def photos(tmp_path: Path) -> Path:
     """Return an image folder of two classes, three images each in training and test."""
     root = tmp_path / "photos"

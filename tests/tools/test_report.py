@@ -52,6 +52,16 @@ def page(runs: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+def test_the_last_epoch_counts_only_if_it_was_tested_on_the_same_images(tmp_path: Path) -> None:
+    opts = [*SMALL.split(), "OUT_DIR", str(tmp_path), "TRAIN.VAL_FRACTION", "0.25"]
+    trainer.train(lg.load_config(CONFIGS / "vit_digits_base.yaml", opts))
+    report(out_dirs=[str(tmp_path)], out=str(tmp_path / "report.html"), opts=[])
+    html = (tmp_path / "report.html").read_text()
+    row = html[html.index("last epoch</th>") :]
+    row = row[row.index("<tbody>") : row.index("</tr>", row.index("<tbody>"))]
+    assert "597" in row and row.endswith("&ndash;</td>")
+
+
 def predictions(count: int = 400, num_classes: int = 7, seed: int = 0) -> Predictions:
     random = np.random.default_rng(seed)
     labels = np.random.default_rng(9).integers(0, num_classes, count)

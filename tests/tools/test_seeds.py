@@ -90,3 +90,6 @@ def test_seeds_that_cannot_run_here_are_rejected(
         seeds.train_seeds(CONFIG, opts(tmp_path), [1, 1], trainer.train)
     with pytest.raises(ConfigError, match=r"set LAUNCH\.MODE local"):
         seeds.train_seeds(CONFIG, opts(tmp_path, LAUNCH__MODE="slurm"), [1, 2], trainer.train)
+    guided, held_out = CONFIG.replace("base", "ours"), opts(tmp_path, TRAIN__VAL_FRACTION=0.25)
+    with pytest.raises(ConfigError, match="one guide cannot be new to all of them"):
+        seeds.train_seeds(guided, held_out, [1, 2], trainer.train)

@@ -26,7 +26,7 @@ def accuracy(subjects: Sequence[Subject]) -> str:
         count = len(result.labels)
         low, high = results.wilson_interval(int(results.hits(result).sum()), count)
         classes = [row for row in results.class_rows(result) if row.count]
-        last = [*subject.run.tests.values()][-1:]
+        last = [t for t in [*subject.run.tests.values()][-1:] if t["split"] == result.split]
         rows.append(
             [
                 page.run_name(subject.number, subject.run.name),

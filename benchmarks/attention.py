@@ -72,17 +72,9 @@ def compare(name: str, *, device: torch.device, batch_size: int, repeats: int) -
     torch.manual_seed(0)
     ours = lg.build_model(lg.load_config(config_path(name, "c100", "base"))).to(device).train()
     naive = timms_convit(ours) if name == "convit-ti" else copy.deepcopy(ours)
-    step, naive_step = (make_step(model, batch_size) for model in (ours, naive))
-    times: dict[str, list[float]] = {"ours": [], "naive": []}
-    for repeat in range(2 + repeats):  # the first two warm up
-        for kind, work in (("ours", step), ("naive", naive_step)):
-            with naive_attention() if kind == "naive" else contextlib.nullcontext():
-                synchronize(device)
-                started = time.perf_counter()
-                work()
-                synchronize(device)
-            if repeat >= 2:
-                times[kind].append(time.perf_counter() - started)
+    naive_step = naive_attention()(make_step(naive, batch_size))
+    steps = {"ours": make_step(ours, batch_size), "naive": naive_step}
+    times = alternate(steps, repeats=repeats, device=device)
     ours_s, naive_s = median(times["ours"]), median(times["naive"])
     return {
         "model": name,
@@ -92,6 +84,22 @@ def compare(name: str, *, device: torch.device, batch_size: int, repeats: int) -
         "ours_all": times["ours"],
         "naive_all": times["naive"],
     }
+
+
+def alternate(
+    steps: dict[str, Callable[[], None]], *, repeats: int, device: torch.device
+) -> dict[str, list[float]]:
+    """Run steps in turn, twice more to warm up, and return the seconds of each."""
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    for repeat in range(2 + repeats):
+        for name, step in steps.items():
+            synchronize(device)
+            started = time.perf_counter()
+            step()
+            synchronize(device)
+            if repeat >= 2:
+                times[name].append(time.perf_counter() - started)
+    return times
 
 
 def make_step(

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import copy
 import sys
-import time
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -28,10 +27,10 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 import lg  # noqa: E402
-from benchmarks.attention import make_step  # noqa: E402
+from benchmarks.attention import alternate, make_step  # noqa: E402
 from benchmarks.report import TRANSFORMERS, config_path, make_parser, write_json  # noqa: E402
 from lg.builders import place_model  # noqa: E402
-from lg.device import Precision, select_device, synchronize  # noqa: E402
+from lg.device import Precision, select_device  # noqa: E402
 
 MODELS = (*TRANSFORMERS, "r-56")
 
@@ -72,15 +71,7 @@ def compare(name: str, *, device: torch.device, batch_size: int, repeats: int) -
         if variant != "plain":
             place_model(net, precision)
         steps[variant] = make_step(net, batch_size, size=size, precision=precision)
-    times: dict[str, list[float]] = {variant: [] for variant in steps}
-    for repeat in range(2 + repeats):  # the first two warm up
-        for variant, step in steps.items():
-            synchronize(device)
-            started = time.perf_counter()
-            step()
-            synchronize(device)
-            if repeat >= 2:
-                times[variant].append(time.perf_counter() - started)
+    times = alternate(steps, repeats=repeats, device=device)
     rates = {variant: batch_size / median(seconds) for variant, seconds in times.items()}
     return {**rates, "ratio": rates["bf16"] / rates["plain"], "seconds": times}
 

@@ -16,7 +16,7 @@ from torch import nn
 from yacs.config import CfgNode
 
 from lg import builders, distributed
-from lg.checkpoint import BEST_NAME, load_weights
+from lg.checkpoint import BEST_NAME, CheckpointFolder, load_weights
 from lg.config import changed_keys, stored_config
 from lg.datasets.base import ImageDataset
 from lg.datasets.cached_loader import TestLoader
@@ -312,12 +312,9 @@ def resume(run: Run, *, auto: bool, changed: bool) -> None:
         ConfigError: `auto` or `changed` is False, and the folder holds what it excludes.
         CheckpointError: The checkpoints cannot be used for this run.
     """
-    folder, log = run.checkpoints.folder, run.log
-    if not auto and run.checkpoints.files():
-        raise ConfigError(
-            f"TRAIN.AUTO_RESUME is False, but {folder} has checkpoints of an earlier run: set "
-            "OUT_DIR to another folder, remove them, or set TRAIN.AUTO_RESUME True."
-        )
+    log = run.log
+    if not auto:
+        check_fresh(run.checkpoints)
     state = restore_last(run, log.warn)
     if state is not None:
         for text in find_differences(run, state, allowed=changed):
@@ -326,6 +323,19 @@ def resume(run: Run, *, auto: bool, changed: bool) -> None:
         where = f"step {step} of epoch {epoch + 1}" if step else f"epoch {epoch}"
         log.info(f"Resuming after {where} of {run.settings.max_epoch}.")
     log.open_curves(run.progress.epoch * run.loader.steps_per_epoch + run.progress.step + 1)
+
+
+def check_fresh(checkpoints: CheckpointFolder) -> None:
+    """Check that there are no checkpoints, as TRAIN.AUTO_RESUME False demands.
+
+    Raises:
+        ConfigError: There are some.
+    """
+    if checkpoints.files():
+        raise ConfigError(
+            f"TRAIN.AUTO_RESUME is False, but {checkpoints.folder} has checkpoints of an earlier "
+            "run: set OUT_DIR to another folder, remove them, or set TRAIN.AUTO_RESUME True."
+        )
 
 
 def restore_last(run: Run, warn: Callable[[str], None]) -> dict[str, Any] | None:

@@ -13,7 +13,6 @@ import os
 import sys
 import warnings
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 from yacs.config import CfgNode
@@ -43,7 +42,7 @@ from lg.builders.training import (
     check_world,
     precision_note,
 )
-from lg.checkpoint import load_weights, read_checkpoint
+from lg.checkpoint import CheckpointFolder, load_weights, read_checkpoint
 from lg.config import flatten, is_guided, stored_config
 from lg.datasets.base import EMPTY_CLASS, MISSING, UNTRAINED_CLASS, ImageDataset
 from lg.datasets.exclusion import image_names
@@ -74,7 +73,7 @@ from lg.tools.doctor.findings import (
 )
 from lg.tools.doctor.recipe import check_recipe
 from lg.tools.info import describe_config
-from lg.trainer import find_differences, restore_last
+from lg.trainer import check_fresh, find_differences, restore_last
 
 _NAMES = {"TRAIN": "training", "VAL": "validation", "TEST": "test"}
 
@@ -138,13 +137,8 @@ def _check_output(cfg: CfgNode, found: Findings) -> None:
     """Check that the run's folder is writable, and new if it has to be."""
     with found.catch(OUTPUT, "writing to OUT_DIR"):
         check_writable(cfg.OUT_DIR)
-    checkpoints = Path(cfg.OUT_DIR) / "checkpoints"
-    if not cfg.TRAIN.AUTO_RESUME and any(checkpoints.glob("model_epoch_*.pyth")):
-        text = (
-            f"TRAIN.AUTO_RESUME is False, but {checkpoints} has checkpoints of an earlier run: set "
-            "OUT_DIR to another folder, remove them, or set TRAIN.AUTO_RESUME True."
-        )
-        found.add(Finding(PROBLEM, OUTPUT, text))
+        if not cfg.TRAIN.AUTO_RESUME:
+            check_fresh(CheckpointFolder(cfg.OUT_DIR))
 
 
 def _check_device(cfg: CfgNode, found: Findings) -> None:

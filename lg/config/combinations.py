@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from yacs.config import CfgNode
 
 from lg.config.defaults import DEFAULT_VALUES, flatten, is_guided
-from lg.config.image_rules import image_faults
+from lg.config.image_combinations import image_faults
 from lg.config.rules import FAMILIES
 from lg.config.student_combinations import Fault, student_faults
 

@@ -1,4 +1,7 @@
-"""Combinations of values about images that cannot take effect together."""
+"""Combinations of values about images that cannot take effect together.
+
+They are rules as in `lg.config.combinations`.
+"""
 
 from __future__ import annotations
 
@@ -7,9 +10,11 @@ from collections.abc import Iterator
 
 from yacs.config import CfgNode
 
+from lg.config.student_combinations import Fault
 
-def image_faults(cfg: CfgNode) -> Iterator[tuple[str, str]]:
-    """Yield the key to change and the advice, as `lg.config.combinations.faults` does."""
+
+def image_faults(cfg: CfgNode) -> Iterator[Fault]:
+    """Yield the faults of normalisation and window."""
     options, channels = cfg.DATA_LOADER, cfg.MODEL.IN_CHANNELS
     for key in ("MEAN", "STD"):
         count = len(options[key])

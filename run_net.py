@@ -101,24 +101,28 @@ def _pattern(parser: argparse.ArgumentParser) -> None:
 def _init(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", required=True, metavar="FOLDER", help="images in class folders")
     parser.add_argument("--model", default="deit-ti", help="the student (default deit-ti)")
-    parser.add_argument("--out", metavar="FOLDER", help="of the configs (default NAME_configs)")
+    parser.add_argument("--out", metavar="FOLDER", help="for the configs (default NAME_configs)")
     parser.add_argument(
         "--minutes",
         type=float,
         default=10,
-        help="time to train guide and student on this machine, about (default 10)",
+        help="approximate minutes to train both models on this machine (default 10)",
     )
 
 
 def _pipeline(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--guide", metavar="FILE", help="config of the guide (default: by its name)"
+        "--guide",
+        metavar="FILE",
+        help="config of the guide (default: named like the folder of TEACHER_WEIGHTS)",
     )
     parser.add_argument("--plain", action="store_true", help="also train without guidance")
 
 
 def _copies(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--copies", metavar="FILE", help="list tested training images in a CSV")
+    parser.add_argument(
+        "--copies", metavar="FILE", help="write training images that are also tested to a CSV file"
+    )
 
 
 def _seeds(parser: argparse.ArgumentParser) -> None:
@@ -134,7 +138,7 @@ def _seeds(parser: argparse.ArgumentParser) -> None:
 
 def _sweep(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--trials", metavar="N", help="number of trials; all: every combination of the choices"
+        "--trials", metavar="N", help="number of trials (default: all combinations of the choices)"
     )
     parser.add_argument(
         "--storage", metavar="URL", help="database for the results (default: a file in OUT_DIR)"
@@ -272,7 +276,7 @@ def _add_config(parser: argparse.ArgumentParser, *, required: bool) -> None:
         "opts",
         nargs=argparse.REMAINDER,
         metavar="KEY VALUE",
-        help="overrides, such as TRAIN.BATCH_SIZE 64; lg/config/defaults.py lists every key",
+        help="overrides, such as TRAIN.BATCH_SIZE 64; --mode keys lists every key",
     )
 
 

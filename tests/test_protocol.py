@@ -178,7 +178,7 @@ def test_val_of_a_folder_chooses_and_test_is_tested_at_the_end(
             "train val",
             "test",
             "val",
-            "TEST.SPLIT is test, but {} has no test set: its val split takes that place, and its "
+            "TEST.SPLIT is test, but {} has no test set: its val split is used instead, and its "
             "best accuracy is optimistic",
         ),
         ("train val test", "test", "val test", ""),

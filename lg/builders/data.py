@@ -202,7 +202,7 @@ def _choose_place(
             f"DATA_LOADER.BACKEND is device, but the images of {dataset.name}/{dataset.split} take "
             f"about {needed / 1e9:.1f} GB once decoded, in each of {world.local_size} processes, "
             f"and at most a quarter of the {free / 1e9:.1f} GB of free memory may be used: set it "
-            "to workers"
+            "to workers."
         )
     return "memory"
 

@@ -87,5 +87,5 @@ def _check_length(key: str, values: list[Any], num_stages: int) -> None:
     if len(values) != num_stages:
         raise ConfigError(
             f"{key} is {values}, but TRANSFORMER.HIDDEN_DIM has {num_stages} stages: give one "
-            "entry per stage"
+            "entry per stage."
         )

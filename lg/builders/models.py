@@ -347,7 +347,7 @@ def tap_indices(cfg: CfgNode, student: Backbone, teacher: Backbone) -> tuple[lis
             model.check_indices(options[key])
         except ValueError as error:
             advice = same_depth(options[key], len(model.blocks))
-            hint = f"; {advice} has the same relative depth" if advice else ""
+            hint = f"; use {advice} for the same relative depth" if advice else ""
             raise ConfigError(f"DISTILLATION.{key} is {options[key]}: {error}{hint}.") from None
     return taps, options.INTER_TEACHER_INDEX
 

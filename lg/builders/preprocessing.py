@@ -35,7 +35,7 @@ def build_preprocessing(cfg: CfgNode, *, training: bool = False) -> Preprocessin
         return found
     if not options.MEAN:
         raise ConfigError(
-            "DATA_LOADER.NORMALIZE is auto, but neither training images nor weights tell the "
+            "DATA_LOADER.NORMALIZE is auto, but neither training images nor weights give the "
             "numbers: train first, or set it to values, with DATA_LOADER.MEAN and STD."
         )
     mean, std = (tuple(map(float, values)) for values in (options.MEAN, options.STD))

@@ -158,7 +158,7 @@ def _prepare_log(cfg: CfgNode, data: Splits, device: torch.device, log: RunLog) 
     if device.type == "cpu" and cfg.DEVICE == "auto":
         log.warn("No GPU found: running on the CPU (set DEVICE cpu to silence this).")
     if cfg.MODEL.NUM_CLASSES == 1:
-        log.warn("MODEL.NUM_CLASSES is 1: labels teach nothing, and every test gives 100 %.")
+        log.warn("MODEL.NUM_CLASSES is 1: labels carry no information, and every test gives 100 %.")
     if line := exclusion_line(cfg, data.train):
         log.info(line)
     if note := range_note(build_preprocessing(cfg, training=True)):

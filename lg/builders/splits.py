@@ -70,7 +70,7 @@ def check_validation(cfg: CfgNode) -> None:
     train, root = cfg.TRAIN, cfg.DATA_LOADER.ROOT
     if train.VAL_FRACTION > 0 and _has_val_folder(cfg):
         raise ConfigError(
-            f"TRAIN.VAL_FRACTION is {train.VAL_FRACTION}, but {root} has val/ besides test/, which "
+            f"TRAIN.VAL_FRACTION is {train.VAL_FRACTION}, but {root} has test/ and val/, and val/ "
             "chooses the best epoch: set it to 0, or move the images of val/ to train/."
         )
     if train.EARLY_STOP > 0 and not has_val_split(cfg):
@@ -97,8 +97,8 @@ def list_val_data(cfg: CfgNode, tolerate: Iterable[str] = ()) -> ImageDataset:
     dataset = list_test_data(cfg, "val", tolerate)
     if cfg.TEST.SPLIT == "test" and not has_test_split(cfg):
         dataset.notes.append(
-            f"TEST.SPLIT is test, but {cfg.DATA_LOADER.ROOT} has no test set: its val split takes "
-            "that place, and its best accuracy is optimistic"
+            f"TEST.SPLIT is test, but {cfg.DATA_LOADER.ROOT} has no test set: its val split is "
+            "used instead, and its best accuracy is optimistic"
         )
     return dataset
 

@@ -166,7 +166,7 @@ def precision_note(cfg: CfgNode, precision: Precision) -> str:
         return ""
     return (
         "TRAIN.MIXED_PRECISION is True, but this CPU only emulates bf16, which is slower than "
-        "fp32: training in fp32 (set TRAIN.AMP_DTYPE bf16 to use bf16 nevertheless)."
+        "fp32: training in fp32 (set TRAIN.AMP_DTYPE bf16 to use bf16 anyway)."
     )
 
 

@@ -49,7 +49,7 @@ def _resnet(cfg: CfgNode) -> Iterator[Fault]:
     depth, resnet = cfg.CNN.DEPTH, cfg.RESNET
     if not _uses_resnet(cfg):
         for key in _changed(cfg, "CNN", "RESNET"):
-            advice = f"neither MODEL.TYPE nor the guide is a ResNet: leave it at {_default(key)}."
+            advice = f"neither MODEL.TYPE nor the guide is a ResNet: set it to {_default(key)}."
             yield key, advice
         return
     if depth not in (18, 34, 50, 101, 152) and (depth < 8 or depth % 6 != 2):
@@ -72,7 +72,7 @@ def _timm(cfg: CfgNode) -> Iterator[Fault]:
     if model.TYPE.startswith("timm/"):
         for key in _changed(cfg, "TRANSFORMER"):
             if key not in _READ_BY_TIMM:
-                yield key, f"timm/NAME fixes it: leave it at {_default(key)}."
+                yield key, f"timm/NAME fixes it: set it to {_default(key)}."
         if model.PRETRAINED and cfg.TRAIN.WEIGHTS:
             yield (
                 "MODEL.PRETRAINED",
@@ -94,7 +94,7 @@ def _other_families(cfg: CfgNode) -> Iterator[Fault]:
         if cfg.MODEL.TYPE not in families:
             for key in _changed(cfg, name):
                 names = " or ".join(families)
-                yield key, f"only MODEL.TYPE {names} reads it: leave it at {_default(key)}."
+                yield key, f"only MODEL.TYPE {names} reads it: set it to {_default(key)}."
 
 
 def _guidance(cfg: CfgNode) -> Iterator[Fault]:
@@ -116,7 +116,7 @@ def _guidance(cfg: CfgNode) -> Iterator[Fault]:
         yield (
             "DISTILLATION.INTER_STUDENT_INDEX",
             f"DISTILLATION.INTER_TRANSFORM {options.INTER_TRANSFORM} has no heads that could mix "
-            "blocks: set that to linear or gram, or this to a list of blocks.",
+            "blocks: choose linear or gram, or set this to a list of blocks.",
         )
     if blocks == "mix":
         blocks = options.INTER_TEACHER_INDEX  # as many mixtures as guide stages
@@ -151,7 +151,7 @@ def _guidance(cfg: CfgNode) -> Iterator[Fault]:
     if options.FEATURE_PLACE != "file" and not options.OFFLINE:
         yield (
             "DISTILLATION.FEATURE_PLACE",
-            "only DISTILLATION.OFFLINE uses stored features: set that True, or this to file.",
+            "only DISTILLATION.OFFLINE uses stored features: set it True, or this to file.",
         )
 
 
@@ -162,7 +162,8 @@ def _guidance_schedule(cfg: CfgNode) -> Iterator[Fault]:
     if is_until and not 0 < epoch < length:
         yield (
             "DISTILLATION.SCHEDULE_EPOCH",
-            f"DISTILLATION.SCHEDULE until ends guidance after this epoch: use 1 to {length - 1}.",
+            f"DISTILLATION.SCHEDULE until ends guidance after this epoch: set it below "
+            f"OPTIM.MAX_EPOCH {length}, at least 1.",
         )
     if decays and epoch > length:
         yield "DISTILLATION.SCHEDULE_EPOCH", f"it must not exceed OPTIM.MAX_EPOCH {length}."
@@ -175,12 +176,12 @@ def _guidance_schedule(cfg: CfgNode) -> Iterator[Fault]:
     weak = options.ENABLE_INTER and options.INTER_TRANSFORM in ("attention", "similarity")
     if kind != "adaptive":
         for key in _changed(cfg, "DISTILLATION.ADAPTIVE_WINDOW", "DISTILLATION.ADAPTIVE_THRESHOLD"):
-            yield key, f"only DISTILLATION.SCHEDULE adaptive reads it: leave it at {_default(key)}."
+            yield key, f"only DISTILLATION.SCHEDULE adaptive reads it: set it to {_default(key)}."
     elif length < 3 or max(length, 300) <= 2 * options.ADAPTIVE_WINDOW:
         yield (
             "DISTILLATION.ADAPTIVE_WINDOW",
-            "the adaptive schedule needs two windows to decide, which must be shorter than the "
-            f"training (OPTIM.MAX_EPOCH {length}; windows refer to 300 epochs if it has fewer): "
+            "the adaptive schedule needs two windows, together shorter than the training "
+            f"(OPTIM.MAX_EPOCH {length}; below 300, windows are relative to 300 epochs): "
             "lower it, or set DISTILLATION.SCHEDULE to another value.",
         )
     elif weak and not _changed(cfg, "DISTILLATION.ADAPTIVE_THRESHOLD"):
@@ -198,7 +199,7 @@ def _offline(cfg: CfgNode) -> Iterator[Fault]:
     if not options.ENABLE_INTER:
         yield (
             key,
-            "only DISTILLATION.ENABLE_INTER uses stored features: set that True, or this False.",
+            "only DISTILLATION.ENABLE_INTER uses stored features: set it True, or this False.",
         )
     if not options.FEATURE_FILE:
         yield key, "name the stored features in DISTILLATION.FEATURE_FILE."
@@ -231,16 +232,16 @@ def _schedule(cfg: CfgNode) -> Iterator[Fault]:
                 "OPTIM.LR_POLICY steps needs the epochs of its steps, such as [100, 150].",
             )
         if sorted(set(optim.STEPS)) != optim.STEPS:
-            yield "OPTIM.STEPS", "list the epochs in rising order, each once."
+            yield "OPTIM.STEPS", "list the epochs once each, in increasing order."
     else:
         if optim.MIN_LR > optim.BASE_LR:
             yield "OPTIM.MIN_LR", f"it must not exceed OPTIM.BASE_LR {optim.BASE_LR}."
         if optim.LR_POLICY == "exp" and optim.MIN_LR <= 0:
-            yield "OPTIM.MIN_LR", "OPTIM.LR_POLICY exp needs it above 0."
+            yield "OPTIM.MIN_LR", "it must be above 0 for OPTIM.LR_POLICY exp."
         if optim.STEPS:
             yield (
                 "OPTIM.STEPS",
-                "it has no effect unless OPTIM.LR_POLICY is steps: set that, or this to [].",
+                "it has no effect unless OPTIM.LR_POLICY is steps: set it, or set this to [].",
             )
     if optim.WARMUP_EPOCHS > optim.MAX_EPOCH:
         yield (
@@ -267,7 +268,7 @@ def _training(cfg: CfgNode) -> Iterator[Fault]:
     if train.AMP_DTYPE != "auto" and not train.MIXED_PRECISION:
         yield (
             "TRAIN.AMP_DTYPE",
-            "it has no effect unless TRAIN.MIXED_PRECISION is True: set that, or this to auto.",
+            "it has no effect unless TRAIN.MIXED_PRECISION is True: set it, or set this to auto.",
         )
     if train.COMPILE in ("reduce-overhead", "max-autotune") and train.ACCUM_STEPS > 1:
         yield (
@@ -278,7 +279,7 @@ def _training(cfg: CfgNode) -> Iterator[Fault]:
     if train.DETERMINISTIC and cfg.CUDNN.BENCHMARK:
         yield (
             "TRAIN.DETERMINISTIC",
-            "CUDNN.BENCHMARK may choose other algorithms at each start: set that False.",
+            "CUDNN.BENCHMARK may pick different algorithms in each run: set it False.",
         )
     if train.DETERMINISTIC and train.COMPILE == "max-autotune":
         yield (

@@ -172,7 +172,7 @@ DEFAULTS: dict[str, Any] = {
         # bit-exact
         "COMPILE": "none",
         # (+) keep freed memory for the next step: on CPUs, hierarchical models train up to 1.7
-        # times as fast, with up to 13 % more memory (Linux)
+        # times as fast, with up to 20 % more memory (Linux)
         "REUSE_MEMORY": True,
         # (+) round the factors of float32 products, also in image resizing, to TF32 on hardware
         # that supports it: faster, with 10 instead of 23 bits of mantissa

@@ -184,7 +184,7 @@ RANGES: dict[str, Range] = {
     ),
     "DISTILLATION.INTER_STUDENT_INDEX": (
         lambda v: v == "mix" or (isinstance(v, int) and v >= 0),
-        "mix, or a list of block numbers of at least 0",
+        "mix, or a list of block numbers from 0",
     ),
     "DISTILLATION.ADAPTIVE_THRESHOLD": (lambda v: -math.inf < v < 0, "below 0 and finite"),
     # The Performer has half as many random features as token channels.

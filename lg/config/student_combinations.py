@@ -13,9 +13,8 @@ Fault = tuple[str, str]  # the key to change, and the advice
 
 # Why they cannot drop patches.
 _NEED_ALL_PATCHES = {
-    **dict.fromkeys(("PiT", "PVT", "PVTv2", "CvT"), "it reduces maps between its stages"),
+    **dict.fromkeys(("PiT", "PVT", "PVTv2", "CvT"), "it downsamples between stages"),
     "ConViT": "its gated attention depends on the distances of all pairs",
-    "ResNet": "it has none",
 }
 
 
@@ -38,7 +37,7 @@ def _initial_weights(cfg: CfgNode) -> Iterator[Fault]:
         )
     if model.PRETRAINED or cfg.TRAIN.WEIGHTS:
         key = "MODEL.PRETRAINED" if model.PRETRAINED else "TRAIN.WEIGHTS"
-        yield "MODEL.INIT", f"{key} sets the initial weights: set that to '', or this to default."
+        yield "MODEL.INIT", f"{key} sets the initial weights: set it to '', or this to default."
 
 
 def _widths(cfg: CfgNode) -> Iterator[Fault]:
@@ -57,6 +56,8 @@ def _patch_drop(cfg: CfgNode) -> Iterator[Fault]:
     kind, options = cfg.MODEL.TYPE, cfg.DISTILLATION
     if cfg.TRAIN.PATCH_DROP == 0:
         return
+    if kind == "ResNet":
+        yield "TRAIN.PATCH_DROP", "MODEL.TYPE ResNet has no patches: set it to 0."
     if kind in _NEED_ALL_PATCHES:
         yield (
             "TRAIN.PATCH_DROP",
@@ -67,7 +68,7 @@ def _patch_drop(cfg: CfgNode) -> Iterator[Fault]:
         yield (
             "TRAIN.PATCH_DROP",
             "DISTILLATION.INTER_TRANSFORM similarity compares images position by position, but "
-            "each image keeps different positions: set that to another transform, or this to 0.",
+            "each image keeps different positions: choose another transform, or set this to 0.",
         )
     is_wide = cfg.TRANSFORMER.WIDE_LAST or cfg.TRANSFORMER.LIFT
     if options.ENABLE_INTER and options.INTER_STUDENT_INDEX == "mix" and is_wide:

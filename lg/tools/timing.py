@@ -31,7 +31,7 @@ _ROWS = {  # key -> title in the table
     "test_fw_time": "student forward (test)",
     "train_fw_time": "forward with guide and loss",
     "train_bw_time": "backward",
-    "train_fw_bw_time": "step on a batch in place",
+    "train_fw_bw_time": "step on a fixed batch",
     "train_loader_time": "loader alone",
     "train_step_time": "step with loader",
 }

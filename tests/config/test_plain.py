@@ -47,7 +47,7 @@ def test_the_error_about_a_shallower_model_proposes_blocks() -> None:
     opts = ["TRANSFORMER.DEPTH", "6"]
     cfg = lg.load_config(CONFIGS / "deit/deit-ti_c100_ours.yaml", opts)
     student, teacher = lg.build_model(cfg), build_teacher(cfg, trained=False)
-    with pytest.raises(ConfigError, match=r"\[0, 3, 5\] has the same relative depth\.$"):
+    with pytest.raises(ConfigError, match=r"use \[0, 3, 5\] for the same relative depth\.$"):
         tap_indices(cfg, student, teacher)
     assert same_depth([0, 6, 11], 12) == [0, 6, 11]
     assert same_depth([0, 6, 11], 3) == [0, 1, 2]

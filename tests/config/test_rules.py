@@ -90,7 +90,7 @@ STEPS = {"OPTIM.LR_POLICY": "steps"}
 
 # The keys of TRANSFORMER that timm/NAME does not read, with words of the advice.
 TIMM_IGNORES = {
-    f"TRANSFORMER.{key}": f"timm/NAME fixes it: leave it at {default}."
+    f"TRANSFORMER.{key}": f"timm/NAME fixes it: set it to {default}."
     for key, default in {
         **dict.fromkeys(["PATCH_SIZE", "PATCH_STRIDE", "PATCH_PADDING", "HIDDEN_DIM"], "null"),
         **dict.fromkeys(["DEPTH", "NUM_HEADS", "MLP_RATIO", "ATTENTION_DROP_RATE"], "null"),
@@ -99,9 +99,9 @@ TIMM_IGNORES = {
 }
 # A value of each key of the CNN, and words of the advice if there is no CNN.
 CNN_UNREAD: dict[str, tuple[Any, str]] = {
-    "CNN.DEPTH": (20, "neither MODEL.TYPE nor the guide is a ResNet: leave it at 56"),
-    "CNN.ACTIVATION_FUN": ("gelu", "leave it at relu"),
-    "CNN.ACTIVATION_INPLACE": (False, "leave it at True"),
+    "CNN.DEPTH": (20, "neither MODEL.TYPE nor the guide is a ResNet: set it to 56"),
+    "CNN.ACTIVATION_FUN": ("gelu", "set it to relu"),
+    "CNN.ACTIVATION_INPLACE": (False, "set it to True"),
     "CNN.BN_EPS": (1e-3, "nor the guide"),
     "CNN.BN_MOMENTUM": (0.2, "nor the guide"),
     "CNN.ZERO_INIT_FINAL_BN_GAMMA": (True, "nor the guide"),
@@ -112,7 +112,7 @@ CNN_UNREAD: dict[str, tuple[Any, str]] = {
 }
 # A value of each key that some families read, and words of the advice for the others.
 OTHER_FAMILY: dict[str, tuple[Any, str]] = {
-    "T2T.TOKEN_DIM": (32, "only MODEL.TYPE T2TViT reads it: leave it at 64"),
+    "T2T.TOKEN_DIM": (32, "only MODEL.TYPE T2TViT reads it: set it to 64"),
     "T2T.KERNEL_SIZE": ([5, 3], "T2TViT"),
     "T2T.STRIDE": ([2, 2], "T2TViT"),
     "T2T.PADDING": ([1, 1], "T2TViT"),
@@ -149,20 +149,20 @@ BROKEN: list[tuple[str, dict[str, Any], str]] = [
     (
         "TRANSFORMER.PATCH_STRIDE",
         {"MODEL.TYPE": "DeiT", "TRANSFORMER.PATCH_STRIDE": 4},
-        "only MODEL.TYPE PVTv2 or CvT reads it: leave it at null.",
+        "only MODEL.TYPE PVTv2 or CvT reads it: set it to null.",
     ),
     (
         "TRANSFORMER.PATCH_PADDING",
         {"MODEL.TYPE": "PVTv2", "TRANSFORMER.PATCH_PADDING": [1]},
-        "only MODEL.TYPE CvT reads it: leave it at null.",
+        "only MODEL.TYPE CvT reads it: set it to null.",
     ),
     ("MODEL.INIT", {"MODEL.TYPE": "CvT", "MODEL.INIT": "mimetic"}, "CvT has no plain multi-head"),
     *(
         ("TRAIN.PATCH_DROP", {"MODEL.TYPE": kind, "TRAIN.PATCH_DROP": 0.5}, advice)
         for kind, advice in [
-            ("PiT", "needs all patches, because it reduces maps"),
+            ("PiT", "needs all patches, because it downsamples"),
             ("ConViT", "gated attention depends on the distances"),
-            ("ResNet", "because it has none"),
+            ("ResNet", "MODEL.TYPE ResNet has no patches"),
         ]
     ),
     (
@@ -198,7 +198,7 @@ BROKEN: list[tuple[str, dict[str, Any], str]] = [
     (
         "TRANSFORMER.WIDE_LAST",
         {"MODEL.TYPE": "ConViT", "TRANSFORMER.WIDE_LAST": 64},
-        "only MODEL.TYPE DeiT or T2TViT reads it: leave it at 0",
+        "only MODEL.TYPE DeiT or T2TViT reads it: set it to 0",
     ),
     (
         "MODEL.INIT",
@@ -224,7 +224,7 @@ BROKEN: list[tuple[str, dict[str, Any], str]] = [
     (
         "DISTILLATION.INTER_STUDENT_INDEX",
         {**MIX, "DISTILLATION.INTER_TRANSFORM": "attention"},
-        "set that to linear or gram",
+        "choose linear or gram",
     ),
     (
         "DISTILLATION.INTER_STUDENT_INDEX",
@@ -254,11 +254,11 @@ BROKEN: list[tuple[str, dict[str, Any], str]] = [
     *(
         (key, {**INTER, "DISTILLATION.SCHEDULE": kind, "OPTIM.MAX_EPOCH": 9, key: value}, advice)
         for kind, key, value, advice in [
-            ("until", "DISTILLATION.SCHEDULE_EPOCH", 9, "use 1 to 8"),
+            ("until", "DISTILLATION.SCHEDULE_EPOCH", 9, "below OPTIM.MAX_EPOCH 9, at least 1"),
             ("decay_linear", "DISTILLATION.SCHEDULE_EPOCH", 10, "exceed OPTIM.MAX_EPOCH 9"),
             ("adaptive", "DISTILLATION.SCHEDULE_EPOCH", 5, "adaptive does not read it"),
-            ("static", "DISTILLATION.ADAPTIVE_WINDOW", 5, "leave it at 50"),
-            ("until", "DISTILLATION.SCHEDULE_EPOCH", 0, "use 1 to 8"),
+            ("static", "DISTILLATION.ADAPTIVE_WINDOW", 5, "set it to 50"),
+            ("until", "DISTILLATION.SCHEDULE_EPOCH", 0, "below OPTIM.MAX_EPOCH 9, at least 1"),
             ("adaptive", "DISTILLATION.ADAPTIVE_WINDOW", 150, "two windows"),
         ]
     ),
@@ -274,7 +274,7 @@ BROKEN: list[tuple[str, dict[str, Any], str]] = [
     (
         "DISTILLATION.FEATURE_PLACE",
         {**INTER, "DISTILLATION.FEATURE_PLACE": "device"},
-        "set that True",
+        "set it True",
     ),
     *(
         ("DISTILLATION.OFFLINE", {**OFFLINE, key: value}, advice)
@@ -288,7 +288,7 @@ BROKEN: list[tuple[str, dict[str, Any], str]] = [
         ]
     ),
     ("OPTIM.STEPS", STEPS, "such as [100, 150]"),
-    ("OPTIM.STEPS", {**STEPS, "OPTIM.STEPS": [3, 3]}, "rising order"),
+    ("OPTIM.STEPS", {**STEPS, "OPTIM.STEPS": [3, 3]}, "increasing order"),
     ("OPTIM.MIN_LR", {"OPTIM.MIN_LR": 0.2}, "OPTIM.BASE_LR 0.1"),
     ("OPTIM.MIN_LR", {"OPTIM.LR_POLICY": "exp"}, "above 0"),
     ("OPTIM.STEPS", {"OPTIM.STEPS": [3]}, "no effect"),

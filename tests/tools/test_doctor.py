@@ -168,7 +168,7 @@ def test_problems_of_the_guide_are_all_found(tmp_path: Path) -> None:
     )
     assert taps == (
         "DISTILLATION.INTER_STUDENT_INDEX is [0, 5]: block index 5 is out of range: the model has "
-        "2 blocks, numbered 0 to 1; [0, 1] has the same relative depth."
+        "2 blocks, numbered 0 to 1; use [0, 1] for the same relative depth."
     )
     assert weights.startswith(f"DISTILLATION.TEACHER_WEIGHTS: {guide}: the weights do not fit ")
     assert "head.fc.weight is [7, 64], the model has [10, 64]" in weights

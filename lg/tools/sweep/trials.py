@@ -178,7 +178,7 @@ def _count(space: Space, trials: str | None) -> tuple[int, bool]:
         if size is None:
             ranges = [k for k, a in space.items() if not isinstance(a, CategoricalDistribution)]
             raise ConfigError(
-                f"{ranges[0]} is a range, so there is no end of combinations: give the number of "
+                f"{ranges[0]} is a range, which has infinitely many values: give the number of "
                 "trials, such as --trials 20, or list values as A,B,C."
             )
         return size, True

@@ -97,6 +97,9 @@ def test_the_test_set_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPat
             reads.append(self.name)
             return iter(self.loader)
 
+        def close(self) -> None:
+            self.loader.close()
+
     monkeypatch.setattr(
         "lg.builders.run.build_test_loader",
         lambda cfg, dataset, *rest: Counted(build(cfg, dataset, *rest), str(dataset)),
@@ -158,7 +161,7 @@ def test_val_of_a_folder_chooses_and_test_is_tested_at_the_end(
     assert "top-5" not in said
     lines = {line["_type"]: line["split"] for line in stats(tmp_path / "run") if "split" in line}
     assert lines["test_epoch"] == "image_folder/val" and lines["final_test"] == "image_folder/test"
-    with pytest.raises(ConfigError, match=r"TRAIN\.VAL_FRACTION is 0\.2, but .* has val/ besides"):
+    with pytest.raises(ConfigError, match=r"TRAIN\.VAL_FRACTION is 0\.2, but .* has test/ and val/, and val/"):
         trainer.train(folder(tmp_path, TRAIN__VAL_FRACTION=0.2))
     shutil.rmtree(root / "val")
     with pytest.raises(ConfigError, match=r"TRAIN\.EARLY_STOP is 5, but the test set must not"):

@@ -25,7 +25,7 @@ BEYOND: dict[str, list[Any]] = {
     "at least 0 and finite": [-1, INFINITY],
     "greater than 0 and finite": [0, -1.0, INFINITY],
     "at least 0 and below 1": [-1, 1.0],
-    "mix, or a list of block numbers of at least 0": [-1],
+    "mix, or a list of block numbers from 0": [-1],
     "below 0 and finite": [0, -INFINITY],
     "between 0 and 1": [-0.1, 1.1],
     "greater than 0 and at most 1": [0, 1.1],
@@ -301,7 +301,7 @@ BROKEN: list[tuple[str, dict[str, Any], str]] = [
         {"TRAIN.COMPILE": "max-autotune", "TRAIN.ACCUM_STEPS": 2},
         "set this to default",
     ),
-    ("TRAIN.DETERMINISTIC", {"TRAIN.DETERMINISTIC": True}, "CUDNN.BENCHMARK may choose"),
+    ("TRAIN.DETERMINISTIC", {"TRAIN.DETERMINISTIC": True}, "CUDNN.BENCHMARK may pick"),
     (
         "TRAIN.DETERMINISTIC",
         {

@@ -39,7 +39,7 @@ from lg.logs.log import read_json_lines  # noqa: E402
 # Name of the run -> its title, and the settings that differ from the guided transformer. {wide}
 # stands for twice its channels.
 METHODS = {
-    "plain": ("plain", "DISTILLATION.ENABLE_INTER False"),
+    "plain": ("plain", "DISTILLATION.ENABLE_INTER False DISTILLATION.ENABLE_LOGIT False"),
     "guided": ("guided, as published", ""),
     "mix": ("`INTER_STUDENT_INDEX mix`", "DISTILLATION.INTER_STUDENT_INDEX mix"),
     "adaptive": ("`SCHEDULE adaptive`", "DISTILLATION.SCHEDULE adaptive"),

@@ -80,7 +80,7 @@ class Parity:
 
 def main() -> None:
     parser = make_parser(__doc__)
-    parser.add_argument("models", nargs="*", choices=MODELS, default=MODELS)
+    parser.add_argument("models", nargs="*", choices=MODELS, metavar="MODEL")
     parser.add_argument("--out", type=Path, default=Path("work_dirs/parity.json"))
     args = parser.parse_args()
     print(
@@ -88,7 +88,7 @@ def main() -> None:
         f"{'linear':>10}{'attention':>11}{'similarity':>12}{'steps':>9}{'guided':>9}"
     )
     rows = []
-    for name in args.models:
+    for name in args.models or MODELS:
         rows.append(measure(name))
         print(line(rows[-1]), flush=True)
     print("\nlogits, features: absolute; losses by transform, first three steps: relative.")

@@ -194,7 +194,9 @@ class Run:
             self.schedule.load(state["schedule_state"])
         position = {key: state["sampler_state"][key] for key in ("epoch", "step")}
         errors = {key: state[key] for key in ("test_err", "ema_err")}
-        self.progress = Progress(**{**state["progress"], **position, **errors})
+        tested = position["epoch"] if state["progress"]["best"] else 0  # older files lack it
+        progress = {"tested_epoch": tested, **state["progress"], **position, **errors}
+        self.progress = Progress(**progress)
         self.meter.load(state["meter_state"])
         if self.world.rank < len(state["rng_state"]):
             restore_random_state(state["rng_state"][self.world.rank])
@@ -205,7 +207,7 @@ class Run:
             stored_config({"cfg": text}).get("OPTIM.OPTIMIZER")
             for text in (self.settings.config_text, state["cfg"])
         )
-        if mine != theirs:
+        if theirs not in (None, mine):
             raise ValueError(
                 f"OPTIM.OPTIMIZER is {mine}, but its optimiser state is that of {theirs}; to start "
                 "from its weights, set TRAIN.WEIGHTS to it and OUT_DIR to a new folder"

@@ -77,6 +77,8 @@ def train_epochs(run: Run, after_test: Callable[[Progress], None] | None = None)
     """Train, test and save, epoch by epoch, from the position in `run.progress`."""
     progress, settings = run.progress, run.settings
     run.loader.start(progress.epoch, progress.step)
+    if run.is_trained and progress.tested_epoch < progress.epoch:
+        progress.test_due = True  # MAX_EPOCH or EARLY_STOP was lowered
     while progress.test_due or not run.is_trained:
         if not progress.test_due:  # a run interrupted during a test repeats the test only
             progress.test_err = progress.ema_err = UNKNOWN_ERR
@@ -92,8 +94,6 @@ def train_epochs(run: Run, after_test: Callable[[Progress], None] | None = None)
             after_test(progress)
         if not run.is_trained and asked_to_stop(run, None):
             raise Interrupted(run.signals[0], path)
-    if progress.tested_epoch < progress.epoch:  # MAX_EPOCH or EARLY_STOP was lowered
-        run.save(is_best=test_epoch(run))
     if run.final_loader is not None and not progress.final:
         test_best(run, run.final_loader)
     run.report.finished(progress)

@@ -161,7 +161,9 @@ def test_val_of_a_folder_chooses_and_test_is_tested_at_the_end(
     assert "top-5" not in said
     lines = {line["_type"]: line["split"] for line in stats(tmp_path / "run") if "split" in line}
     assert lines["test_epoch"] == "image_folder/val" and lines["final_test"] == "image_folder/test"
-    with pytest.raises(ConfigError, match=r"TRAIN\.VAL_FRACTION is 0\.2, but .* has test/ and val/, and val/"):
+    with pytest.raises(
+        ConfigError, match=r"VAL_FRACTION is 0\.2, but .* has test/ and val/, and val/"
+    ):
         trainer.train(folder(tmp_path, TRAIN__VAL_FRACTION=0.2))
     shutil.rmtree(root / "val")
     with pytest.raises(ConfigError, match=r"TRAIN\.EARLY_STOP is 5, but the test set must not"):

@@ -173,7 +173,7 @@ def _guidance_schedule(cfg: CfgNode) -> Iterator[Fault]:
             f"DISTILLATION.SCHEDULE {kind} does not read it: set this to 0, or that to until, "
             "decay_linear or decay_cosine.",
         )
-    weak = options.ENABLE_INTER and options.INTER_TRANSFORM in ("attention", "similarity")
+    weak = options.INTER_TRANSFORM in ("attention", "similarity") and not options.ENABLE_LOGIT
     if kind != "adaptive":
         for key in _changed(cfg, "DISTILLATION.ADAPTIVE_WINDOW", "DISTILLATION.ADAPTIVE_THRESHOLD"):
             yield key, f"only DISTILLATION.SCHEDULE adaptive reads it: set it to {_default(key)}."

@@ -348,11 +348,13 @@ def _validate(cfg: CfgNode, where: Mapping[str, str]) -> None:
                     key, "it has no effect: set DISTILLATION.ENABLE_INTER or ENABLE_LOGIT True."
                 )
     for kind in ("INTER", "LOGIT"):
-        switch, prefix = f"DISTILLATION.ENABLE_{kind}", f"DISTILLATION.{kind}_"
+        switch = f"DISTILLATION.ENABLE_{kind}"
+        if values[switch] or where.get(switch) == _COMMAND_LINE:  # on, or off on purpose
+            continue
         for key, place in where.items():
-            is_idle = key.startswith(prefix) and not values[switch]
             is_meant = place == _COMMAND_LINE or switch not in where
-            if is_idle and is_meant and values[key] != DEFAULT_VALUES[key]:
+            is_set = key.startswith(f"DISTILLATION.{kind}_") and values[key] != DEFAULT_VALUES[key]
+            if is_set and is_meant:
                 raise fault(key, f"it has no effect: set {switch} True.")
 
 

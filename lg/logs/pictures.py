@@ -69,9 +69,8 @@ class Pictures:
 
     def test_row(self, epoch: int, values: Mapping[str, float]) -> None:
         """Add a test to the row of its epoch, which `end_epoch` writes."""
-        if self._row.get("epoch") != epoch:  # the run was stopped in the test and resumed
-            written = [row for row in self._read_rows() if int(row["epoch"]) == epoch]
-            self._row = {**(written[0] if written else {}), "epoch": epoch}
+        if self._row.get("epoch") != epoch:
+            self._row = {"epoch": epoch}
         self._row.update(values)
 
     def end_epoch(self, *, is_last: bool) -> None:
@@ -139,6 +138,9 @@ class Pictures:
     def _write_row(self, stream: Any) -> None:
         if self._rows is None:  # of the run that is resumed
             self._rows = self._read_rows()
+        if "lr" not in self._row:  # only the test of this epoch was repeated
+            same = (row for row in self._rows if int(row["epoch"]) == self._row["epoch"])
+            self._row = {**next(same, {}), **self._row}
         # Epochs that are trained again after a crash replace their rows.
         self._rows = [row for row in self._rows if int(row["epoch"]) < self._row["epoch"]]
         self._rows.append(self._row)

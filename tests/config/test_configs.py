@@ -12,7 +12,7 @@ import lg
 from lg.config import flatten
 from lg.guidance.bank_file import bank_folder
 from lg.models import Backbone
-from lg.tools.info import complexity
+from lg.models.complexity import complexity
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 LEAVES = sorted(

@@ -402,3 +402,5 @@ def test_settings_of_guidance_that_is_off_are_an_error(write: Write) -> None:
     message = fault(path, "DISTILLATION.LOGIT_TEMP", "4")
     assert "LOGIT_TEMP is 4.0, set on the command line" in message
     assert message.endswith("set DISTILLATION.ENABLE_LOGIT True.")
+    off = ["DISTILLATION.ENABLE_LOGIT", "False", "DISTILLATION.LOGIT_TEMP", "4"]
+    assert leaf(lg.load_config(path, off), "DISTILLATION.LOGIT_TEMP") == 4

@@ -68,6 +68,7 @@ GRID = {
 GOLDEN: dict[str, tuple[int, int, list[tuple[int, int]]]] = GRID | {
     "deit/deit-1m_c100-tenth_base.yaml": (1_019_236, 5, []),
     "deit/deit-1m_c100-tenth_ours.yaml": (1_019_236, 5, [(128, 8), (128, 8), (128, 8)]),
+    "deit/deit-1m_flowers_ours.yaml": (1_037_926, 5, [(128, 8), (128, 8), (128, 8)]),
     "digits/r-8_digits.yaml": (78_042, 3, []),
     "digits/vit_digits_base.yaml": (678_634, 6, []),
     "digits/vit_digits_ours.yaml": (678_634, 6, [(96, 4), (96, 4), (96, 4)]),

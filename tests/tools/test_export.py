@@ -240,7 +240,7 @@ def test_a_wrong_export_is_removed(name: str, tmp_path: Path, monkeypatch) -> No
                 parameter.div_(1.1)
 
     monkeypatch.setitem(export_formats.FORMATS, name, form._replace(write=write_another))
-    with pytest.raises(ExportError, match=f"The {name} export is removed, because it does not"):
+    with pytest.raises(ExportError, match=f"The {name} export is removed, because its logits"):
         run_export(weights, name)
     assert [path.read_text() for path in (tmp_path / "export").iterdir()] == ["earlier"]
 

@@ -38,9 +38,8 @@ def build_optimizer(cfg: CfgNode, guided: GuidedStudent) -> torch.optim.Optimize
     Projection heads get the learning rate of the body, not that of the classifier.
     """
     student = guided.student
-    listed: set[str] = getattr(
-        student.net, "no_weight_decay", set
-    )()  # models of timm know their own
+    # Models of timm list parameters that are not decayed.
+    listed: set[str] = getattr(student.net, "no_weight_decay", set)()
     groups = parameter_groups(
         guided.named_parameters(),
         head_names={f"student.{name}" for name in student.head_names()},

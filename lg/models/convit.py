@@ -135,11 +135,7 @@ def convit(
         locality_strength=locality_strength,
     )
     side = img_size // patch_size
-    for index, block in enumerate(net.blocks):
-        if index < local_layers:
-            block.attn = GatedAttention(block.attn, num_tokens=side**2)  # type: ignore[arg-type]
-        else:
-            block.attn = _fused(block.attn, hidden_dim)  # type: ignore[arg-type]
+    _replace_attention(net, local_layers, num_tokens=side**2, dim=hidden_dim)
     return Backbone(
         net,
         family="ConViT",
@@ -149,6 +145,15 @@ def convit(
             for index in range(depth)
         ],
     )
+
+
+def _replace_attention(net: ConVit, local_layers: int, *, num_tokens: int, dim: int) -> None:
+    """Replace timm's attention by gated attention for one image size, and by fused attention."""
+    for index, block in enumerate(net.blocks):
+        if index < local_layers:
+            block.attn = GatedAttention(block.attn, num_tokens=num_tokens)  # type: ignore[arg-type]
+        else:
+            block.attn = _fused(block.attn, dim)  # type: ignore[arg-type]
 
 
 def _fused(source: MHSA, dim: int) -> Attention:

@@ -57,12 +57,7 @@ def pit(
         stride: Pixels between patches; they overlap if it is smaller than `patch_size`.
     """
     check_heads(hidden_dim, num_heads)
-    for before, after in pairwise(hidden_dim):
-        if after % before:
-            raise ValueError(
-                f"hidden_dim is {list(hidden_dim)}: grouped pooling makes {after} channels of "
-                f"{before}, so each entry must be a multiple of the one before it"
-            )
+    _check_widths(hidden_dim)
     pools = len(depth) - 1  # a 3 x 3 convolution of every other pixel between two stages
     sides = stage_sides(
         img_size, [patch_size, *[3] * pools], [stride, *[2] * pools], [0, *[1] * pools]
@@ -96,3 +91,13 @@ def pit(
         rate = drop_path_rate * index / len(backbone.blocks)
         block.drop_path1, block.drop_path2 = DropPath(rate), DropPath(rate)
     return backbone
+
+
+def _check_widths(hidden_dim: Sequence[int]) -> None:
+    """Check that grouped pooling can widen the map from stage to stage."""
+    for before, after in pairwise(hidden_dim):
+        if after % before:
+            raise ValueError(
+                f"hidden_dim is {list(hidden_dim)}: grouped pooling makes {after} channels of "
+                f"{before}, so each entry must be a multiple of the one before it"
+            )

@@ -68,19 +68,7 @@ def pvtv2(
         attn_drop_rate=attention_drop_rate,
         drop_path_rate=drop_path_rate,
     )
-    # timm fixes patches of 7 and 3 pixels.
-    for i, stage in enumerate(net.stages):
-        embed = OverlapPatchEmbed(
-            patch_size=patch_size[i],
-            stride=patch_stride[i],
-            in_chans=[in_channels, *hidden_dim][i],
-            embed_dim=hidden_dim[i],
-        )
-        embed.apply(net._init_weights)
-        if i == 0:
-            net.patch_embed = embed
-        else:
-            stage.downsample = embed  # type: ignore[assignment]
+    _replace_patches(net, patch_size, patch_stride, [in_channels, *hidden_dim])
     set_norm_eps(net, ln_eps)
     return staged_backbone(
         net,
@@ -91,3 +79,24 @@ def pvtv2(
         sides=sides,
         prefix=[0] * len(depth),
     )
+
+
+def _replace_patches(
+    net: PyramidVisionTransformerV2,
+    patch_size: Sequence[int],
+    patch_stride: Sequence[int],
+    channels: Sequence[int],
+) -> None:
+    """Replace timm's patches of 7 and 3 pixels; `channels` are those before and after a stage."""
+    for i, stage in enumerate(net.stages):
+        embed = OverlapPatchEmbed(
+            patch_size=patch_size[i],
+            stride=patch_stride[i],
+            in_chans=channels[i],
+            embed_dim=channels[i + 1],
+        )
+        embed.apply(net._init_weights)
+        if i == 0:
+            net.patch_embed = embed
+        else:
+            stage.downsample = embed  # type: ignore[assignment]

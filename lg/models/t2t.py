@@ -238,16 +238,7 @@ def t2t(
         lift: See `lg.models.wide`.
     """
     check_heads([hidden_dim], [num_heads])
-    if not len(kernel_size) == len(stride) == len(padding) > 0:
-        raise ValueError(
-            f"kernel_size {list(kernel_size)}, stride {list(stride)} and padding {list(padding)} "
-            "differ in length: give one entry of each for every soft split"
-        )
-    if patch_size is not None and patch_size != math.prod(stride):
-        raise ValueError(
-            f"patch_size is {patch_size}, but stride {list(stride)} steps {math.prod(stride)} "
-            "pixels in all: make them agree, or set patch_size to null"
-        )
+    _check_splits(kernel_size, stride, padding, patch_size)
     sides = stage_sides(img_size, kernel_size, stride, padding)
     t2t_module = TokensToToken(
         splits=list(zip(kernel_size, stride, padding, strict=True)),
@@ -293,3 +284,22 @@ def t2t(
         block_names=[f"layers.{index}" for index in range(depth)],
         layouts=[layout] * (depth - 1) + [replace(layout, channels=width)],
     )
+
+
+def _check_splits(
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    patch_size: int | None,
+) -> None:
+    """Check that the soft splits are complete and agree with `patch_size`."""
+    if not len(kernel_size) == len(stride) == len(padding) > 0:
+        raise ValueError(
+            f"kernel_size {list(kernel_size)}, stride {list(stride)} and padding {list(padding)} "
+            "differ in length: give one entry of each for every soft split"
+        )
+    if patch_size is not None and patch_size != math.prod(stride):
+        raise ValueError(
+            f"patch_size is {patch_size}, but stride {list(stride)} steps {math.prod(stride)} "
+            "pixels in all: make them agree, or set patch_size to null"
+        )

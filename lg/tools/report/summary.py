@@ -17,7 +17,7 @@ _PANELS = (  # title, group of the log, key
     ("Loss, logit imitation", "training", "logit_distill_loss"),
     ("Top-1 accuracy, training images, %", "training", "top1_err"),
     ("Top-1 accuracy, images tested during training, %", "tests", "top1_err"),
-    ("The same of the weight average, %", "average_tests", "top1_err"),
+    ("Top-1 accuracy of the weight average, the same images, %", "average_tests", "top1_err"),
     ("Factor of guidance", "training", "guidance_factor"),
     ("Learning rate", "training", "lr"),
 )

@@ -30,7 +30,7 @@ from benchmarks.report import make_parser  # noqa: E402
 from lg.augment.batched import BatchTransform  # noqa: E402
 from lg.augment.draws import CROP_UNIFORMS, draw_crops  # noqa: E402
 from lg.augment.operations import FILL  # noqa: E402
-from lg.augment.randaugment import OPERATIONS, UNIFORMS, Draws, draw, randaugment  # noqa: E402
+from lg.augment.randaugment import OPERATIONS, UNIFORMS, Operations, draw, randaugment  # noqa: E402
 from lg.augment.resample import crop_and_resize, resize_together  # noqa: E402
 from lg.datasets import build_dataset  # noqa: E402
 
@@ -85,8 +85,9 @@ def operations(photographs: list, size: int, rng: np.random.Generator) -> dict[s
             levels = [*drawn.level[0][drawn.operation[0] == number][:6], *EXTREMES[name]]
         differences = []
         for level in levels:
-            everywhere = np.full((1, len(square)), number)
-            mine = randaugment(images, Draws(everywhere, np.full((1, len(square)), float(level))))
+            shape = 1, len(square)
+            everywhere = Operations(np.full(shape, number), np.full(shape, float(level)))
+            mine = randaugment(images, everywhere)
             arguments = [int(level) if name in WHOLE else level] if name in EXTREMES else []
             work = NAME_TO_OP[name]
             wanted = [

@@ -192,6 +192,7 @@ def prepare(
 ) -> tuple[dict[str, Callable[[], float]], dict[str, Any]]:
     """Return the blocks, functions that run `steps` steps and return the seconds, and facts."""
     import lg
+    from lg import builders
     from lg.device import synchronize
     from lg.distributed import World
     from lg.logs.log import RunLog
@@ -203,8 +204,8 @@ def prepare(
         kinds["offline"] = STORED
     for kind, extra in kinds.items():
         cfg = lg.load_config(config, [*opts, *extra, "OUT_DIR", folder])
-        data = lg.builders.fetch_data(cfg, World())
-        runs[kind] = lg.builders.build_run(cfg, data, World(), RunLog(folder, enabled=False))
+        data = builders.fetch_data(cfg, World())
+        runs[kind] = builders.build_run(cfg, data, World(), RunLog(folder, enabled=False))
         runs[kind].module.train()
         runs[kind].loader.start(0, 0)
     plain = runs["unguided"]
@@ -260,7 +261,7 @@ def describe(cfg: Any, run: Any) -> dict[str, Any]:
     """Return the settings, the hardware and the arithmetic that rates are compared with."""
     import torch
 
-    from lg.tools.info import complexity
+    from lg.models.complexity import complexity
 
     macs = complexity(run.guided.student, cfg.MODEL.IMG_SIZE)["macs"]
     on_gpu = run.device.type == "cuda"

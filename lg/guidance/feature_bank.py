@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lg.augment.view import View
-from lg.device import to_device
+from lg.device import free_memory, to_device
 from lg.errors import BankError
 from lg.guidance.bank_file import bank_path, open_bank, release_pages
 from lg.guidance.replay import from_nearest, replay
@@ -100,7 +100,7 @@ class FeatureBank:
             BankError: They do not fit.
         """
         needed = sum(array.nbytes for array in self._arrays)
-        if device.type == "cuda" and needed > (free := torch.cuda.mem_get_info(device)[0]):
+        if needed > (free := free_memory(device)):
             raise BankError(
                 f"DISTILLATION.FEATURE_PLACE is device, but {self.path} needs {needed / 1e9:.1f} "
                 f"GB and {device} has {free / 1e9:.1f} GB left. Set it to file."

@@ -10,10 +10,9 @@ from typing import NamedTuple
 import torch
 from yacs.config import CfgNode
 
-from lg.builders import build_device, build_guided
+from lg.builders import build_device, build_guided, place_model
 from lg.device import Precision, computes_in_bf16, synchronize
 from lg.distributed import World
-from lg.models.layers import gains_from_channels_last
 
 _BATCH = 16  # images of a measured step
 _REPEATS = 2  # measured steps, after one that is not counted
@@ -37,8 +36,6 @@ def measure_speed(cfg: CfgNode) -> Speed:
         warnings.simplefilter("ignore")  # about the guide's weights
         guided, guide, loss = build_guided(cfg)
         guided.to(device).train()
-        if device.type == "cpu" and gains_from_channels_last(guided.student):
-            guided.student.to(memory_format=torch.channels_last)
         if isinstance(guide, torch.nn.Module):
             guide.to(device)
         side = cfg.MODEL.IMG_SIZE
@@ -47,6 +44,7 @@ def measure_speed(cfg: CfgNode) -> Speed:
         targets = targets.to(device)
 
         def step(precision: Precision) -> None:
+            place_model(guided.student, precision)
             with precision.autocast():
                 logits, maps = guided(images, imitate=True)
                 imitated = guide(images)

@@ -21,17 +21,19 @@ from __future__ import annotations
 import argparse
 import difflib
 import functools
-import importlib
 import os
+import pkgutil
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from lg.errors import StuckError, UserError
 
 if TYPE_CHECKING:  # torch is imported by the functions that need it, so that --help is fast
     from yacs.config import CfgNode
+
+Arguments = Mapping[str, dict[str, Any]]  # name -> options of `add_argument`
 
 
 class Mode(NamedTuple):
@@ -42,7 +44,7 @@ class Mode(NamedTuple):
         function: MODULE:FUNCTION that runs it.
         config: What the function gets of --cfg FILE KEY VALUE ...: loaded: the config; path: `path`
             and `opts`, the KEY VALUE list; overrides: `opts`, without --cfg; none: neither.
-        arguments: Declares the arguments of this mode alone, which the function gets by keyword.
+        arguments: Those of this mode alone, which the function gets by keyword.
         launched: Whether NUM_GPUS processes run it; needs a loaded config.
         trains: Whether the function also gets `train`, a picklable function that trains a config.
         from_weights: Whether --cfg may be left out where TEST.WEIGHTS holds its own config.
@@ -51,105 +53,86 @@ class Mode(NamedTuple):
     help: str
     function: str
     config: Literal["loaded", "path", "overrides", "none"] = "loaded"
-    arguments: Callable[[argparse.ArgumentParser], Any] = lambda parser: None
+    arguments: Arguments | None = None
     launched: bool = False
     trains: bool = False
     from_weights: bool = False
 
 
-def _predict(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--images", nargs="+", required=True, metavar="PATH", help="files, folders or patterns"
-    )
-    parser.add_argument("--out", metavar="FILE", help="write a .csv file or .jsonl lines")
-    parser.add_argument("--top", type=int, default=3, help="classes to show (default 3)")
-    parser.add_argument("--flip", action="store_true", help="average with the mirrored image")
-
-
-def _report(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("out_dirs", nargs="+", metavar="OUT_DIR", help="folders of runs")
-    parser.add_argument(
-        "--out", metavar="FILE", help="the page to write (default: report.html in the first folder)"
-    )
-
-
-def _export(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--format",
-        dest="formats",
-        nargs="+",
-        choices=("onnx", "torch", "timm"),
-        default=["onnx"],
-        help="one or several (default onnx)",
-    )
-    parser.add_argument("--out", metavar="FOLDER", help="default: export/ beside the weights")
-    parser.add_argument(
-        "--images",
-        nargs="+",
-        default=[],
-        metavar="PATH",
-        help="files, folders or patterns to check the export with (default: the test images)",
-    )
-
-
-def _pattern(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "pattern", nargs="?", default="", metavar="PATTERN", help="part of a key or its meaning"
-    )
-
-
-def _init(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--data", required=True, metavar="FOLDER", help="images in class folders")
-    parser.add_argument("--model", default="deit-ti", help="the student (default deit-ti)")
-    parser.add_argument("--out", metavar="FOLDER", help="for the configs (default NAME_configs)")
-    parser.add_argument(
-        "--minutes",
-        type=float,
-        default=10,
-        help="approximate minutes to train both models on this machine (default 10)",
-    )
-
-
-def _pipeline(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--guide",
-        metavar="FILE",
-        help="config of the guide (default: named like the folder of TEACHER_WEIGHTS)",
-    )
-    parser.add_argument("--plain", action="store_true", help="also train without guidance")
-
-
-def _copies(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--copies", metavar="FILE", help="write training images that are also tested to a CSV file"
-    )
-
-
-def _seeds(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--seeds",
+_SEEDS: Arguments = {
+    "--seeds": dict(
         nargs="+",
         type=int,
         default=[],
         metavar="SEED",
         help="train once per RNG_SEED, in OUT_DIR/seed_N; print means and write OUT_DIR/seeds.json",
-    )
-
-
-def _sweep(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--trials", metavar="N", help="number of trials (default: all combinations of the choices)"
-    )
-    parser.add_argument(
-        "--storage", metavar="URL", help="database for the results (default: a file in OUT_DIR)"
-    )
-
+    ),
+}
+_PREDICT: Arguments = {
+    "--images": dict(nargs="+", required=True, metavar="PATH", help="files, folders or patterns"),
+    "--out": dict(metavar="FILE", help="write a .csv file or .jsonl lines"),
+    "--top": dict(type=int, default=3, help="classes to show (default 3)"),
+    "--flip": dict(action="store_true", help="average with the mirrored image"),
+}
+_EXPORT: Arguments = {
+    "--format": dict(
+        dest="formats",
+        nargs="+",
+        choices=("onnx", "torch", "timm"),
+        default=["onnx"],
+        help="one or several (default onnx)",
+    ),
+    "--out": dict(metavar="FOLDER", help="default: export/ beside the weights"),
+    "--images": dict(
+        nargs="+",
+        default=[],
+        metavar="PATH",
+        help="files, folders or patterns to check the export with (default: the test images)",
+    ),
+}
+_SWEEP: Arguments = {
+    "--trials": dict(
+        metavar="N", help="number of trials (default: all combinations of the choices)"
+    ),
+    "--storage": dict(metavar="URL", help="database for the results (default: a file in OUT_DIR)"),
+}
+_INIT: Arguments = {
+    "--data": dict(required=True, metavar="FOLDER", help="images in class folders"),
+    "--model": dict(default="deit-ti", help="the student (default deit-ti)"),
+    "--out": dict(metavar="FOLDER", help="for the configs (default NAME_configs)"),
+    "--minutes": dict(
+        type=float,
+        default=10,
+        help="approximate minutes to train both models on this machine (default 10)",
+    ),
+}
+_PIPELINE: Arguments = {
+    "--guide": dict(
+        metavar="FILE",
+        help="config of the guide (default: named like the folder of TEACHER_WEIGHTS)",
+    ),
+    "--plain": dict(action="store_true", help="also train without guidance"),
+}
+_KEYS: Arguments = {
+    "pattern": dict(nargs="?", default="", metavar="PATTERN", help="part of a key or its meaning"),
+}
+_REPORT: Arguments = {
+    "out_dirs": dict(nargs="+", metavar="OUT_DIR", help="folders of runs"),
+    "--out": dict(
+        metavar="FILE", help="the page to write (default: report.html in the first folder)"
+    ),
+}
+_DOCTOR: Arguments = {
+    "--copies": dict(
+        metavar="FILE", help="write training images that are also tested to a CSV file"
+    ),
+}
 
 MODES = {
     "train": Mode(
         "train, resuming from the last checkpoint in OUT_DIR",
         "lg.trainer:train",
-        arguments=_seeds,
+        arguments=_SEEDS,
         launched=True,
     ),
     "test": Mode(
@@ -161,13 +144,13 @@ MODES = {
     "predict": Mode(
         "classify images with TEST.WEIGHTS",
         "lg.tools.predict:predict",
-        arguments=_predict,
+        arguments=_PREDICT,
         from_weights=True,
     ),
     "export": Mode(
         "write TEST.WEIGHTS for use without this project: ONNX, torch.export or timm",
         "lg.tools.export:export",
-        arguments=_export,
+        arguments=_EXPORT,
         from_weights=True,
     ),
     "time": Mode(
@@ -181,38 +164,38 @@ MODES = {
         "search settings: KEY log:LOW:HIGH, KEY lin:LOW:HIGH or KEY A,B,C",
         "lg.tools.sweep.trials:work",
         config="path",
-        arguments=_sweep,
+        arguments=_SWEEP,
         launched=True,
     ),
     "init": Mode(
         "write the configs of a guide and a student for a folder of images",
         "lg.tools.init:init",
         config="none",
-        arguments=_init,
+        arguments=_INIT,
     ),
     "pipeline": Mode(
         "train the guide and the student of a guided config, and compare them",
         "lg.tools.pipeline:pipeline",
         config="path",
-        arguments=_pipeline,
+        arguments=_PIPELINE,
         trains=True,
     ),
     "keys": Mode(
         "list config keys with defaults and meaning",
         "lg.tools.keys:print_keys",
         config="none",
-        arguments=_pattern,
+        arguments=_KEYS,
     ),
     "report": Mode(
         "write one HTML file about runs: curves, mistakes, calibration, attention, cost",
         "lg.tools.report:report",
         config="overrides",
-        arguments=_report,
+        arguments=_REPORT,
     ),
     "doctor": Mode(
         "check images, labels, guide, memory and disk before training",
         "lg.tools.doctor:doctor",
-        arguments=_copies,
+        arguments=_DOCTOR,
     ),
 }
 # KEY or KEY=VALUE, the start of the overrides, unless a file has this name.
@@ -234,7 +217,8 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         parser.error(f"{problem}\n{_list_modes()}")
     mode = MODES[name]
     parser = _parser(f"run_net.py --mode {name}", description=mode.help)
-    mode.arguments(parser)
+    for argument, options in (mode.arguments or {}).items():
+        parser.add_argument(argument, **options)
     end = len(words)
     if mode.config == "overrides":
         parser.set_defaults(cfg=None, opts=[])
@@ -285,18 +269,13 @@ def _list_modes() -> str:
     return f"modes (--mode MODE --help lists the arguments of one):\n{rows}"
 
 
-def _function(mode: str) -> Callable[..., Any]:
-    module, _, name = MODES[mode].function.partition(":")
-    return getattr(importlib.import_module(module), name)
-
-
 def run(mode: str, cfg: CfgNode, **arguments: Any) -> None:
     """Run a mode in this process; report an error and exit with its status."""
     from lg import errors
     from lg.signals import Interrupted
 
     try:
-        _function(mode)(cfg, **arguments)
+        pkgutil.resolve_name(MODES[mode].function)(cfg, **arguments)
     except Interrupted as stop:
         sys.exit(stop.code)
     except Exception as error:
@@ -369,7 +348,7 @@ def dispatch(mode: str, cfg: str | None, opts: Sequence[str], **arguments: Any) 
         arguments["opts"] = opts
     if MODES[mode].trains:
         arguments["train"] = train
-    _function(mode)(**arguments)
+    pkgutil.resolve_name(MODES[mode].function)(**arguments)
 
 
 def _config_of_weights(opts: Sequence[str]) -> CfgNode:

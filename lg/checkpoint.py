@@ -232,7 +232,7 @@ class CheckpointFolder:
             try:
                 for other in (self.best, path):  # of a killed save; a folder has a single writer
                     remove_leftovers(other.with_name("model*.pyth"))
-                _write(place, state)
+                write_atomically(place, lambda stream: torch.save(state, stream))
             except OSError as error:
                 raise CheckpointError(self._describe_failure(place, error)) from None
         saved = [p for p in self.files() if _epoch_in_name(p) <= epoch and not p.is_dir()]
@@ -281,13 +281,6 @@ class CheckpointFolder:
                 "same command."
             )
         return f"{failure} No checkpoint was written before: {fix}, then start again."
-
-
-def _write(place: Path, state: dict[str, Any]) -> None:
-    try:
-        write_atomically(place, lambda stream: torch.save(state, stream))
-    except FileNotFoundError:  # the folder was removed during the save; it is created again
-        write_atomically(place, lambda stream: torch.save(state, stream))
 
 
 def _epoch_in_name(path: Path) -> int:

@@ -191,7 +191,7 @@ def to_device_together(arrays: Sequence[np.ndarray], device: torch.device) -> li
 
 
 def machine_facts(device: torch.device) -> dict[str, str]:
-    """Return what a run should say about its machine: `hardware`, `torch` and `python`."""
+    """Return the facts about the machine that a run logs: `hardware`, `torch` and `python`."""
     if device.type == "cuda":
         hardware = torch.cuda.get_device_name(device)
     else:

@@ -38,7 +38,7 @@ def train_step(
 
 
 def mix(run: Run, batch: Batch, *, epoch: int, step: int) -> tuple[Tensor, Tensor]:
-    """Return the mixed images [N, 3, S, S] and targets [N, K] of a batch.
+    """Return the mixed images [N, C, S, S] and targets [N, K] of a batch.
 
     Seed and position determine the draws, the same in every process.
     """

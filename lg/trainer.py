@@ -226,7 +226,7 @@ def evaluate(
     """Test a model on every sample once, over all processes.
 
     Args:
-        model: Images [N, 3, S, S] to logits [N, K].
+        model: Images [N, C, S, S] to logits [N, K].
         batches: This process's share of the samples.
         num_classes: K.
         precision: Of the forward pass; its device runs the test.
@@ -326,7 +326,7 @@ def resume(run: Run, *, auto: bool, changed: bool) -> None:
 
 
 def check_fresh(checkpoints: CheckpointFolder) -> None:
-    """Check that there are no checkpoints, as TRAIN.AUTO_RESUME False demands.
+    """Check that there are no checkpoints, as TRAIN.AUTO_RESUME False requires.
 
     Raises:
         ConfigError: There are some.

@@ -50,7 +50,7 @@ def extended(tmp_path_factory: pytest.TempPathFactory) -> Path:
         path = folder / first.removeprefix("# ")
         path.parent.mkdir(exist_ok=True)
         path.write_text(body, encoding="utf-8")
-    assert len(blocks("diff")) == 10
+    assert len(blocks("diff")) == 9
     for diff in blocks("diff"):
         apply(diff, folder)
     return folder

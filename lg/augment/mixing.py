@@ -36,7 +36,7 @@ class Mixing:
     def __call__(
         self, images: Tensor, labels: Tensor, rng: np.random.Generator
     ) -> tuple[Tensor, Tensor]:
-        """Mix images [N, 3, S, S] with labels [N].
+        """Mix images [N, C, S, S] with labels [N].
 
         Returns:
             The mixed images, and targets [N, K] whose rows sum to 1.

@@ -44,7 +44,7 @@ class Kind(NamedTuple):
 
 @functools.lru_cache
 def colours(values: tuple[float, ...], device: torch.device) -> Tensor:
-    """Return one value per channel as [3, 1, 1], float32. Do not modify the result."""
+    """Return one value per channel as [C, 1, 1], float32. Do not modify the result."""
     return torch.tensor(values, dtype=torch.float32, device=device)[:, None, None]
 
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from PIL import Image
+from PIL import Image, ImageOps
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 
@@ -65,10 +65,7 @@ def make_square(image: Image.Image, size: int, rule: str, fill: tuple[float, ...
     if image.width == image.height or rule == "squash":
         return resized(image, (size, size))
     if rule == "crop":
-        short = min(image.size)
-        left, top = (image.width - short) / 2, (image.height - short) / 2
-        box = (left, top, left + short, top + short)
-        return image.resize((size, size), Image.Resampling.BICUBIC, box=box)
+        return ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC)
     assert rule == "letterbox", rule
     scale = size / max(image.size)
     width, height = (max(1, round(scale * side)) for side in image.size)

@@ -63,7 +63,7 @@ def plain_views(size: int, *, shifts: int, mirrored: bool) -> list[View]:
 
 
 def shifted(images: Tensor, view: View, black: Sequence[float] = BLACK) -> Tensor:
-    """Return a view of `plain_views` of normalised images [N, 3, S, S], `black` beyond them."""
+    """Return a view of `plain_views` of normalised images [N, C, S, S], `black` beyond them."""
     size = images.shape[3]
     top, left = round(view.top * size), round(view.left * size)
     if top or left:

@@ -40,7 +40,7 @@ def compile_student(
         guided: The student in training, on its device.
         guide: The guide; a teacher is compiled in the same mode, stored maps are not.
         mode: Of torch.compile; `reduce-overhead` and `max-autotune` use CUDA graphs on GPUs.
-        example: [N, 3, S, S], of the shape and type of training images.
+        example: [N, C, S, S], of the shape and type of training images.
         precision: Of the forward pass.
         ends: Whether guidance may end before the training does.
         say: Prints a line.

@@ -235,7 +235,7 @@ def _balance(cfg: CfgNode, dataset: ImageDataset) -> np.ndarray:
     """Return the weights of the classes.
 
     Raises:
-        ConfigError: All classes are of one size, so that there is nothing to balance.
+        ConfigError: All classes have the same size.
     """
     weights = class_weights(dataset)
     if len(set(weights[weights > 0].tolist())) == 1:

@@ -99,7 +99,7 @@ def _build_by_type(cfg: CfgNode, *, pretrained: bool) -> Backbone:
             drop_path_rate=cfg.TRANSFORMER.DROP_PATH_RATE
             and single(kind, cfg.TRANSFORMER, "DROP_PATH_RATE"),
             block_names=tuple(cfg.MODEL.BLOCKS),
-            pretrained=_foreign_weights(cfg, cfg.MODEL.PRETRAINED) if pretrained else None,
+            pretrained=_pretrained_weights(cfg) if pretrained else None,
         )
     section = FAMILIES[kind].section
     if kind == "DeiT":
@@ -151,15 +151,20 @@ def build_guided(cfg: CfgNode) -> tuple[GuidedStudent, Guide, GuidanceLoss]:
         logit_weight=options.LOGIT_WEIGHT if options.ENABLE_LOGIT else 0.0,
     )
     if options.ENABLE_INTER and options.INTER_STUDENT_INDEX == "mix":
-        heads = _build_mixed_heads(cfg, student, teacher)
+        heads = _build_mixed_heads(cfg, student, teacher, student_taps, teacher_taps)
         return GuidedStudent(student, mixed_heads=heads), guide, loss
     return GuidedStudent(student, indices=student_taps, teacher_dims=projected), guide, loss
 
 
-def _build_mixed_heads(cfg: CfgNode, student: Backbone, teacher: Backbone) -> MixedHeads:
-    """Build heads of all blocks for INTER_STUDENT_INDEX mix; one image through each model tells the
-    shapes of their maps."""
-    taps, guide_taps = tap_indices(cfg, student, teacher)
+def _build_mixed_heads(
+    cfg: CfgNode,
+    student: Backbone,
+    teacher: Backbone,
+    taps: Sequence[int],
+    guide_taps: Sequence[int],
+) -> MixedHeads:
+    """Build the heads for INTER_STUDENT_INDEX mix; run one image through each model to get the
+    shapes of the maps."""
     channels, options = cfg.MODEL.IN_CHANNELS, cfg.DISTILLATION
     sizes = cfg.MODEL.IMG_SIZE, options.TEACHER_IMG_SIZE
     return MixedHeads(
@@ -268,7 +273,7 @@ def _guide_differences(cfg: CfgNode, path: str) -> str:
     kind = cfg.DISTILLATION.TEACHER_MODEL
     sections = ("MODEL.NUM_CLASSES", "MODEL.IN_CHANNELS") + ("CNN.", "RESNET.") * (kind == "ResNet")
     mine = {key: value for key, value in flatten(cfg) if key.startswith(sections)}
-    if theirs.get("MODEL.TYPE") != kind:  # then depths say nothing
+    if theirs.get("MODEL.TYPE") != kind:  # then the depths cannot be compared
         mine = {"MODEL.TYPE": kind}
     wrong = [key for key in mine if key in theirs and theirs[key] != mine[key]]
     if not wrong:
@@ -321,11 +326,10 @@ def teacher_name(cfg: CfgNode, kind: str) -> str:
     return f"ResNet-{cfg.CNN.DEPTH}" if kind == "ResNet" else kind
 
 
-def _foreign_weights(cfg: CfgNode, path: str) -> dict[str, torch.Tensor] | None:
-    """Load a file that timm or a model's authors published; None without a path."""
-    if not path:
-        return None
-    return foreign_weights(read_checkpoint(path, cache=cfg.DOWNLOAD_CACHE), path)
+def _pretrained_weights(cfg: CfgNode) -> dict[str, torch.Tensor] | None:
+    """Load MODEL.PRETRAINED; None if it is not set."""
+    path = cfg.MODEL.PRETRAINED
+    return foreign_weights(read_checkpoint(path, cache=cfg.DOWNLOAD_CACHE), path) if path else None
 
 
 def tap_indices(cfg: CfgNode, student: Backbone, teacher: Backbone) -> tuple[list[int], list[int]]:

@@ -60,8 +60,8 @@ def with_trained_statistics(cfg: CfgNode, weights: str, world: World) -> CfgNode
 
     Raises:
         CheckpointError: The file cannot be read.
-        ConfigError: The config says other numbers than the weights, or auto and the weights say
-            none.
+        ConfigError: MEAN or STD differ from those of the weights, or NORMALIZE is auto and the
+            weights have none.
     """
     with in_turn(world):  # a URL is downloaded once
         state = read_checkpoint(weights, cache=cfg.DOWNLOAD_CACHE)
@@ -113,8 +113,8 @@ def trained_preprocessing(state: Mapping[str, Any], name: str) -> Preprocessing 
 
 
 def guide_preprocessing(facts: Mapping[str, Any], name: str) -> Preprocessing:
-    """Return the preprocessing that a guide was trained with; ImageNet's mean if its file does not
-    tell, as in files that timm publishes.
+    """Return the preprocessing that a guide was trained with; ImageNet's mean if its file has no
+    config, as in files that timm publishes.
 
     Args:
         facts: Of the guide, as `load_weights` returns them.
@@ -124,7 +124,7 @@ def guide_preprocessing(facts: Mapping[str, Any], name: str) -> Preprocessing:
 
 
 def check_window(cfg: CfgNode, state: Mapping[str, Any], name: str) -> None:
-    """Check that weights were trained with the same DATA_LOADER.WINDOW, if their file tells it.
+    """Check that weights were trained with the same DATA_LOADER.WINDOW, if their file has a config.
 
     Args:
         cfg: The config.

@@ -8,13 +8,3 @@ from lg.config.load import (
     load_trained_config,
     stored_config,
 )
-
-__all__ = [
-    "changed_keys",
-    "dump_config",
-    "flatten",
-    "is_guided",
-    "load_config",
-    "load_trained_config",
-    "stored_config",
-]

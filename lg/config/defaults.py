@@ -276,8 +276,7 @@ DEFAULTS: dict[str, Any] = {
     "LOG_DEST": "stdout",  # stdout: console and OUT_DIR/log.txt; file: only OUT_DIR/log.txt
     "LOG_PERIOD": 10,  # steps between log lines, >= 1
     # (+) training writes results.csv, curves.png, mixture.png (of a learned mixture),
-    # train_batch.jpg and confusion_matrix.png to
-    # OUT_DIR
+    # train_batch.jpg and confusion_matrix.png to OUT_DIR
     "LOG_PICTURES": True,
     # (+) none, or the tracker that also gets the config and the scalars: wandb | mlflow |
     # trackio, each with the extra of that name and set up by its own environment variables

@@ -81,7 +81,7 @@ def load_trained_config(weights: str | os.PathLike[str], opts: Sequence[Any] = (
     text = read_checkpoint(weights).get("cfg")
     try:
         tree = yaml.safe_load(text) if isinstance(text, str) else None
-    except yaml.YAMLError:
+    except Exception:  # PyYAML raises many types
         tree = None
     if not isinstance(tree, dict):
         raise ConfigError(f"{weights} holds no config: pass the one it was trained with as --cfg.")
@@ -94,7 +94,7 @@ def stored_config(state: Mapping[str, Any]) -> dict[str, Any]:
     """Return the config in a checkpoint, dotted key -> value; empty if it holds none."""
     try:
         return dict(flatten(yaml.safe_load(state["cfg"])))
-    except (KeyError, AttributeError, TypeError, yaml.YAMLError):
+    except Exception:  # PyYAML raises many types
         return {}
 
 
@@ -152,11 +152,9 @@ def changed_keys(old_text: str, new_text: str) -> tuple[list[str], list[str]]:
         texts lacks, as those of other versions do, is reported. If the old text, which may come
         from a foreign file, is no config, one line reports that.
     """
-    try:
-        old = dict(flatten(yaml.safe_load(old_text)))
-    except Exception:  # PyYAML raises many types
+    old, new = (stored_config({"cfg": text}) for text in (old_text, new_text))
+    if not old:
         return ["the old config cannot be read"], []
-    new = dict(flatten(yaml.safe_load(new_text)))
     keys = dict.fromkeys([*new, *old])
     reported: list[str] = []
     refused: list[str] = []

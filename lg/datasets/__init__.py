@@ -15,8 +15,6 @@ from lg.datasets.image_folder import ImageFolder
 from lg.datasets.tiny_imagenet import TinyImageNet
 from lg.errors import DataError
 
-__all__ = ["DATASETS", "ImageDataset", "build_dataset", "stratified_subset"]
-
 # Classes that are called with (root, split, download).
 DATASETS: dict[str, Callable[..., ImageDataset]] = {
     "digits": Digits,

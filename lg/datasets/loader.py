@@ -32,7 +32,7 @@ Keys = list[tuple[int, int]]  # of the samples of a batch: (epoch, position in t
 class Batch(NamedTuple):
     """N samples of one process."""
 
-    images: Tensor  # [N, 3, S, S], normalised
+    images: Tensor  # [N, C, S, S], normalised
     labels: Tensor  # [N], int64
     index: Tensor  # type: ignore[assignment]  # [N], int64, positions in the full data set
     view: Tensor  # [N, 5], see lg.augment.view.View

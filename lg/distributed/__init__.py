@@ -19,23 +19,3 @@ from lg.distributed.world import (
     sum_over_processes,
     use_loopback,
 )
-
-__all__ = [
-    "LAUNCHED",
-    "World",
-    "any_process",
-    "barrier",
-    "broadcast_buffers",
-    "claim_failure",
-    "from_main",
-    "gather_objects",
-    "gather_rows",
-    "in_turn",
-    "is_first_to_fail",
-    "join",
-    "leave",
-    "min_over_processes",
-    "serve_store",
-    "sum_over_processes",
-    "use_loopback",
-]

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 import signal
-import sys
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -92,7 +91,7 @@ def submit(
 
 
 def cluster_signals() -> tuple[int, ...]:
-    """Return the signals by which a cluster announces the end of a job that submitit runs."""
-    if "SUBMITIT_EXECUTOR" not in os.environ or sys.platform == "win32":
+    """Return the signals that a cluster sends before it ends a job of submitit."""
+    if "SUBMITIT_EXECUTOR" not in os.environ:
         return ()
     return (getattr(signal, f"SIG{os.environ.get('SUBMITIT_PREEMPT_SIGNAL', 'USR2')}"),)

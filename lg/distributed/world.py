@@ -49,7 +49,7 @@ class World(NamedTuple):
 
 
 _store: dist.Store | None = None  # set once this process has joined
-_host: dist.ProcessGroup | None = None  # gloo, beside NCCL; None: the default group is gloo
+_host: dist.ProcessGroup | None = None  # gloo, besides NCCL; None: the default group is gloo
 
 
 def join(*, backend: str, device: str = "auto") -> World:
@@ -130,7 +130,7 @@ def use_loopback(environment: MutableMapping[str, str]) -> None:
 
 
 def _name_start(store: dist.Store, rank: int, size: int) -> str:
-    """Return a name that the processes of this start agree on and no earlier start used.
+    """Return a key prefix that all processes of this start share and no earlier start used.
 
     It must be agreed on because torchrun keeps its store, with the addresses of dead processes in
     it, when it restarts processes, and its restart count may differ between machines.

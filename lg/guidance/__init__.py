@@ -6,16 +6,3 @@ from lg.guidance.mixture import MixedHeads
 from lg.guidance.schedule import GuidanceSchedule
 from lg.guidance.student import GuidedStudent
 from lg.guidance.teacher import FrozenTeacher, NoGuide
-
-__all__ = [
-    "FeatureBank",
-    "FrozenTeacher",
-    "GuidanceLoss",
-    "GuidanceSchedule",
-    "GuidedStudent",
-    "MixedHeads",
-    "NoGuide",
-    "classification_loss",
-    "imitation_loss",
-    "logit_loss",
-]

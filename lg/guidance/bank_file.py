@@ -135,7 +135,7 @@ def open_bank(path: str | os.PathLike[str]) -> StoredMaps:
 def release_pages(arrays: Iterable[np.ndarray]) -> None:
     """Return the pages of mapped arrays to the system's cache, so that this process stays small."""
     for array in arrays:
-        if isinstance(array.base, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"):
+        if isinstance(array.base, mmap.mmap):
             array.base.madvise(mmap.MADV_DONTNEED)
 
 
@@ -153,7 +153,7 @@ def _map_folder(folder: Path) -> StoredMaps:
                 f"{name} is {array.dtype} of shape {array.shape}, expected {provenance.dtype} of "
                 f"shape {shape}"
             )
-        if isinstance(array.base, mmap.mmap) and hasattr(mmap, "MADV_RANDOM"):
+        if isinstance(array.base, mmap.mmap):
             array.base.madvise(mmap.MADV_RANDOM)  # rows are read at random: no read-ahead
         arrays[layer] = array
     return StoredMaps(provenance, arrays, indices)

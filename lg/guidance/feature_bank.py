@@ -116,7 +116,7 @@ class FeatureBank:
         """Return the maps of a batch, cropped and flipped as its images were.
 
         Args:
-            images: [N, 3, S, S]; only their device matters.
+            images: [N, C, S, S]; only their device matters.
             index: [N], positions of the images in their data set. In host memory; anywhere else
                 the host waits for the device.
             view: [N, 5], see `lg.augment.view.View`; likewise.

@@ -59,13 +59,13 @@ class GuidedStudent(nn.Module):
     def forward(
         self, images: Tensor, imitate: bool = True
     ) -> tuple[Tensor | tuple[Tensor, Tensor], list[Tensor] | list[KeptMap]] | Tensor:
-        """Map images [N, 3, S, S] to (logits [N, K], maps) in training and to logits in evaluation.
+        """Map images [N, C, S, S] to (logits [N, K], maps) in training and to logits in evaluation.
 
         In training, a student with a distillation token returns a pair of logits, and one that
         drops patches returns its maps at the positions that are left.
 
         Args:
-            images: [N, 3, S, S].
+            images: [N, C, S, S].
             imitate: Whether to compute the maps; False once guidance has ended. In training the
                 heads then get gradients of 0 (see `drop_idle_gradients`).
         """

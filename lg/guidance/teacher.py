@@ -86,7 +86,7 @@ class FrozenTeacher(nn.Module):
     def forward(
         self, images: Tensor, index: Tensor | None = None, view: Tensor | None = None
     ) -> tuple[list[Tensor], Tensor | None]:
-        """Map images [N, 3, S, S] to the tapped maps [N, C, H, W] and logits [N, K] or None.
+        """Map images [N, C, S, S] to the tapped maps [N, C, H, W] and logits [N, K] or None.
 
         `index` and `view` are for guides that replay stored maps; they are ignored here.
         """

@@ -90,7 +90,7 @@ class Pictures:
         """Draw the first images of a batch as the model sees them, with their labels.
 
         Args:
-            images: [N, 3, S, S], mixed and normalised.
+            images: [N, C, S, S], mixed and normalised.
             targets: [N, K].
         """
 

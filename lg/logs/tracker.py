@@ -1,4 +1,4 @@
-"""Optional trackers beside TensorBoard: Weights & Biases, MLflow, trackio.
+"""Optional trackers besides TensorBoard: Weights & Biases, MLflow, trackio.
 
 They get the config and the scalars of TensorBoard. Where these go is set by each tracker's
 own environment variables; without any, everything stays on this machine. A tracker that fails is
@@ -63,7 +63,7 @@ class _WandB:
 
 
 class _MLflow:
-    """A run in MLflow, where MLFLOW_TRACKING_URI and MLFLOW_EXPERIMENT_NAME say."""
+    """A run in MLflow; MLFLOW_TRACKING_URI and MLFLOW_EXPERIMENT_NAME set where."""
 
     def __init__(self, run_id: str | None, folder: Path, config: Mapping[str, Any]) -> None:
         import mlflow

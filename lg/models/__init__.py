@@ -15,22 +15,3 @@ from lg.models.resnet import resnet
 from lg.models.t2t import t2t
 from lg.models.taps import feature_maps
 from lg.models.timm_models import timm_model
-
-__all__ = [
-    "Backbone",
-    "MapLayout",
-    "attention_maps",
-    "convit",
-    "cvt",
-    "deit",
-    "feature_maps",
-    "load_published_state_dict",
-    "pit",
-    "published_state_dict",
-    "pvt",
-    "pvtv2",
-    "resnet",
-    "t2t",
-    "timm_model",
-    "unwrap",
-]

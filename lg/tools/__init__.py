@@ -1,1 +1,1 @@
-"""What a person runs beside training."""
+"""What a person runs besides training."""

@@ -299,7 +299,7 @@ class Format(NamedTuple):
 
     Attributes:
         place: Name of the file, or of the folder.
-        packages: Packages it needs beside those of this project.
+        packages: Packages it needs besides those of this project.
         write: Writes a model to a path.
         load: Loads what `write` wrote: images [N, C, S, S] to logits [N, K], on the CPU.
     """

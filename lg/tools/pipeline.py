@@ -36,7 +36,7 @@ _SHARED = (
     *("TRAIN.RESIZE", "TRAIN.HFLIP", "TEST.", "MODEL.NUM_CLASSES", "MODEL.IN_CHANNELS"),
     *_GUIDE_MODEL,
 )
-# Keys that do not change what a training learns, beside those that may change when it resumes, or
+# Keys that do not change what a training learns, besides those that may change when it resumes, or
 # name files whose contents are hashed.
 _PLACES = (
     *("DATA_LOADER.ROOT", "DATA_LOADER.ON_ERROR", "DEVICE", "DIST_BACKEND"),

@@ -1,5 +1,3 @@
 """`--mode doctor`: find what would stop a training or spoil its result, before it starts."""
 
 from lg.tools.doctor.checkup import doctor
-
-__all__ = ["doctor"]

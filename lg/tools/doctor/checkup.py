@@ -317,7 +317,7 @@ def _check_images(cfg: CfgNode, splits: dict[str, images.Split], found: Findings
             found.add(*images.find_class_gaps(train, test), *images.find_leaks(train, test))
             found.copies += images.list_leaks(train, test)
     if cfg.TRAIN.VAL_FRACTION > 0 and {"VAL", "TEST"} <= splits.keys():
-        # Without some images, others are held out, so those of today are training images as well.
+        # Leaving images out changes which are held out; a held-out image may become a training one.
         held_out, test = splits["VAL"], splits["TEST"]
         found.add(*images.find_leaks(held_out, test))
         found.copies += images.list_leaks(held_out, test)

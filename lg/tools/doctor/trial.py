@@ -127,12 +127,11 @@ def estimate_cost(
 
 
 def _describe_contention(core_wait: float) -> str:
-    load = f"; the load average is {os.getloadavg()[0]:.1f}" if hasattr(os, "getloadavg") else ""
     cores = usable_cores()
     return (
         f"the steps waited {core_wait:.0%} of the time for a core, so they ran at about "
-        f"{1 - core_wait:.0%} of their speed ({cores} core{'s' * (cores > 1)} may be used{load}). "
-        f"{CORE_WAIT_ADVICE}"
+        f"{1 - core_wait:.0%} of their speed ({cores} core{'s' * (cores > 1)} may be used; the "
+        f"load average is {os.getloadavg()[0]:.1f}). {CORE_WAIT_ADVICE}"
     )
 
 

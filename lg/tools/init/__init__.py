@@ -1,5 +1,3 @@
 """`--mode init`: configs for a folder of images."""
 
 from lg.tools.init.command import init
-
-__all__ = ["init"]

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from PIL import Image
 
-MISSING = "&ndash;"  # a value that there is none of
+MISSING = "&ndash;"  # shown in place of a missing value
 _STYLE = Path(__file__).with_name("style.css").read_text(encoding="utf-8")
 _SMALL = 64  # pixels; smaller images are shown with sharp pixels
 _LARGE = 224  # pixels; larger images are reduced

@@ -95,7 +95,7 @@ def _read(folder: Path, name: str) -> RunRecord:
     config = _last(kinds, "cfg") or _read_config(folder / "config.yaml")
     if not config:
         raise DataError(
-            f"{folder} tells no config: {log} is not the log of a training, or was cut off before "
+            f"{folder} has no config: {log} is not the log of a training, or was cut off before "
             "training began."
         )
     return RunRecord(

@@ -56,7 +56,7 @@ class Subject:
 
 
 def test_runs(runs: Sequence[RunRecord], opts: Sequence[str]) -> list[Subject]:
-    """Test the best weights of each run; what cannot be tested says why.
+    """Test the best weights of each run; a run that cannot be tested gets a `problem`.
 
     Args:
         runs: The runs.

@@ -3,6 +3,6 @@
 from lg.errors import ConfigError
 
 try:
-    import optuna  # noqa: F401
+    import optuna
 except ImportError:
     raise ConfigError("--mode sweep needs Optuna: pip install -e '.[sweep]'.") from None

@@ -194,7 +194,7 @@ def _check_same(study: optuna.Study, sweep: Sweep, cfg: CfgNode) -> None:
     Raises:
         ConfigError: It belongs to another one.
     """
-    way_out = "Set OUT_DIR to a new folder, or repeat the command as it was."
+    way_out = "Set OUT_DIR to a new folder, or repeat the original command."
     space = {key: json.loads(distribution_to_json(a)) for key, a in sweep.space.items()}
     saved = study.user_attrs
     if "space" not in saved:

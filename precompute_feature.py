@@ -77,6 +77,7 @@ def run(args: argparse.Namespace, cfg: CfgNode) -> None:
     """Compute the features that the arguments specify."""
     from lg import builders
     from lg.augment.batched import BatchTestTransform
+    from lg.augment.preprocessing import fill_colour
     from lg.datasets.loader import Samples, test_loader
     from lg.distributed import World
     from lg.guidance import FrozenTeacher
@@ -88,17 +89,23 @@ def run(args: argparse.Namespace, cfg: CfgNode) -> None:
     model, facts, trained = choose_teacher(args, cfg)
     device = builders.build_device(cfg, World())
     dataset = builders.build_train_data(cfg)
+    # The guide sees the student's images, with the same borders, normalised as in its own training.
+    seen = trained
+    if cfg.DISTILLATION.ENABLE_INTER:
+        seen = builders.build_preprocessing(builders.with_data_statistics(cfg, dataset))
+    fill = fill_colour(seen.mean)
     facts |= {**builders.dataset_facts(dataset), "resize": cfg.TRAIN.RESIZE}
+    facts["fill"] = list(fill) if cfg.TRAIN.RESIZE == "letterbox" else None
     provenance = describe(args, model, facts, in_channels=cfg.MODEL.IN_CHANNELS)
     print(check_space(folder, provenance, len(dataset)), flush=True)
     if text := advice(cfg, provenance, len(dataset)):
         print(text, flush=True)
-    # The guide sees images as in its own training, whatever the student's normalisation.
     transform = BatchTestTransform(
         image_size=provenance.image_size,
         resize=provenance.resize,
         mean=trained.mean,
         std=trained.std,
+        fill=fill,
     )
     samples = Samples(dataset, transform)
     precompute(
@@ -156,7 +163,8 @@ def choose_teacher(
             raise ConfigError(
                 f"--layers {layers}: the teacher has blocks 0 to {len(model.blocks) - 1}"
             )
-    trained = builders.guide_preprocessing(saved, path)
+    channels = cfg.MODEL.IN_CHANNELS
+    trained = builders.guide_preprocessing(saved, path, kind=kind, channels=channels)
     return model, {"teacher": builders.teacher_name(cfg, kind), "layers": layers, **sizes}, trained
 
 

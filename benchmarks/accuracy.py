@@ -30,7 +30,7 @@ import yaml
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks.report import make_parser
 from lg.config.defaults import DEFAULT_VALUES, flatten
-from lg.logs.log import read_json_lines
+from lg.logs.log import read_run_lines
 from lg.logs.plots import draw_lines, save_figure
 from lg.paths import source_commit
 from lg.tools.seeds import interval
@@ -50,18 +50,19 @@ def compact(stats: list[dict[str, Any]]) -> dict[str, Any]:
         for key, value in sorted(flatten(settings))
         if key != "_type" and key not in _PLACES and value != DEFAULT_VALUES.get(key)
     }
-    # An epoch that was repeated after a crash counts once, as it was the last time.
-    epochs = {line["epoch"]: line for line in stats if line["_type"] == "train_epoch"}
-    tests = {line["epoch"]: line for line in stats if line["_type"] == "test_epoch"}
+    epochs, tests, average_tests = (
+        [line for line in stats if line["_type"] == kind]
+        for kind in ("train_epoch", "test_epoch", "test_ema_epoch")
+    )
     size = next(line for line in stats if line["_type"] == "complexity")
-    seconds = sum(line["time_epoch"] for line in [*epochs.values(), *tests.values()])
+    seconds = sum(line["time_epoch"] for line in [*epochs, *tests, *average_tests])
     return {
         "settings": changed,
         "parameters": size["params"],
         "macs": size["macs"],
         "epochs": f"{len(epochs)}/{settings['OPTIM']['MAX_EPOCH']}",
         "hours": round(seconds / 3600, 4),
-        "tests": [{key: test[key] for key in _KEPT if key in test} for test in tests.values()],
+        "tests": [{key: test[key] for key in _KEPT if key in test} for test in tests],
     }
 
 
@@ -69,7 +70,7 @@ def add(folder: Path, commit: str) -> None:
     """Write docs/evidence/RUN/run.json from the log of a run."""
     import torch
 
-    run = compact(read_json_lines(str(folder / "log.txt")))
+    run = compact(read_run_lines(str(folder / "log.txt")))
     run |= {"commit": commit, "machine": processor(), "torch": torch.__version__}
     target = EVIDENCE / folder.resolve().name / "run.json"
     target.parent.mkdir(parents=True, exist_ok=True)

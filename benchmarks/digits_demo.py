@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.report import make_parser, write_json  # noqa: E402
-from lg.logs.log import read_json_lines  # noqa: E402
+from lg.logs.log import read_run_lines  # noqa: E402
 
 MODELS = {
     "r-8_digits": "ResNet-8, the guide",
@@ -69,7 +69,7 @@ def train(name: str, *, seed: int, out: Path) -> dict[str, Any]:
         settings += ["DISTILLATION.FEATURE_FILE", str(folder / "features")]
         run(["precompute_feature.py", *config, "--shifts", "5", *settings])
     print(run(["run_net.py", "--mode", "train", *config, *settings]), flush=True)
-    lines = read_json_lines(folder / name / "log.txt")
+    lines = read_run_lines(folder / name / "log.txt")
     tests = [line for line in lines if line["_type"] == "test_epoch"]
     return {
         "params": next(line["params"] for line in lines if line["_type"] == "complexity"),

@@ -30,7 +30,7 @@ sys.path.insert(0, str(ROOT))
 from benchmarks.accuracy import compact, processor  # noqa: E402
 from benchmarks.report import TRANSFORMERS, config_path, make_parser  # noqa: E402
 from lg.files.atomic import write_text  # noqa: E402
-from lg.logs.log import read_json_lines  # noqa: E402
+from lg.logs.log import read_run_lines  # noqa: E402
 
 MODES = ("none", "default", "reduce-overhead")  # of TRAIN.COMPILE
 _FINAL = ("done", "passed", "skipped")  # outcomes that are not tried again
@@ -248,7 +248,7 @@ def train(command: list[str], out: Path, left: float) -> dict[str, Any]:
     done = call(command, left - 30)
     if done["outcome"] == "stopped":
         sys.exit(f"{out.name} is unfinished: repeat the command to resume it.")
-    facts = compact(read_json_lines(out / "log.txt")) if done["outcome"] == "done" else {}
+    facts = compact(read_run_lines(out / "log.txt")) if done["outcome"] == "done" else {}
     return done | facts
 
 

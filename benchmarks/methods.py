@@ -34,7 +34,7 @@ import lg  # noqa: E402
 from benchmarks.accuracy import compact, gains  # noqa: E402
 from benchmarks.report import make_parser  # noqa: E402
 from lg.device import reuse_memory  # noqa: E402
-from lg.logs.log import read_json_lines  # noqa: E402
+from lg.logs.log import read_run_lines  # noqa: E402
 
 # Name of the run -> its title, and the settings that differ from the guided transformer. {wide}
 # stands for twice its channels.
@@ -111,7 +111,7 @@ def train(config: str, options: list[str], seed: int, folder: Path) -> dict[str,
         command = [sys.executable, "run_net.py", "--mode", "train", "--cfg", config, *options]
         command += ["LOG_PICTURES", "False"]
         subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
-    run = compact(read_json_lines(log))
+    run = compact(read_run_lines(log))
     accuracy, minutes = 100 - run["tests"][-1]["top1_err"], 60 * run["hours"]
     print(f"{folder.name:<40} {accuracy:5.1f} %  {minutes:5.1f} min", flush=True)
     return run
@@ -119,7 +119,7 @@ def train(config: str, options: list[str], seed: int, folder: Path) -> dict[str,
 
 def is_finished(log: Path) -> bool:
     """Return whether a run was tested after its last epoch."""
-    lines = read_json_lines(log) if log.is_file() else []
+    lines = read_run_lines(log) if log.is_file() else []
     tests = [line["epoch"] for line in lines if line["_type"] == "test_epoch"]
     return bool(tests) and len(set(tests[-1].split("/"))) == 1
 

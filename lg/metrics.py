@@ -140,6 +140,7 @@ def _calibration_error(judged: Tensor) -> float:
     if dist.is_initialized():
         judged = torch.cat(gather_all_tensors(judged))  # shares differ in length
     confidence, hits = judged.cpu().T.contiguous()
+    confidence = confidence.clamp(max=1 - 2**-24)  # torchmetrics puts 1 in a bin of its own
     return 100 * float(binary_calibration_error(confidence, hits.long(), n_bins=15, norm="l1"))
 
 

@@ -46,6 +46,7 @@ class Settings:
     num_classes: int
     config_text: str  # YAML; stored in checkpoints
     class_names: list[str]  # in the order of the labels; stored in checkpoints
+    images: dict[str, str]  # "training" | "validation" | "test" -> hash; stored in checkpoints
 
 
 @dataclass
@@ -156,6 +157,7 @@ class Run:
             **errors,
             "cfg": self.settings.config_text,
             "class_names": self.settings.class_names,
+            "images": self.settings.images,
             "model_state": published_state_dict(self.guided.student),
             "ema_state": average,
             "guidance_state": self.guided.heads.state_dict(),

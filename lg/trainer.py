@@ -363,6 +363,12 @@ def find_differences(run: Run, state: Mapping[str, Any], *, allowed: bool) -> It
         ConfigError: Not `allowed`, and the settings are those of another run.
     """
     reported, refused = changed_keys(state["cfg"], run.settings.config_text)
+    mine, theirs = run.settings.images, state.get("images", {})  # older checkpoints have none
+    refused += [
+        f"the {name} images, or their classes, have changed"
+        for name in mine
+        if theirs.get(name, mine[name]) != mine[name]
+    ]
     if refused and not allowed:
         raise ConfigError(
             f"{run.checkpoints.folder} has checkpoints of a run with other settings: "

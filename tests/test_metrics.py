@@ -201,3 +201,13 @@ def test_state_requires_collect() -> None:
     meter.add(losses(1.0), hits(2, 1, 2))
     with pytest.raises(AssertionError):
         meter.state()
+
+
+def test_certain_predictions_share_the_last_bin() -> None:
+    """50 wrong at confidence 1, 50 right at 0.95: one bin, 97.5 % sure, 50 % right."""
+    meter = TestMeter(2, CPU)
+    right = math.log(0.95 / 0.05)
+    meter.add(
+        torch.tensor([[100.0, 0.0]] * 50 + [[right, 0.0]] * 50), torch.tensor([1] * 50 + [0] * 50)
+    )
+    assert meter.result().calibration_err == pytest.approx(47.5, abs=1e-3)

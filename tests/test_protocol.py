@@ -18,6 +18,7 @@ from lg.errors import ConfigError
 from lg.signals import Interrupted
 from lg.tools.doctor.checkup import check_config
 from lg.tools.doctor.findings import DATA, FACT, NOTE, PROBLEM
+from lg.tools.report import report
 from tests.datasets import test_scan
 from tests.test_trainer import assert_same, config, final_state, guide_file, stats
 
@@ -161,6 +162,9 @@ def test_val_of_a_folder_chooses_and_test_is_tested_at_the_end(
     assert "top-5" not in said
     lines = {line["_type"]: line["split"] for line in stats(tmp_path / "run") if "split" in line}
     assert lines["test_epoch"] == "image_folder/val" and lines["final_test"] == "image_folder/test"
+    report(out_dirs=[str(tmp_path / "run")], out=str(tmp_path / "page.html"), opts=[])
+    page = (tmp_path / "page.html").read_text()
+    assert "was chosen on image_folder/val, not on image_folder/test." in page
     with pytest.raises(
         ConfigError, match=r"VAL_FRACTION is 0\.2, but .* has test/ and val/, and val/"
     ):
@@ -302,3 +306,24 @@ def test_training_stops_after_tests_without_a_lower_error(
     assert f"best {100 - lowest:.2f} % (epoch {errors.index(lowest) + 1})" in str(
         (tmp_path / "log.txt").read_text()
     )
+
+
+@pytest.mark.parametrize("change", ["class", "image", "excluded"])
+def test_a_run_is_not_resumed_on_other_images(tmp_path: Path, change: str) -> None:
+    root, excluded = test_scan.make_folder(tmp_path / "set"), tmp_path / "excluded.txt"
+    excluded.write_text("train/cat/0.png\n")
+    changes = {"TRAIN__VAL_FRACTION": 0.3, "TRAIN__EXCLUDE": excluded, "TRAIN__BATCH_SIZE": 2}
+    trainer.train(folder(tmp_path, **changes, OPTIM__MAX_EPOCH=1, OPTIM__WARMUP_EPOCHS=0))
+    if change == "class":  # sorted behind the other class: all labels change
+        for split in ("train", "val"):
+            (root / split / "cat").rename(root / split / "zebra")
+        excluded.write_text("train/zebra/0.png\n")
+    elif change == "image":
+        shutil.copy(root / "train/dog/1.png", root / "train/dog/9.png")
+    else:
+        excluded.write_text("train/cat/0.png\ntrain/cat/3.png\n")
+    longer = folder(tmp_path, **changes, OPTIM__WARMUP_EPOCHS=0)
+    with pytest.raises(ConfigError, match="the training images, or their classes, have changed"):
+        trainer.train(longer)
+    trainer.train(folder(tmp_path, **changes, OPTIM__WARMUP_EPOCHS=0, TRAIN__RESUME_CHANGED=True))
+    assert kinds(tmp_path / "run").count("train_epoch") == 2

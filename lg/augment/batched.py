@@ -114,14 +114,16 @@ class BatchTestTransform:
         resize: str = "squash",
         mean: Sequence[float] = IMAGENET_DEFAULT_MEAN,
         std: Sequence[float] = IMAGENET_DEFAULT_STD,
+        fill: tuple[float, ...] | None = None,  # of borders; None: the mean
     ) -> None:
         self.image_size, self.resize, self.mean, self.std = image_size, resize, mean, std
+        self.fill = fill or fill_colour(mean)
 
     def prepare(self, image: Image.Image) -> Image.Image:
         """Resize an image if that loses no time later: it is large, or becomes square here."""
         size = self.image_size
         if self.resize != "squash":
-            return make_square(image, size, self.resize, fill_colour(self.mean))
+            return make_square(image, size, self.resize, self.fill)
         if image.width * image.height <= size * size and max(image.size) <= 4 * size:
             return image
         return resized(image, (size, size))

@@ -22,6 +22,7 @@ from lg.builders.preprocessing import (
     build_preprocessing,
     guide_preprocessing,
     range_note,
+    with_data_statistics,
     with_trained_statistics,
 )
 from lg.builders.run import build_run, place_model

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from yacs.config import CfgNode
 
-from lg.augment.preprocessing import renormalization
+from lg.augment.preprocessing import fill_colour, renormalization
 from lg.builders.data import dataset_facts
 from lg.builders.families import build_family, single, with_keys
 from lg.builders.preprocessing import build_preprocessing, check_window, guide_preprocessing
@@ -223,8 +223,14 @@ def _renormalization(
 ) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
     """Return what turns the student's images into those that the guide was trained on."""
     student = build_preprocessing(cfg, training=True)
-    name = str(cfg.DISTILLATION.TEACHER_WEIGHTS)
-    return renormalization(student, guide_preprocessing(facts, name))
+    options = cfg.DISTILLATION
+    guide = guide_preprocessing(
+        facts,
+        str(options.TEACHER_WEIGHTS),
+        kind=options.TEACHER_MODEL,
+        channels=cfg.MODEL.IN_CHANNELS,
+    )
+    return renormalization(student, guide)
 
 
 def _load_guide(cfg: CfgNode, teacher: Backbone, path: str) -> dict[str, Any]:
@@ -300,6 +306,9 @@ def _open_bank(cfg: CfgNode, teacher: Backbone) -> FeatureBank:
     weights = None
     if options.TEACHER_WEIGHTS and is_local_file(options.TEACHER_WEIGHTS):
         weights = weights_hash(build_teacher(cfg))
+    fill = None
+    if cfg.TRAIN.RESIZE == "letterbox":
+        fill = list(fill_colour(build_preprocessing(cfg, training=True).mean))
     bank.check(
         indices=bank.indices,
         shapes=shapes,
@@ -307,6 +316,7 @@ def _open_bank(cfg: CfgNode, teacher: Backbone) -> FeatureBank:
         weights=weights,
         image_size=cfg.MODEL.IMG_SIZE,
         resize=cfg.TRAIN.RESIZE,
+        fill=fill,
         teacher_image_size=options.TEACHER_IMG_SIZE,
     )
     return bank

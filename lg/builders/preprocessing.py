@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 import yaml
+from timm.models import get_pretrained_cfg
 from yacs.config import CfgNode
 
 from lg.augment.preprocessing import Preprocessing
@@ -112,15 +113,25 @@ def trained_preprocessing(state: Mapping[str, Any], name: str) -> Preprocessing 
         raise CheckpointError(f"{name} holds a damaged config. Use another copy.") from None
 
 
-def guide_preprocessing(facts: Mapping[str, Any], name: str) -> Preprocessing:
-    """Return the preprocessing that a guide was trained with; ImageNet's mean if its file has no
-    config, as in files that timm publishes.
+def guide_preprocessing(
+    facts: Mapping[str, Any], name: str, *, kind: str, channels: int
+) -> Preprocessing:
+    """Return the preprocessing that a guide was trained with.
 
     Args:
-        facts: Of the guide, as `load_weights` returns them.
+        facts: Of the guide, as `load_weights` returns them. Files without a config, such as those
+            that timm publishes, have the numbers that timm states for the model, or ImageNet's.
         name: The guide's file, for error messages.
+        kind: Its type, such as ResNet or timm/resnet18.
+        channels: Of its images.
     """
-    return trained_preprocessing(facts, name) or Preprocessing(image_size=1)
+    found = trained_preprocessing(facts, name)
+    if found is not None:
+        return found
+    stated = get_pretrained_cfg(kind.removeprefix("timm/")) if kind.startswith("timm/") else None
+    if stated is None:
+        return _imagenet(1, channels)
+    return _for_channels(Preprocessing(1, mean=stated.mean, std=stated.std), channels)
 
 
 def check_window(cfg: CfgNode, state: Mapping[str, Any], name: str) -> None:
@@ -167,7 +178,10 @@ def build_pixel_format(cfg: CfgNode) -> PixelFormat:
 
 def _imagenet(image_size: int, channels: int) -> Preprocessing:
     """Return the preprocessing with ImageNet's numbers, for gray images their averages."""
-    found = Preprocessing(image_size)
+    return _for_channels(Preprocessing(image_size), channels)
+
+
+def _for_channels(found: Preprocessing, channels: int) -> Preprocessing:
     if channels == 3:
         return found
     mean, std = (round(sum(values) / 3, 3) for values in (found.mean, found.std))

@@ -100,7 +100,7 @@ def build_run(cfg: CfgNode, data: Splits, world: World, log: RunLog) -> Run:
         log=log,
         report=_build_report(cfg, data, log, device, loader.steps_per_epoch),
         checkpoints=CheckpointFolder(cfg.OUT_DIR, keep=cfg.TRAIN.KEEP_CHECKPOINTS),
-        settings=build_settings(cfg, data.train.class_names),
+        settings=build_settings(cfg, data),
     )
 
 

@@ -13,7 +13,9 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from yacs.config import CfgNode
 
+from lg.builders.splits import Splits, has_val_split
 from lg.config import dump_config, is_guided
+from lg.datasets.base import selection_hash
 from lg.device import (
     Precision,
     allow_tf32,
@@ -186,8 +188,12 @@ def patch_drop_note(cfg: CfgNode, student: Backbone) -> str:
     return f"TRAIN.PATCH_DROP: training keeps {kept} of {count} patches of each image."
 
 
-def build_settings(cfg: CfgNode, class_names: Sequence[str]) -> Settings:
-    """Build the settings of the training loop; `class_names` are those of the data set."""
+def build_settings(cfg: CfgNode, data: Splits) -> Settings:
+    """Build the settings of the training loop on these images."""
+    chosen_on = "validation" if has_val_split(cfg) else "test"
+    sets = {"training": data.train, chosen_on: data.test}
+    if data.final is not None:
+        sets["test"] = data.final
     return Settings(
         max_epoch=cfg.OPTIM.MAX_EPOCH,
         warmup_epochs=cfg.OPTIM.WARMUP_EPOCHS,
@@ -199,7 +205,8 @@ def build_settings(cfg: CfgNode, class_names: Sequence[str]) -> Settings:
         seed=cfg.RNG_SEED,
         num_classes=cfg.MODEL.NUM_CLASSES,
         config_text=dump_config(cfg),
-        class_names=list(class_names),
+        class_names=list(data.train.class_names),
+        images={name: selection_hash(dataset) for name, dataset in sets.items()},
     )
 
 

@@ -26,6 +26,16 @@ _READERS = {
     for section in dict.fromkeys(family.section for family in FAMILIES.values() if family.section)
 }
 _PROJECTED = ("linear", "gram")  # values of INTER_TRANSFORM with projection heads
+_WITH_BETAS = ("adam", "adamw", "muon", "nadamuon")
+# Keys of OPTIM -> the key, and its values, with which they have an effect.
+_READ_WITH = {
+    "OPTIM.MOMENTUM": ("OPTIM.OPTIMIZER", ("sgd", "muon", "nadamuon")),
+    "OPTIM.DAMPENING": ("OPTIM.OPTIMIZER", ("sgd",)),
+    "OPTIM.NESTEROV": ("OPTIM.OPTIMIZER", ("sgd",)),
+    "OPTIM.BETA1": ("OPTIM.OPTIMIZER", _WITH_BETAS),
+    "OPTIM.BETA2": ("OPTIM.OPTIMIZER", _WITH_BETAS),
+    "OPTIM.LR_MULT": ("OPTIM.LR_POLICY", ("steps",)),
+}
 _READ_BY_TIMM = ("TRANSFORMER.DROP_RATE", "TRANSFORMER.DROP_PATH_RATE")
 
 
@@ -224,7 +234,15 @@ def _offline(cfg: CfgNode) -> Iterator[Fault]:
 
 
 def _schedule(cfg: CfgNode) -> Iterator[Fault]:
-    optim = cfg.OPTIM
+    optim, values = cfg.OPTIM, dict(flatten(cfg))
+    for key in _changed(cfg, *_READ_WITH):
+        switch, allowed = _READ_WITH[key]
+        if values[switch] not in allowed:
+            yield (
+                key,
+                f"it has no effect with {switch} {values[switch]}, only with "
+                f"{', '.join(allowed)}: set it to {_default(key)}.",
+            )
     if optim.LR_POLICY == "steps":
         if not optim.STEPS:
             yield (

@@ -255,6 +255,15 @@ def fingerprint(dataset: ImageDataset) -> str:
     return digest.hexdigest()
 
 
+def selection_hash(dataset: ImageDataset) -> str:
+    """Return the SHA-256 of the classes and labels of the full set and of the images selected."""
+    full = dataset.full
+    digest = hashlib.sha256("\0".join(full.class_names).encode())
+    for numbers in (full.labels, dataset.indices):
+        digest.update(np.asarray(numbers).astype("<i8").tobytes() + b";")
+    return digest.hexdigest()
+
+
 def check_labels(labels: Sequence[int] | np.ndarray, num_classes: int, where: str) -> np.ndarray:
     """Return labels as [n] int64 after checking that they are whole numbers in 0..num_classes-1.
 

@@ -44,6 +44,7 @@ class Provenance:
         shapes: [C, H, W] of the maps of each block.
         dtype: `float16` or `float32`.
         resize: How images become square, see `lg.augment.preprocessing`.
+        fill: Pixel of the borders of letterbox, 0 to 255 per channel; None without borders.
         views: The V stored views of each image, see `lg.augment.view.View`.
         versions: Versions of the software that computed the maps.
     """
@@ -60,6 +61,7 @@ class Provenance:
     shapes: list[list[int]]
     dtype: str
     resize: str = "squash"  # also of banks that do not state it
+    fill: list[float] | None = None
     views: list[list[float]] = field(default_factory=lambda: [[0.0, 0.0, 1.0, 1.0, 0.0]])
     versions: dict[str, str] = field(default_factory=dict)
 

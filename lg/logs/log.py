@@ -21,6 +21,12 @@ if TYPE_CHECKING:
     from lg.logs.tracker import Tracker
 
 TAG = "json_stats: "
+# Lines of an epoch -> the lines of the same or a later epoch that they replace.
+_REPLACED = {
+    "train_epoch": ("train_epoch", "test_epoch", "test_ema_epoch"),
+    "test_epoch": ("test_epoch",),
+    "test_ema_epoch": ("test_ema_epoch",),
+}
 
 
 def json_line(kind: str, stats: Mapping[str, Any]) -> str:
@@ -29,6 +35,31 @@ def json_line(kind: str, stats: Mapping[str, Any]) -> str:
     return TAG + simplejson.dumps(
         {**_decimals(stats), "_type": kind}, sort_keys=True, use_decimal=True
     )
+
+
+def read_run_lines(path: str | Path) -> list[dict[str, Any]]:
+    """Read the JSON lines of a log that apply to the run's present weights.
+
+    Training an epoch again, after a crash or from the start, replaces the results of that epoch and
+    of all later ones; testing it again replaces its test.
+    """
+    found: list[dict[str, Any]] = []
+    for line in read_json_lines(path):
+        replaced = _REPLACED.get(line["_type"])
+        if replaced:
+            number = epoch_number(line)
+            found = [
+                old for old in found if old["_type"] not in replaced or epoch_number(old) < number
+            ]
+        if line["_type"] == "train_epoch":
+            found = [old for old in found if old["_type"] != "final_test"]
+        found.append(line)
+    return found
+
+
+def epoch_number(line: Mapping[str, Any]) -> int:
+    """Return the epoch of a line, counted from 1."""
+    return int(str(line["epoch"]).partition("/")[0])
 
 
 def read_json_lines(path: str | Path) -> list[dict[str, Any]]:

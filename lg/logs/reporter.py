@@ -150,7 +150,7 @@ class Reporter:
             {
                 "epoch": f"{epoch + 1}/{self.max_epoch}",
                 "time_avg": average,
-                "time_epoch": seconds,
+                "time_epoch": average * self.steps_per_epoch,  # all, also after a resume within it
                 "eta": format_time(eta),
                 "top1_err": means["top1_err"],
                 "top5_err": means["top5_err"],

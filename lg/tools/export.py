@@ -12,7 +12,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import nn
 from yacs.config import CfgNode
 
@@ -102,7 +101,7 @@ def export(
     cfg = _on_cpu(cfg)
     recipe = timm_recipe(cfg) if "timm" in formats else None
     predictor = build_predictor(cfg)
-    batch = predictor.prepare(_check_images(cfg, images))
+    batch = _check_batch(cfg, predictor, images)
     channels, height, width = batch.shape[1:]
     facts = describe(cfg, predictor)
     source = Source(predictor.model, (channels, height, width), facts, recipe)
@@ -234,8 +233,8 @@ def _default_folder(cfg: CfgNode, weights: str) -> str:
     return os.path.join(beside, "export")
 
 
-def _check_images(cfg: CfgNode, places: list[str]) -> list[str | Image.Image]:
-    """Return images to check the export with, spread over those that there are.
+def _check_batch(cfg: CfgNode, predictor: Predictor, places: list[str]) -> torch.Tensor:
+    """Return input [N, C, S, S] to check the export with, spread over the images that there are.
 
     Raises:
         DataError: There are fewer than MIN_IMAGES, or they cannot be read.
@@ -243,11 +242,11 @@ def _check_images(cfg: CfgNode, places: list[str]) -> list[str | Image.Image]:
     if places:
         paths = find_images(places)
         _check_count(len(paths), "--images names")
-        return [paths[index] for index in _spread(len(paths))]
+        return predictor.prepare([paths[index] for index in _spread(len(paths))])
     try:
         dataset = builders.build_test_data(cfg)
         _check_count(len(dataset), f"{dataset} has")
-        return [dataset.image(index) for index in _spread(len(dataset))]
+        return predictor.prepare_converted([dataset.image(i) for i in _spread(len(dataset))])
     except (UserError, OSError) as error:
         raise DataError(
             f"An export is checked on real images, but the test images cannot be used: {error} "

@@ -115,8 +115,8 @@ def _write_timm(source: Source, path: Path) -> None:
     net = source.model.net
     assert isinstance(net, nn.Module)
     facts = source.facts
-    names, channels = json.loads(facts["class_names"]), source.shape[0]
-    twin = _build_twin(source.recipe, net, num_classes=len(names), channels=channels)
+    names = json.loads(facts["class_names"])
+    twin = _build_twin(source.recipe, net, num_classes=len(names))
     defaults: Any = twin.pretrained_cfg
     config = {
         "architecture": source.recipe.architecture,
@@ -144,17 +144,13 @@ def _write_timm(source: Source, path: Path) -> None:
     (path / "config.json").write_text(f"{text}\n", encoding="utf-8")
 
 
-def _build_twin(
-    recipe: TimmRecipe, net: nn.Module, *, num_classes: int, channels: int
-) -> nn.Module:
+def _build_twin(recipe: TimmRecipe, net: nn.Module, *, num_classes: int) -> nn.Module:
     """Build timm's model and check that the network has the same layers.
 
     Raises:
         ExportError: It differs.
     """
-    twin = timm.create_model(
-        recipe.architecture, num_classes=num_classes, in_chans=channels, **recipe.arguments
-    )
+    twin = timm.create_model(recipe.architecture, num_classes=num_classes, **recipe.arguments)
     own, other = ({key: tuple(v.shape) for key, v in n.state_dict().items()} for n in (net, twin))
     differing = [key for key in (own | other) if own.get(key) != other.get(key)]
     if differing:

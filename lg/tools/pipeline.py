@@ -24,7 +24,7 @@ from lg.datasets.base import fingerprint
 from lg.distributed import World
 from lg.errors import ConfigError
 from lg.files.atomic import write_text
-from lg.logs.log import read_json_lines
+from lg.logs.log import read_run_lines
 from lg.paths import local_path, project_folder
 from lg.tools.seeds import read_result
 
@@ -36,6 +36,8 @@ _SHARED = (
     *("TRAIN.RESIZE", "TRAIN.HFLIP", "TEST.", "MODEL.NUM_CLASSES", "MODEL.IN_CHANNELS"),
     *_GUIDE_MODEL,
 )
+# Keys that determine which images are held out.
+_HELD_OUT = ("RNG_SEED", "TRAIN.EXCLUDE", "TRAIN.FRACTION", "TRAIN.VAL_FRACTION")
 # Keys that do not change what a training learns, besides those that may change when it resumes, or
 # name files whose contents are hashed.
 _PLACES = (
@@ -89,6 +91,9 @@ def pipeline(
     guide_path = guide or find_guide(path, cfg.DISTILLATION.TEACHER_WEIGHTS)
     pairs = [pair for pair in zip(opts[::2], opts[1::2], strict=True) if pair[0] != "OUT_DIR"]
     shared = [part for pair in pairs if pair[0].startswith(_SHARED) for part in pair]
+    if cfg.TRAIN.VAL_FRACTION > 0:  # the guide must not train on images that the student holds out
+        values = dict(flatten(cfg))
+        shared += [part for key in _HELD_OUT for part in (key, values[key])]
     own = [part for pair in pairs for part in pair]
     own_size = cfg.MODEL.TYPE == "ResNet"  # its keys are those of the guide
     of_guide = ("DISTILLATION.", *(() if own_size else _GUIDE_MODEL))
@@ -214,7 +219,7 @@ def run_part(part: Part, train: Callable[[CfgNode], None]) -> dict[str, Any]:
     print(f"Training the {part.name} model: {part.folder}", flush=True)
     cfg = load_config(part.path, [*part.opts, "OUT_DIR", part.folder])
     train(cfg)
-    log = read_json_lines(os.path.join(part.folder, "log.txt"))
+    log = read_run_lines(os.path.join(part.folder, "log.txt"))
     seconds = sum(line["time_epoch"] for line in log if "time_epoch" in line)
     model = build_model(cfg, pretrained=False)
     data = fetch_data(cfg, World())

@@ -140,13 +140,19 @@ class Predictor:
         Raises:
             DataError: An image cannot be read.
         """
-        pixels = []
-        for image in images:
-            if isinstance(image, Image.Image):
-                upright = self._pixel_format.convert(image.copy())
-            else:
-                upright = self._pixel_format.open(image)
-            pixels.append(pixel_tensor(self._transform.prepare(upright)))
+        pixel_format = self._pixel_format
+        return self.prepare_converted(
+            [
+                pixel_format.convert(image.copy())
+                if isinstance(image, Image.Image)
+                else pixel_format.open(image)
+                for image in images
+            ]
+        )
+
+    def prepare_converted(self, images: Sequence[Image.Image]) -> torch.Tensor:
+        """Return images in the model's pixel format, as data sets hold them, as its input."""
+        pixels = [pixel_tensor(self._transform.prepare(image)) for image in images]
         count = len(images)
         return self._transform(stack(pixels), epochs=[0] * count, index=range(count))[0]
 

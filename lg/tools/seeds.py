@@ -14,7 +14,7 @@ from yacs.config import CfgNode
 from lg.config import is_guided, load_config
 from lg.errors import ConfigError
 from lg.files.atomic import write_text
-from lg.logs.log import read_json_lines
+from lg.logs.log import read_run_lines
 
 # Rows of the table: key of a result, its title, and whether the table shows 100 minus the value.
 ROWS = {
@@ -74,12 +74,13 @@ def read_result(folder: str, *, validated: bool) -> dict[str, Any]:
     It is the final test; without one, the test of the best epoch if held-out images chose it, and
     else of the last epoch, because the best of many tests on the test set is optimistic.
     """
-    lines = read_json_lines(os.path.join(folder, "log.txt"))
+    lines = read_run_lines(os.path.join(folder, "log.txt"))
     final = [line for line in lines if line["_type"] == "final_test"]
     tests = [line for line in lines if line["_type"] == "test_epoch"]
     if final:
         line, choice = final[-1], "best epoch, chosen on other images"
     elif validated:
+        tests += [line for line in lines if line["_type"] == "test_ema_epoch"]
         line, choice = min(tests, key=lambda test: test["top1_err"]), "best epoch, chosen on them"
     else:
         line, choice = tests[-1], "last epoch"

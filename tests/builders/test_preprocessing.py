@@ -20,7 +20,7 @@ from lg.config import load_trained_config
 from lg.datasets import build_dataset
 from lg.datasets.statistics import pixel_statistics
 from lg.distributed import World
-from lg.errors import CheckpointError, ConfigError
+from lg.errors import BankError, CheckpointError, ConfigError
 from lg.guidance import FeatureBank, FrozenTeacher
 from lg.guidance.bank_file import open_bank
 from lg.models import resnet
@@ -111,7 +111,7 @@ def test_weights_without_a_config_need_values(tmp_path: Path, guide: Path) -> No
     )
     for text in ("[", "MODEL: 3", "MODEL: {IMG_SIZE: 16}\nDATA_LOADER: {MEAN: [x], STD: 3}"):
         with pytest.raises(CheckpointError, match="damaged config"):
-            builders.guide_preprocessing({"cfg": text}, "file")
+            builders.guide_preprocessing({"cfg": text}, "file", kind="ResNet", channels=3)
 
 
 def test_a_run_resumes_with_its_numbers_only(tmp_path: Path) -> None:
@@ -211,3 +211,39 @@ def test_numbers_that_cannot_take_effect_are_refused(tmp_path: Path) -> None:
     prepared = builders.build_preprocessing(config(GUIDE, tmp_path, *values, *mean, *std))
     assert (prepared.mean, prepared.std) == ((0.5,) * 3, (0.2,) * 3)
     assert World().is_main
+
+
+def test_borders_are_those_of_the_student_online_and_offline(tmp_path: Path, guide: Path) -> None:
+    wide = Image.new("RGB", (8, 4))
+    assert BatchTestTransform(image_size=8, resize="letterbox", fill=(1, 2, 3)).prepare(
+        wide
+    ).getpixel((0, 0)) == (1, 2, 3)
+    opts = ["TRAIN.RESIZE", "letterbox", "DEVICE", "cpu", "DATA_LOADER.NUM_WORKERS", "0"]
+    arguments = ["--cfg", str(OFFLINE), "--ckpt", str(guide), "--out", str(tmp_path / "bank")]
+    args = precompute_feature.parse_args([*arguments, "TRAIN.FRACTION", "0.1", *opts])
+    precompute_feature.run(args, lg.load_config(args.cfg, args.opts))
+    provenance = open_bank(tmp_path / "bank").provenance
+    assert provenance is not None and provenance.fill == [124, 116, 104]  # ImageNet's mean
+    letterbox = (*opts[:2], "DISTILLATION.FEATURE_FILE", tmp_path / "bank")
+    builders.build_guided(config(OFFLINE, tmp_path, *letterbox))
+    other = ("DATA_LOADER.NORMALIZE", "values", "DATA_LOADER.MEAN", [0.2] * 3)
+    with pytest.raises(BankError, match=r"fill .*124.* \(expected .*51"):
+        builders.build_guided(
+            config(OFFLINE, tmp_path, *letterbox, *other, "DATA_LOADER.STD", [0.3] * 3)
+        )
+
+
+@pytest.mark.parametrize(
+    ("kind", "channels", "mean"),
+    [
+        ("timm/tf_efficientnet_lite0", 3, (0.5, 0.5, 0.5)),
+        ("timm/resnet18", 3, (0.485, 0.456, 0.406)),
+        ("timm/resnet18", 1, (0.449,)),
+        ("ResNet", 3, (0.485, 0.456, 0.406)),
+    ],
+)
+def test_guides_without_a_config_have_the_numbers_that_timm_states(
+    kind: str, channels: int, mean: tuple[float, ...]
+) -> None:
+    found = builders.guide_preprocessing({}, "file", kind=kind, channels=channels)
+    assert found.mean == mean

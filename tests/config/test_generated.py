@@ -135,7 +135,6 @@ def build_and_step(cfg: CfgNode) -> None:
     builders.synchronize_batch_norms(cfg, [guided, guide], world, device)
     optimizer, rates = builders.build_optimizer(cfg, guided), builders.build_learning_rate(cfg)
     average = builders.build_average(cfg, guided.student)
-    assert builders.build_settings(cfg, []).num_classes == cfg.MODEL.NUM_CLASSES
     resources = builders.build_resources(cfg)
     assert resources["nodes"] * resources["tasks_per_node"] == cfg.NUM_GPUS
     for epoch in (cfg.OPTIM.MAX_EPOCH - 1, cfg.OPTIM.MAX_EPOCH // 2, 0):

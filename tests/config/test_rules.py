@@ -294,6 +294,13 @@ BROKEN: list[tuple[str, dict[str, Any], str]] = [
     ("OPTIM.STEPS", {"OPTIM.STEPS": [3]}, "no effect"),
     ("OPTIM.WARMUP_EPOCHS", {"OPTIM.WARMUP_EPOCHS": 201}, "OPTIM.MAX_EPOCH 200"),
     ("OPTIM.NESTEROV", {"OPTIM.DAMPENING": 0.1}, "DAMPENING 0"),
+    ("OPTIM.BETA1", {"OPTIM.BETA1": 0.8}, "OPTIM.OPTIMIZER sgd, only with adam, adamw, muon, nad"),
+    (
+        "OPTIM.MOMENTUM",
+        {"OPTIM.OPTIMIZER": "adamw", "OPTIM.MOMENTUM": 0.8},
+        "OPTIMIZER adamw, only with sgd, muon, nadamuon: set it to 0.9.",
+    ),
+    ("OPTIM.LR_MULT", {"OPTIM.LR_MULT": 0.5}, "LR_POLICY cos, only with steps: set it to 0.1."),
     ("OPTIM.EMA_ALPHA", {"OPTIM.EMA_UPDATE_PERIOD": 1, "OPTIM.EMA_ALPHA": 0.0}, "never change"),
     ("TRAIN.AMP_DTYPE", {"TRAIN.AMP_DTYPE": "bf16"}, "TRAIN.MIXED_PRECISION"),
     (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from lg.datasets.image import PixelFormat, pixel_tensor, to_gray
 from lg.datasets.scan import inspect_image
 from lg.distributed import World
 from lg.errors import CheckpointError, ConfigError, DataError
+from lg.tools.export import _check_batch, export
 from lg.tools.predict import build_predictor
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -210,3 +212,35 @@ def test_every_family_takes_gray_images(name: str) -> None:
     model = lg.build_model(cfg).eval()
     with torch.no_grad():
         assert model(torch.zeros(1, 1, *[cfg.MODEL.IMG_SIZE] * 2)).shape == (1, 100)
+
+
+def test_exports_are_checked_on_the_test_images(root: Path, guide: Path) -> None:
+    cfg = load_trained_config(guide, ["TEST.WEIGHTS", str(guide)])
+    loader = builders.build_test_loader(
+        cfg, builders.build_test_data(cfg), World(), torch.device("cpu")
+    )
+    with contextlib.closing(loader):
+        wanted = next(iter(loader)).images
+    found = _check_batch(cfg, build_predictor(cfg), [])
+    torch.testing.assert_close(found, wanted[: len(found)], rtol=0, atol=1e-5)
+
+
+def test_gray_timm_models_are_exported(root: Path, tmp_path: Path) -> None:
+    cfg = config(CONFIGS / "digits/vit_digits_base.yaml", root, "OUT_DIR", tmp_path, *WINDOW)
+    torch.manual_seed(0)
+    model = lg.build_model(cfg)
+    for name, parameter in model.named_parameters():
+        if name in model.head_names():
+            torch.nn.init.normal_(parameter)
+    state = {"model_state": lg.published_state_dict(model), "class_names": ["across", "down"]}
+    state["cfg"] = config(
+        CONFIGS / "digits/vit_digits_base.yaml",
+        root,
+        *WINDOW,
+        *("DATA_LOADER.NORMALIZE", "values", "DATA_LOADER.MEAN", [0.5], "DATA_LOADER.STD", [0.1]),
+    ).dump()
+    torch.save(state, tmp_path / "model.pyth")
+    weights = str(tmp_path / "model.pyth")
+    cfg = load_trained_config(weights, ["TEST.WEIGHTS", weights])
+    (written,) = export(cfg, formats=["timm"], out=None, images=[])
+    assert written.parity.is_met and written.parity.count == 24

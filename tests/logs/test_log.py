@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from lg.logs.log import RunLog, format_time, json_line, read_json_lines
+from lg.logs.log import RunLog, format_time, json_line, read_json_lines, read_run_lines
 from tests.fault_cases import files_up_to
 
 
@@ -256,3 +256,16 @@ def test_curves_continue_after_their_folder_is_removed(tmp_path: Path) -> None:
 )
 def test_times_are_formatted(seconds: float, text: str) -> None:
     assert format_time(seconds) == text
+
+
+def test_epochs_trained_or_tested_again_replace_their_results(tmp_path: Path) -> None:
+    def line(kind: str, epoch: str, number: int) -> str:
+        return json_line(kind, {"epoch": epoch, "n": number})
+
+    lines = [line("train_epoch", f"{k}/3", k) for k in (1, 2, 3)]
+    lines += [line("test_epoch", "3/3", 4), line("test_ema_epoch", "3/3", 5)]
+    lines += [json_line("final_test", {"n": 6}), line("train_epoch", "2/4", 7)]
+    lines += [line("test_epoch", "2/4", 8), line("test_ema_epoch", "2/4", 9)]
+    lines += [line("test_epoch", "2/4", 10)]
+    (tmp_path / "log.txt").write_text("\n".join(lines) + "\n")
+    assert [found["n"] for found in read_run_lines(tmp_path / "log.txt")] == [1, 7, 9, 10]

@@ -15,8 +15,9 @@ from PIL import Image
 
 import lg
 import run_net
-from lg import trainer
+from lg import builders, trainer
 from lg.config import flatten
+from lg.distributed import World
 from lg.errors import ConfigError
 from lg.tools import pipeline
 from tests.test_trainer import TINY
@@ -231,3 +232,31 @@ def test_missing_weights_are_found_before_the_guide_trains(tmp_path: Path) -> No
     with pytest.raises(ConfigError, match=r"TRAIN\.WEIGHTS is '/gone\.pyth', which cannot be read"):
         pipeline.pipeline(CONFIG, more, None, False, trainer.train)
     assert not any(tmp_path.iterdir())
+
+
+def test_images_that_the_students_file_holds_out_are_new_to_the_guide(
+    tmp_path: Path, guide: str
+) -> None:
+    student = tmp_path / "s.yaml"
+    student.write_text(
+        f"_BASE_: {CONFIG}\nTRAIN: {{VAL_FRACTION: 0.2, FRACTION: 0.5}}\nRNG_SEED: 3"
+    )
+    seen: list[Any] = []
+
+    def train(cfg: Any) -> None:
+        seen.append(cfg)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        pipeline.pipeline(str(student), ["OUT_DIR", str(tmp_path)], guide, False, train)
+    mine = builders.fetch_data(lg.load_config(student), World()).test
+    assert len(mine) == 120
+    assert not set(mine.indices) & set(builders.build_train_data(seen[0]).indices)
+
+
+def test_how_often_a_run_is_tested_changes_its_result() -> None:
+    hashes = {
+        pipeline.settings_hash(lg.load_config(CONFIG, opts(TEST__PERIOD=period)))
+        for period in (1, 50)
+    }
+    assert len(hashes) == 2

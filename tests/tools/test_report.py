@@ -16,10 +16,11 @@ from torchmetrics.functional.classification import multiclass_calibration_error
 
 import lg
 from lg import trainer
+from lg.builders import build_preprocessing
 from lg.errors import ConfigError, DataError
 from lg.logs.log import json_line
 from lg.tools.predict import Predictions
-from lg.tools.report import focus, mistakes, mixing, report, results
+from lg.tools.report import focus, mistakes, mixing, report, results, samples
 from lg.tools.report.runs import changed_settings, read_runs
 from lg.tools.report.subject import Subject
 from lg.tools.report.subject import test_runs as evaluate_runs
@@ -152,7 +153,7 @@ def test_folders_without_a_run_are_refused(runs: list[str], tmp_path: Path) -> N
     shutil.copy(Path(runs[1], "config.yaml"), tmp_path)
     assert read_runs([str(tmp_path)])[0].config == read_runs([runs[1]])[0].config
     (tmp_path / "config.yaml").unlink()
-    with pytest.raises(DataError, match="tells no config"):
+    with pytest.raises(DataError, match="has no config"):
         read_runs([str(tmp_path)])
 
 
@@ -279,3 +280,15 @@ def test_a_browser_shows_the_page(page: Path, tmp_path: Path, width: int) -> Non
     assert page_width == frame_width == width
     assert num_charts >= 8 and num_broken == 0 and font_size >= 14
     assert "CONSOLE" not in messages
+
+
+def test_pictures_show_the_colours_of_the_images(tmp_path: Path) -> None:
+    values = ["DATA_LOADER.NORMALIZE", "values", "DATA_LOADER.MEAN", "[0.2,0.2,0.2]"]
+    opts = [*SMALL.split(), "OUT_DIR", str(tmp_path), *values, "DATA_LOADER.STD", "[0.3,0.3,0.3]"]
+    trainer.train(lg.load_config(CONFIGS / "vit_digits_base.yaml", opts))
+    (subject,) = evaluate_runs(read_runs([str(tmp_path)]), [])
+    assert subject.tested is not None
+    images = samples.load_images(subject.tested, [3])
+    (picture,) = samples.pictures(images, build_preprocessing(subject.tested.cfg))
+    original = subject.tested.dataset.image(3).resize((16, 16))
+    assert np.asarray(picture).mean() == pytest.approx(np.asarray(original).mean(), abs=2)

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+from lg.augment.preprocessing import Preprocessing
 from lg.models import resnet, timm_model
 from lg.tools.report.activation import class_activation
 from lg.tools.report.attention import (
@@ -113,7 +114,7 @@ def test_other_models_are_left_out() -> None:
 
 
 def test_pictures_of_heat() -> None:
-    (picture,) = pictures(torch.zeros(1, 3, 16, 16))
+    (picture,) = pictures(torch.zeros(1, 3, 16, 16), Preprocessing(16))
     assert picture.size == (128, 128)
     hot = torch.zeros(4, 4)
     hot[0, 0] = 1.0

@@ -12,6 +12,7 @@ import pytest
 import run_net
 from lg import trainer
 from lg.errors import ConfigError
+from lg.logs.log import json_line
 from lg.tools import seeds
 from tests.test_trainer import CONFIGS, TINY
 
@@ -93,3 +94,12 @@ def test_seeds_that_cannot_run_here_are_rejected(
     guided, held_out = CONFIG.replace("base", "ours"), opts(tmp_path, TRAIN__VAL_FRACTION=0.25)
     with pytest.raises(ConfigError, match="one guide cannot be new to all of them"):
         seeds.train_seeds(guided, held_out, [1, 2], trainer.train)
+
+
+def test_the_weight_average_counts_where_held_out_images_choose(tmp_path: Path) -> None:
+    rates = dict.fromkeys(seeds.ROWS, 50.0) | {"split": "folder/held-out", "epoch": "1/1"}
+    lines = [json_line("test_epoch", {**rates, "top1_err": 40.0})]
+    lines.append(json_line("test_ema_epoch", {**rates, "top1_err": 30.0}))
+    (tmp_path / "log.txt").write_text("\n".join(lines) + "\n")
+    assert seeds.read_result(str(tmp_path), validated=True)["top1_err"] == 30.0
+    assert seeds.read_result(str(tmp_path), validated=False)["top1_err"] == 40.0

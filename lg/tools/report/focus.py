@@ -8,6 +8,7 @@ from html import escape
 import torch
 from PIL import Image
 
+from lg.builders import build_preprocessing
 from lg.tools.report import figures, page
 from lg.tools.report.activation import class_activation
 from lg.tools.report.attention import FINE, BlockDistance, block_distances, image_attention
@@ -86,7 +87,7 @@ def _map_table(group: Sequence[tuple[Subject, Tested]]) -> str:
     rows, notes = [], []
     for number, (subject, tested) in enumerate(group):
         images = load_images(tested, indices)
-        shown = pictures(images)
+        shown = pictures(images, build_preprocessing(tested.cfg))
         if number == 0:
             rows.append(["image", *(page.thumbnail(image, "") for image in shown)])
         title = page.run_name(subject.number, subject.run.name)

@@ -62,7 +62,7 @@ def _choice(run: RunRecord, split: str) -> str:
     """Say which images chose the weights that were tested on `split`."""
     tests = [*run.tests.values(), *run.average_tests.values()]
     chosen_on = str(tests[-1]["split"]) if tests else ""
-    if run.final or (chosen_on and chosen_on != split):
+    if chosen_on and chosen_on != split:
         return f"the best epoch was chosen on {chosen_on}, not on {split}."
     return (
         f"the best epoch was chosen on the tested images ({split}) themselves, so its accuracy is "

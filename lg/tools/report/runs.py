@@ -12,7 +12,7 @@ import yaml
 
 from lg.config.defaults import DEFAULT_VALUES, FREE_ON_RESUME, flatten
 from lg.errors import DataError
-from lg.logs.log import read_json_lines
+from lg.logs.log import epoch_number, read_run_lines
 
 Line = dict[str, Any]
 
@@ -88,7 +88,7 @@ def _read(folder: Path, name: str) -> RunRecord:
             f"Name the runs inside: {' '.join(inside)}." if inside else "Name the OUT_DIR of a run."
         )
         raise DataError(f"{folder} is not the folder of a run: it has no log.txt. {hint}")
-    lines = read_json_lines(log)
+    lines = read_run_lines(log)
     kinds: dict[str, list[Line]] = {}
     for line in lines:
         kinds.setdefault(str(line.pop("_type", "")), []).append(line)
@@ -125,8 +125,7 @@ def _last(kinds: dict[str, list[Line]], kind: str) -> Line:
 
 
 def _by_epoch(lines: Sequence[Line]) -> dict[int, Line]:
-    found = {int(str(line["epoch"]).partition("/")[0]): line for line in lines}
-    return dict(sorted(found.items()))
+    return dict(sorted((epoch_number(line), line) for line in lines))
 
 
 def _short_names(paths: Sequence[Path]) -> list[str]:

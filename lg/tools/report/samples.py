@@ -15,6 +15,7 @@ from torch import Tensor
 
 from lg import builders
 from lg.augment.batched import to_pixels
+from lg.augment.preprocessing import Preprocessing
 from lg.datasets.base import DatasetSubset
 from lg.distributed import World
 from lg.tools.report.subject import Tested
@@ -41,9 +42,10 @@ def load_images(tested: Tested, indices: Sequence[int]) -> Tensor:
         return torch.cat([batch.to(tested.device).images for batch in loader])
 
 
-def pictures(images: Tensor) -> list[Image.Image]:
-    """Return images [B, 3, S, S] as pictures."""
-    return [_enlarged(Image.fromarray(pixels)) for pixels in to_pixels(images).cpu().numpy()]
+def pictures(images: Tensor, preprocessing: Preprocessing) -> list[Image.Image]:
+    """Return images as the model sees them, [B, C, S, S], as pictures."""
+    pixels = to_pixels(images, preprocessing.mean, preprocessing.std).cpu().numpy()
+    return [_enlarged(Image.fromarray(each)) for each in pixels]
 
 
 def _enlarged(image: Image.Image) -> Image.Image:

@@ -84,6 +84,8 @@ def test_runs(runs: Sequence[RunRecord], opts: Sequence[str]) -> list[Subject]:
 def _test(run: RunRecord, opts: Sequence[str]) -> Tested:
     # A report downloads nothing unless it is told to.
     own = ["TEST.WEIGHTS", str(run.weights), "DATA_LOADER.DOWNLOAD", "False"]
+    if run.final:  # not the images that chose the weights
+        own += ["TEST.SPLIT", run.final["split"].rpartition("/")[2]]
     cfg = load_trained_config(run.weights, [*own, *opts])
     cfg, model, dataset, precision = trainer.load_tested(cfg, World())
     predictions = evaluate_loaded(cfg, model, dataset, precision)

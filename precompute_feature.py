@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
-"""Compute a teacher's feature maps of the training images once, for training with OFFLINE guidance.
+"""Compute a guide's feature maps of the training images once, for training with OFFLINE guidance.
 
 python precompute_feature.py --cfg configs/resnet/r-56_c100.yaml --ckpt model.pyth
 python precompute_feature.py --cfg configs/deit/deit-ti_c100_ours_offline.yaml
 
-With the config of a teacher, the maps of all its stages are stored, for students of --image-size.
+With the config of a guide, the maps of all its stages are stored, for students of --image-size.
 With a guided config, exactly the maps that this training needs. An interrupted run resumes.
 """
 
@@ -38,11 +38,11 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--cfg", required=True, metavar="FILE", help="config of a teacher or of a guided training")
-    add("--ckpt", metavar="FILE", help="the teacher's weights (default: where its config saves)")
+    add("--cfg", required=True, metavar="FILE", help="config of a guide or of a guided training")
+    add("--ckpt", metavar="FILE", help="the guide's weights (default: where its config saves)")
     add("--out", metavar="FOLDER", help="default: FEATURE_FILE, or temp/<config name>")
     add("--image-size", type=int, metavar="PIXELS", help="of the students (default: 224)")
-    add("--layers", type=block_numbers, metavar="I,J,..", help="teacher blocks (default: all)")
+    add("--layers", type=block_numbers, metavar="I,J,..", help="blocks of the guide (default: all)")
     add(
         "--mirrored",
         action="store_true",
@@ -141,7 +141,7 @@ def choose_teacher(
         if args.image_size or args.layers:
             raise ConfigError(
                 "--image-size and --layers are set by a guided config: drop them, or give the "
-                "config of the teacher"
+                "config of the guide"
             )
         if args.ckpt:
             cfg = cfg.clone()
@@ -161,7 +161,7 @@ def choose_teacher(
         sizes = {"image_size": args.image_size or 224, "teacher_image_size": cfg.MODEL.IMG_SIZE}
         if max(layers) >= len(model.blocks) or min(layers) < 0:
             raise ConfigError(
-                f"--layers {layers}: the teacher has blocks 0 to {len(model.blocks) - 1}"
+                f"--layers {layers}: the guide has blocks 0 to {len(model.blocks) - 1}"
             )
     channels = cfg.MODEL.IN_CHANNELS
     trained = builders.guide_preprocessing(saved, path, kind=kind, channels=channels)

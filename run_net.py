@@ -198,8 +198,6 @@ MODES = {
         arguments=_DOCTOR,
     ),
 }
-# KEY or KEY=VALUE, the start of the overrides, unless a file has this name.
-_KEY = re.compile(r"[A-Z][A-Z0-9_]+(\.[A-Z0-9_]+)*(=.*)?", re.DOTALL)
 
 
 def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -226,8 +224,7 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         _add_config(parser, required=not mode.from_weights)
     if mode.config != "none":
         # Found here because an argument that takes several values would take the overrides too.
-        is_key = (bool(_KEY.fullmatch(w)) and not os.path.exists(w) for w in words)
-        end = next((i for i, found in enumerate(is_key) if found), end)
+        end = next((i for i, word in enumerate(words) if _is_key(word)), end)
     late = [word for word in words[end:] if word.startswith("--")]
     if late:
         parser.error(f"{late[0]} comes after the first KEY VALUE: put it before {words[end]}")
@@ -235,6 +232,13 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     if mode.config != "none":
         args.opts += words[end:]
     return args
+
+
+def _is_key(word: str) -> bool:
+    """Tell whether a word is KEY or KEY=VALUE, and no file has this name."""
+    from lg.config.defaults import DEFAULTS
+
+    return re.split(r"[.=]", word)[0] in DEFAULTS and not os.path.exists(word)
 
 
 def _parser(

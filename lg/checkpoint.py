@@ -72,8 +72,8 @@ def read_checkpoint(path: str | os.PathLike[str], *, cache: str = DEFAULT_CACHE)
         raise CheckpointError(f"{name} cannot be read: {error.strerror or error}.") from None
     except Exception as error:  # torch, safetensors and pickle raise many types for bad files
         raise CheckpointError(
-            f"{name} is not an intact file of tensors and plain values (objects are never loaded): "
-            f"{first_line(error)}. Use another copy."
+            f"{name} is damaged or incomplete, or holds more than tensors and plain values, and "
+            f"objects are never loaded ({first_line(error)}). Use another copy."
         ) from None
     if not isinstance(state, dict) or not state:
         raise CheckpointError(f"{name} holds a {type(state).__name__}; a checkpoint is a dict.")

@@ -20,11 +20,16 @@ from torch import Tensor
 # one thread on one core it is half.
 MAX_CORE_WAIT = 0.2
 
-CORE_WAIT_ADVICE = (
-    "Other programs, or too many DATA_LOADER.NUM_WORKERS, use the same cores. If they cannot be "
-    "stopped, set the environment variable GOMP_SPINCOUNT=1000 or OMP_NUM_THREADS=1: threads that "
-    "wait for each other occupy the cores that the others need."
-)
+
+def core_wait_advice() -> str:
+    """Return what to do about other programs on the same cores."""
+    text = "Other programs, or too many DATA_LOADER.NUM_WORKERS, use the same cores."
+    if torch.get_num_threads() == 1:
+        return text
+    return (
+        f"{text} If they cannot be stopped, set the environment variable GOMP_SPINCOUNT=1000 or "
+        "OMP_NUM_THREADS=1: threads that wait for each other occupy the cores that the others need."
+    )
 
 
 def usable_cores() -> int:
@@ -61,6 +66,8 @@ def select_device(kind: str, *, local_rank: int = 0) -> torch.device:
         kind = "cuda" if torch.cuda.is_available() else "mps" if has_mps else "cpu"
     if kind == "cuda":
         count = torch.cuda.device_count()
+        if count == 0:
+            raise ValueError("DEVICE is cuda, but torch finds no GPU: set DEVICE cpu.")
         if local_rank >= count:
             raise ValueError(
                 f"Process {local_rank} of this machine needs its own GPU, but torch sees {count}: "

@@ -6,7 +6,6 @@ that need nothing but the digits.
 
 from __future__ import annotations
 
-import ast
 import re
 import shlex
 import subprocess
@@ -111,12 +110,9 @@ def check_make(words: list[str]) -> None:
 
 
 def check_pip(words: list[str]) -> None:
-    setup = ast.parse((ROOT / "setup.py").read_text(encoding="utf-8"))
-    (extras,) = (
-        k for k in ast.walk(setup) if isinstance(k, ast.keyword) and k.arg == "extras_require"
-    )
+    setup = (ROOT / "setup.py").read_text(encoding="utf-8")
     named = re.findall(r"[\w-]+", " ".join(re.findall(r"\[([^]]*)\]", " ".join(words))))
-    assert set(named) <= set(ast.literal_eval(extras.value))
+    assert [name for name in named if f'"{name}": [' not in setup] == []
 
 
 def check(command: str) -> None:

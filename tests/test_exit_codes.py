@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+import run_net
 from tests.test_trainer import TINY
 
 ROOT = Path(__file__).parents[1]
@@ -77,3 +78,10 @@ def test_codes_of_signals(tmp_path: Path) -> None:
         assert process.returncode == signals[signum], err
         assert ("To resume: " in out) == (signum != signal.SIGKILL)
     assert {130, 143, 137} <= DOCUMENTED
+
+
+def test_names_of_files_in_capitals_are_no_keys() -> None:
+    words = ["--mode", "predict", "--images", "IMG_1.JPG", "B.PNG", "--out", "RESULTS.CSV"]
+    args = run_net.parse_args([*words, "TEST.WEIGHTS", "w.pyth", "DEVICE=cpu"])
+    assert (args.images, args.out) == (["IMG_1.JPG", "B.PNG"], "RESULTS.CSV")
+    assert args.opts == ["TEST.WEIGHTS", "w.pyth", "DEVICE=cpu"]

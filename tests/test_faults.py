@@ -120,7 +120,7 @@ def test_read_only_folder_is_reported_at_once(
 def test_file_in_place_of_a_folder_is_reported(tmp_path: Path, name: str) -> None:
     (tmp_path / name).parent.mkdir(exist_ok=True)
     (tmp_path / name).touch()
-    with pytest.raises(CheckpointError, match=rf"is not writable: Not a directory in .*/{name}\."):
+    with pytest.raises(CheckpointError, match=rf"OUT_DIR is .*/run, but .*/{name} is a file: "):
         lock_folder(tmp_path / "run").__enter__()
 
 

@@ -91,7 +91,7 @@ def test_the_bank_of_a_guided_config_holds_the_same_maps(
     view = torch.tensor([[0.1, 0.2, 0.6, 0.5, 1.0]])
     for mine, theirs in zip(*(b(*batch, view)[0] for b in banks), strict=True):
         assert torch.equal(mine, theirs)
-    with pytest.raises(BankError, match="holds blocks 0, 2 of the teacher, not 1"):
+    with pytest.raises(BankError, match="holds blocks 0, 2 of the guide, not 1"):
         FeatureBank(path, [0, 1])
 
 
@@ -230,7 +230,7 @@ def test_errors_are_one_line(
 
 def test_layers_that_the_teacher_lacks_are_rejected(teacher: Path, tmp_path: Path) -> None:
     arguments = ["--cfg", str(GUIDE), "--ckpt", str(teacher), "--out", str(tmp_path / "bank")]
-    with pytest.raises(ConfigError, match=r"--layers \[0, 3\]: the teacher has blocks 0 to 2"):
+    with pytest.raises(ConfigError, match=r"--layers \[0, 3\]: the guide has blocks 0 to 2"):
         compute(*arguments, "--layers", "0,3")
 
 

@@ -293,9 +293,11 @@ def check_training(cfg: CfgNode, *, trained_guide: bool = True) -> None:
         )
     for key, path in _files_of_training(cfg):
         if path and not is_url(path) and not is_local_file(path):
+            is_guide = key == "DISTILLATION.TEACHER_WEIGHTS"
+            hint = " (--mode pipeline trains guide and student)" if is_guide else ""
             raise ConfigError(
                 f"{key} is {path!r}, which does not exist. Check the path, or train the model that "
-                "writes it first."
+                f"writes it first{hint}."
             )
     if options.OFFLINE and not bank_path(options.FEATURE_FILE).exists():
         raise ConfigError(

@@ -264,8 +264,9 @@ def _schedule(cfg: CfgNode) -> Iterator[Fault]:
     if optim.WARMUP_EPOCHS > optim.MAX_EPOCH:
         yield (
             "OPTIM.WARMUP_EPOCHS",
-            f"it must not exceed OPTIM.MAX_EPOCH {optim.MAX_EPOCH}: set it to a tenth of that, "
-            f"{optim.MAX_EPOCH // 10}, or OPTIM.MAX_EPOCH to {10 * optim.WARMUP_EPOCHS}.",
+            f"it must not exceed OPTIM.MAX_EPOCH {optim.MAX_EPOCH}: set it to "
+            f"{optim.MAX_EPOCH // 10} (a tenth of that), or OPTIM.MAX_EPOCH to "
+            f"{10 * optim.WARMUP_EPOCHS}.",
         )
     is_plain = optim.MOMENTUM == 0 or optim.DAMPENING != 0
     if optim.OPTIMIZER == "sgd" and optim.NESTEROV and is_plain:

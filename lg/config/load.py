@@ -302,9 +302,18 @@ def _is_one_of(value: Any, types: tuple[type, ...]) -> bool:
     return type(value) in types or (type(value) is int and float in types)
 
 
+# Type -> what one value of it, and several, are called.
+_TYPES = {
+    bool: ("True or False", "True or False"),
+    int: ("a whole number", "whole numbers"),
+    float: ("a number", "numbers"),
+    str: ("text", "texts"),
+}
+
+
 def _described(single: tuple[type, ...], elements: tuple[type, ...], *, nullable: bool) -> str:
-    forms = ["null"] * nullable + [t.__name__ for t in single]
-    return " or ".join(forms + [f"a list of {t.__name__}" for t in elements])
+    forms = ["null"] * nullable + [_TYPES[t][0] for t in single]
+    return " or ".join(forms + [f"a list of {_TYPES[t][1]}" for t in elements])
 
 
 def _validate(cfg: CfgNode, where: Mapping[str, str]) -> None:

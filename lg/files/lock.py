@@ -79,6 +79,8 @@ def existing_folder(folder: Path) -> Path:
 
 
 def _not_writable(folder: Path, place: Path, error: OSError) -> CheckpointError:
+    if isinstance(error, NotADirectoryError):
+        return CheckpointError(f"OUT_DIR is {folder}, but {place} is a file: name a folder.")
     return CheckpointError(
         f"OUT_DIR {folder} is not writable: {error.strerror} in {place}. Make it writable, or set "
         "OUT_DIR to another folder."

@@ -45,7 +45,7 @@ class FeatureBank:
         self.provenance, arrays, self.indices = open_bank(path)
         if missing := [layer for layer in layers if layer not in arrays]:
             raise BankError(
-                f"{self.path} holds blocks {', '.join(map(str, arrays))} of the teacher, not "
+                f"{self.path} holds blocks {', '.join(map(str, arrays))} of the guide, not "
                 f"{', '.join(map(str, missing))}. Compute the features of these blocks, or change "
                 "DISTILLATION.INTER_TEACHER_INDEX."
             )

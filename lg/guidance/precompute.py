@@ -177,8 +177,8 @@ def _convert(maps: torch.Tensor, dtype: np.dtype) -> np.ndarray:
         stored = values.astype(dtype)
     if not np.isfinite(stored).all():
         raise BankError(
-            f"the teacher's maps reach {np.abs(values).max():.3g}, which {dtype} cannot hold. Set "
-            "--dtype float32, or check the teacher's weights."
+            f"the guide's maps reach {np.abs(values).max():.3g}, which {dtype} cannot hold. Set "
+            "--dtype float32, or check the guide's weights."
         )
     return stored
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from lg.device import CORE_WAIT_ADVICE, MAX_CORE_WAIT, core_wait_seconds, peak_memory_mb
+from lg.device import MAX_CORE_WAIT, core_wait_advice, core_wait_seconds, peak_memory_mb
 from lg.logs.log import RunLog, format_time
 from lg.logs.pictures import Pictures
 from lg.metrics import EvalResult
@@ -292,7 +292,7 @@ class Reporter:
         if self.device.type == "cpu" and share > MAX_CORE_WAIT and not self._lacked_cores:
             self._lacked_cores = True
             self.log.warn(
-                f"Training waited {share:.0%} of the epoch for a core. {CORE_WAIT_ADVICE}"
+                f"Training waited {share:.0%} of the epoch for a core. {core_wait_advice()}"
             )
 
     def end_epoch(self, *, is_last: bool) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -111,8 +112,10 @@ def pipeline(
         name: os.path.join(result["folder"], "model.pyth") for name, result in results.items()
     }
     places = [f"{name + ' model':<13}{path}" for name, path in weights.items()]
-    command = f"python run_net.py --mode predict --images IMAGES TEST.WEIGHTS {weights['guided']}"
-    print("\n".join(["", *table(results), "", *places, "", f"Classify images: {command}"]))
+    best = min(results, key=lambda name: results[name]["top1_err"])
+    command = "python run_net.py --mode predict --images IMAGES TEST.WEIGHTS"
+    last = f"Classify images with the {best} model: {command} {shlex.quote(weights[best])}"
+    print("\n".join(["", *table(results), "", *places, "", last]))
     target = os.path.join(parent, f"{Path(path).stem}_pipeline.json")
     write_text(target, json.dumps(results, indent=1))
 

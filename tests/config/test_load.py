@@ -216,7 +216,7 @@ def test_the_last_override_wins_and_overrides_are_pairs(write: Write) -> None:
     assert "'LOG_PERIOD', has no value" in text
     assert "TRAIN.DATASET" in fault(write(), "TRAIN", "5")
     text = fault(write(), "LOG_PERIOD", "1.5")
-    assert text == "LOG_PERIOD is 1.5 (float), set on the command line; it takes int."
+    assert text == "LOG_PERIOD is 1.5 (float), set on the command line; it takes a whole number."
 
 
 @pytest.mark.parametrize("key", PATHS)

@@ -374,7 +374,7 @@ def test_blocks_are_mix_or_a_list(write: Write) -> None:
     key = "DISTILLATION.INTER_STUDENT_INDEX"
     assert "it must be mix, or a list" in fault(path, key, "mixed")
     for text in ("3", "[mix]", "null"):
-        assert "it takes str or a list of int" in fault(path, key, text)
+        assert "it takes text or a list of whole numbers" in fault(path, key, text)
 
 
 @pytest.mark.parametrize("extra", [INTER, MIX, OFFLINE, {**STEPS, "OPTIM.STEPS": [3, 9]}])

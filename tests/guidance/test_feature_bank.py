@@ -397,7 +397,7 @@ def test_indices_of_other_length_are_rejected(copy: Path) -> None:
 
 
 def test_layers_that_are_not_stored_are_rejected(path: Path) -> None:
-    with pytest.raises(BankError, match="holds blocks 0, 1, 2 of the teacher, not 3, 5"):
+    with pytest.raises(BankError, match="holds blocks 0, 1, 2 of the guide, not 3, 5"):
         FeatureBank(path, [0, 3, 5])
 
 

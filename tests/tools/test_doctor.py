@@ -134,7 +134,7 @@ def test_all_problems_are_found_at_once(tmp_path: Path, capsys: pytest.CaptureFi
     assert f"\n{'':13}{pair}\n" in text
     assert "1 of the 7 validation images are identical to training images, so the valid" in joined
     assert f"{root}/val/cat/taught.png and {root}/train/cat/3.png" in joined
-    assert f"OUT_DIR {tmp_path}/run is not writable: Not a directory in {tmp_path}/run. M" in joined
+    assert f"OUT_DIR is {tmp_path}/run, but {tmp_path}/run is a file: name a folder." in joined
     assert "not measured because of problems with data: fix them and run this again." in joined
     assert "NUM_CLASSES" not in joined  # two classes, once the empty folder is gone
     assert text.splitlines()[-1] == "7 problems to fix before training, 4 notes."
@@ -172,7 +172,7 @@ def test_problems_of_the_guide_are_all_found(tmp_path: Path) -> None:
     )
     assert weights.startswith(f"DISTILLATION.TEACHER_WEIGHTS: {guide}: the weights do not fit ")
     assert "head.fc.weight is [7, 64], the model has [10, 64]" in weights
-    assert device.startswith("Process 0 of this machine needs its own GPU")
+    assert device == "DEVICE is cuda, but torch finds no GPU: set DEVICE cpu."
     assert texts(found, NOTE, COST) == [
         "not measured because of problems with model, guide or device: fix them and run this again."
     ]
@@ -194,7 +194,7 @@ def test_settings_that_training_rejects_are_problems(tmp_path: Path) -> None:
     cfg = digits(tmp_path / "run", tmp_path / "none.pyth", TRAIN__BATCH_SIZE=200)
     assert texts(check_config(cfg), PROBLEM) == [
         f"DISTILLATION.TEACHER_WEIGHTS is '{tmp_path}/none.pyth', which does not exist. Check the "
-        "path, or train the model that writes it first.",
+        "path, or train the model that writes it first (--mode pipeline trains guide and student).",
         "TRAIN.BATCH_SIZE is 200, but there are only 120 training images; lower it to 120 or less.",
     ]
     nowhere = config(tmp_path / "nowhere", tmp_path / "run")

@@ -150,7 +150,7 @@ def test_odd_images() -> None:
     assert [finding.text for finding in image_findings.find_oddities(odd)] == [
         "1 test image less than 16 pixels wide or high (a, 15 x 40)",
         "1 test image over 10 times as long as wide, squeezed or cut to a square (b, 30000 x 40)",
-        "2 test images of Pillow's mode P, converted to RGB (the first is c, 9000 x 6000)",
+        "2 test images in color mode P, converted to RGB (the first is c, 9000 x 6000)",
         "1 test image of more than 50 megapixels, slow to read: shrink them (c, 9000 x 6000)",
     ]
     no_files = [ImageFacts("", 8, 8, b"e")]
@@ -169,7 +169,8 @@ def test_examples_are_limited() -> None:
     assert with_examples("those:", ["a"]).splitlines() == ["those:", "a"]
 
 
-def test_time_and_memory_are_estimated() -> None:
+def test_time_and_memory_are_estimated(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     taken = Trial([2.0, 1.5], 0.5, 0.25, 900, 4000, 1_500_000, core_wait=0.19)
     opts = "NUM_GPUS 2 TRAIN.BATCH_SIZE 64 TEST.BATCH_SIZE 100 OPTIM.MAX_EPOCH 10 TEST.PERIOD 3"
     cfg = lg.load_config(CONFIGS / "digits/vit_digits_base.yaml", opts.split())

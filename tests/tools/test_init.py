@@ -68,7 +68,7 @@ def test_configs_for_train_and_test(
     assert max(map(len, text.splitlines())) <= 130
     said = capsys.readouterr().out
     assert "2 classes; images: 30 in train, 8 in test." in said
-    assert "3 training images are held out" in said and "TRAIN.BALANCE weights" in said
+    assert "3 training images are held out" in said and "TRAIN.BALANCE is weights" in said
     commands = [line for line in said.splitlines() if "python run_net.py" in line]
     modes = [line.split("--mode ")[1].split()[0] for line in commands]
     assert modes == ["pipeline", "doctor", "train", "train", "predict"]

@@ -80,7 +80,9 @@ def test_three_models_are_trained_once_and_compared(
     assert guide_place == f"guide model  {found['guide']['folder']}/model.pyth"
     assert plain_place == f"plain model  {found['plain']['folder']}/model.pyth"
     assert guided_place == f"guided model {found['guided']['folder']}/model.pyth"
-    assert command.endswith(f"TEST.WEIGHTS {found['guided']['folder']}/model.pyth")
+    best = min(found, key=lambda name: found[name]["top1_err"])
+    assert command.startswith(f"Classify images with the {best} model: python run_net.py --mode ")
+    assert command.endswith(f"TEST.WEIGHTS {found[best]['folder']}/model.pyth")
     assert "top-1" in rows[0] and "95 % interval" in rows[0]
     assert [row.split("  ")[0] for row in rows[1:]] == [
         "ResNet-8, guide",

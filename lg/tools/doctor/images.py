@@ -227,7 +227,7 @@ def find_oddities(split: Split) -> list[Finding]:
         oddities = []
         if image.mode not in image.natural_modes:
             target = image.natural_modes[0].replace("L", "gray")
-            oddities.append(f"of Pillow's mode {image.mode}, converted to {target}")
+            oddities.append(f"in color mode {image.mode}, converted to {target}")
         if short < _SMALL:
             oddities.append(f"less than {_SMALL} pixels wide or high")
         if short * long > _LARGE:

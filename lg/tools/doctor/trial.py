@@ -16,8 +16,8 @@ from yacs.config import CfgNode
 
 from lg.checkpoint import CheckpointFolder, file_size, random_state
 from lg.device import (
-    CORE_WAIT_ADVICE,
     MAX_CORE_WAIT,
+    core_wait_advice,
     core_wait_seconds,
     free_memory,
     peak_memory_mb,
@@ -131,7 +131,7 @@ def _describe_contention(core_wait: float) -> str:
     return (
         f"the steps waited {core_wait:.0%} of the time for a core, so they ran at about "
         f"{1 - core_wait:.0%} of their speed ({cores} core{'s' * (cores > 1)} may be used; the "
-        f"load average is {os.getloadavg()[0]:.1f}). {CORE_WAIT_ADVICE}"
+        f"load average is {os.getloadavg()[0]:.1f}). {core_wait_advice()}"
     )
 
 

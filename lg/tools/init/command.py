@@ -6,7 +6,7 @@ import os
 import shlex
 import sys
 import textwrap
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import yaml
@@ -17,7 +17,7 @@ from lg.errors import ConfigError
 from lg.files.atomic import write_text
 from lg.paths import project_folder
 from lg.tools.init.folder import FolderFacts, look
-from lg.tools.init.plan import GUIDE_SIDE, PATCHES, Length, Plan, make_plan
+from lg.tools.init.plan import GUIDE_SIDE, MIN_EPOCHS, MIN_STEPS, PATCHES, Length, Plan, make_plan
 from lg.tools.init.speed import Speed, measure_speed
 
 _GUIDE = "configs/resnet/r-56_c100.yaml"
@@ -67,7 +67,7 @@ def init(data: str, model: str, out: str | None, minutes: float) -> None:
     for path, text in texts.items():
         _write(path, text)
         load_config(path)  # cannot fail, unless a rule changes
-    print("\n".join(advise(facts, plan, guide, student)))
+    print("\n".join(advise(facts, plan, guide, student, minutes=minutes)))
 
 
 def student_configs() -> dict[str, str]:
@@ -81,11 +81,10 @@ def student_configs() -> dict[str, str]:
 def describe(facts: FolderFacts) -> list[str]:
     """Return lines about the images."""
     splits = ", ".join(f"{count:,} in {split}" for split, count in facts.splits.items())
-    lines = [f"{facts.root}: {len(facts.class_names)} classes; images: {splits}."]
-    low, high = min(facts.sizes), max(facts.sizes)
+    lines = [f"{_short(facts.root)}: {len(facts.class_names)} classes; images: {splits}."]
     lines.append(
-        f"{low:,} to {high:,} training images per class; the shorter side has about {facts.side} "
-        "pixels."
+        f"{_range(facts.sizes)} training images per class; the shorter side has about "
+        f"{facts.side} pixels."
     )
     lines += facts.notes
     if facts.val_fraction:
@@ -98,7 +97,7 @@ def describe(facts: FolderFacts) -> list[str]:
         )
     if facts.is_imbalanced:
         lines.append(
-            "The classes have unequal sizes: TRAIN.BALANCE weights; see balanced accuracy."
+            "The classes differ in size, so TRAIN.BALANCE is weights; judge by balanced accuracy."
         )
     if facts.is_unusual:
         lines.append(
@@ -170,17 +169,24 @@ def render_student(
     return _text(header, tree)
 
 
-def advise(facts: FolderFacts, plan: Plan, guide: Path, student: Path) -> list[str]:
-    """Return lines about the plan, and the commands to run next."""
+def advise(
+    facts: FolderFacts, plan: Plan, guide: Path, student: Path, *, minutes: float
+) -> list[str]:
+    """Return lines about the plan for so many minutes, and the commands to run next."""
     total = plan.guide.minutes + plan.student.minutes
     run = f"python {shlex.quote(_script())} --mode"
     one, two = shlex.quote(str(guide)), shlex.quote(str(student))
-    lines = ["", "file, and its training on this machine:"]
+    lines = ["", "Written, with the training planned for this machine:"]
     for path, length in ((guide, plan.guide), (student, plan.student)):
         recipe = "strong" if length.strong else "plain"
         lines.append(
             f"  {path}: {length.epochs} epochs of {length.steps} steps of {plan.batch_size} "
             f"images, {recipe} augmentation, about {length.minutes:.0f} min"
+        )
+    if total > 1.1 * minutes:
+        lines.append(
+            f"That is more than --minutes {minutes:g}, because less than {MIN_EPOCHS} epochs or "
+            f"{MIN_STEPS} steps hardly train a transformer."
         )
     places = find_splits(facts.root)
     place = places.get("test", places.get("val", facts.root))
@@ -207,12 +213,11 @@ def _size_opts(source: str, size: int) -> list[str]:
 
 
 def _header(facts: FolderFacts, length: Length, plan: Plan, path: Path) -> list[str]:
-    low, high = min(facts.sizes), max(facts.sizes)
     names = ", ".join(facts.class_names)
     return [
-        f"  python run_net.py --mode train --cfg {path}",
-        f"{len(facts.class_names)} classes, {low:,} to {high:,} training images each: {names}",
-        f"About {length.minutes:.0f} minutes on the machine where --mode init wrote this: "
+        f"  python run_net.py --mode train --cfg {shlex.quote(str(path))}",
+        f"{len(facts.class_names)} classes, {_range(facts.sizes)} training images each: {names}",
+        f"About {length.minutes:.0f} min on the machine where --mode init wrote this: "
         f"{length.epochs} epochs of {length.steps} steps of {plan.batch_size} images.",
     ]
 
@@ -249,7 +254,9 @@ def _text(header: list[str], tree: Mapping[str, object]) -> str:
         for part in textwrap.wrap(line, 110, drop_whitespace=False, break_long_words=False) or [""]
     ]
     for key, value in tree.items():
-        flow = yaml.safe_dump(value, default_flow_style=True, sort_keys=False, width=110)
+        flow = yaml.safe_dump(
+            value, default_flow_style=True, sort_keys=False, width=110, allow_unicode=True
+        )
         lines.append(f"{key}: {flow.strip()}")
     return "\n".join(lines) + "\n"
 
@@ -262,6 +269,11 @@ def _write(path: Path, text: str) -> None:
             "another folder with --out."
         )
     write_text(path, text)
+
+
+def _range(counts: Sequence[int]) -> str:
+    low, high = min(counts), max(counts)
+    return f"{low:,}" if low == high else f"{low:,} to {high:,}"
 
 
 def _short(path: Path) -> str:

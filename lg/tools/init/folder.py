@@ -48,8 +48,7 @@ class FolderFacts:
     @property
     def num_train(self) -> int:
         """Images that are trained on."""
-        count = sum(self.sizes)
-        return count - round(self.val_fraction * count)
+        return round((1 - self.val_fraction) * sum(self.sizes))  # as `hold_out` rounds
 
     @property
     def is_imbalanced(self) -> bool:

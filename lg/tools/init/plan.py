@@ -19,8 +19,9 @@ MIN_EPOCHS = 15
 MIN_STEPS = 600
 # With fewer epochs, smaller images and more epochs are better than larger images.
 ENOUGH_EPOCHS = 60
-# Epochs from which random crops, RandAugment and erasing help (see docs/own-images.md).
+# Epochs and steps from which random crops, RandAugment and erasing help (see docs/own-images.md).
 STRONG_FROM = 100
+STRONG_FROM_STEPS = 2000
 _GUIDE_SHARE = 0.3  # of the time
 
 
@@ -48,7 +49,8 @@ class Length:
     @property
     def strong(self) -> bool:
         """Whether the training is long enough for strong augmentation."""
-        return self.epochs >= STRONG_FROM
+        is_long = self.epochs * self.steps >= STRONG_FROM_STEPS
+        return is_long and self.epochs >= STRONG_FROM
 
     @property
     def test_period(self) -> int:

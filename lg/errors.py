@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 import traceback
+from collections.abc import Sequence
 
 
 class UserError(ValueError):
@@ -142,6 +143,11 @@ def first_line(error: Exception) -> str:
     """Return the first line of an error's message, at most 160 characters, or its type's name."""
     lines = str(error).strip().splitlines()
     return lines[0][:160].rstrip(".") if lines else type(error).__name__
+
+
+def first_few(names: Sequence[str], count: int = 5) -> str:
+    """Return the first names as text, and `...` if there are more."""
+    return ", ".join(names[:count]) + ", ..." * (len(names) > count)
 
 
 def _is_from_image_workers(error: Exception) -> bool:

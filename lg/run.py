@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -11,12 +11,12 @@ from torch import nn
 
 from lg.augment.mixing import Mixing
 from lg.checkpoint import CheckpointFolder, random_state, restore_random_state
-from lg.config import stored_config
+from lg.config import changed_keys, stored_config
 from lg.datasets.cached_loader import CachedTrainLoader, TestLoader
 from lg.datasets.loader import TrainLoader
 from lg.device import Precision
 from lg.distributed import World, barrier, gather_objects
-from lg.errors import NonFiniteLossError
+from lg.errors import CheckpointError, ConfigError, NonFiniteLossError
 from lg.guidance import GuidanceLoss, GuidanceSchedule, GuidedStudent
 from lg.logs.log import RunLog
 from lg.logs.reporter import Reporter
@@ -232,3 +232,88 @@ class Run:
             for name, value in kept.items():
                 if isinstance(value, torch.Tensor) and value.shape == parameter.shape:
                     kept[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
+
+
+def resume(run: Run, *, auto: bool, changed: bool) -> None:
+    """Load the last checkpoint of the run's folder, if there is one, and open TensorBoard there.
+
+    Args:
+        run: A run that has just been built.
+        auto: TRAIN.AUTO_RESUME; if False, a folder with checkpoints is an error.
+        changed: TRAIN.RESUME_CHANGED; if False, a folder with a run of other settings is an error.
+
+    Raises:
+        ConfigError: `auto` or `changed` is False, and the folder holds what it excludes.
+        CheckpointError: The checkpoints cannot be used for this run.
+    """
+    log = run.log
+    if not auto:
+        check_fresh(run.checkpoints)
+    state = restore_last(run, log.warn)
+    if state is not None:
+        for text in find_differences(run, state, allowed=changed):
+            log.warn(text)
+        epoch, step = run.progress.epoch, run.progress.step
+        where = f"step {step} of epoch {epoch + 1}" if step else f"epoch {epoch}"
+        log.info(f"Resuming after {where} of {run.settings.max_epoch}.")
+    log.open_curves(run.progress.epoch * run.loader.steps_per_epoch + run.progress.step + 1)
+
+
+def check_fresh(checkpoints: CheckpointFolder) -> None:
+    """Check that there are no checkpoints, as TRAIN.AUTO_RESUME False requires.
+
+    Raises:
+        ConfigError: There are some.
+    """
+    if checkpoints.files():
+        raise ConfigError(
+            f"TRAIN.AUTO_RESUME is False, but {checkpoints.folder} has checkpoints of an earlier "
+            "run: set OUT_DIR to another folder, remove them, or set TRAIN.AUTO_RESUME True."
+        )
+
+
+def restore_last(run: Run, warn: Callable[[str], None]) -> dict[str, Any] | None:
+    """Restore the last checkpoint of the run's folder and return it; None if there is none.
+
+    Raises:
+        CheckpointError: There are checkpoints, and none can be used, or the last does not fit.
+    """
+    state = run.checkpoints.load_last(warn)
+    try:
+        if state is not None:
+            run.restore(state)
+    except (ValueError, RuntimeError, KeyError, TypeError) as error:
+        raise CheckpointError(
+            f"Cannot resume from the last checkpoint in {run.checkpoints.folder}: {error}. Use the "
+            "settings it was saved with, or set OUT_DIR to a new folder."
+        ) from None
+    return state
+
+
+def find_differences(run: Run, state: Mapping[str, Any], *, allowed: bool) -> Iterator[str]:
+    """Yield a warning for each difference that changes the training that is resumed.
+
+    Raises:
+        ConfigError: Not `allowed`, and the settings are those of another run.
+    """
+    reported, refused = changed_keys(state["cfg"], run.settings.config_text)
+    mine, theirs = run.settings.images, state.get("images", {})  # older checkpoints have none
+    refused += [
+        f"the {name} images, or their classes, have changed"
+        for name in mine
+        if theirs.get(name, mine[name]) != mine[name]
+    ]
+    if refused and not allowed:
+        raise ConfigError(
+            f"{run.checkpoints.folder} has checkpoints of a run with other settings: "
+            f"{'; '.join(refused)}. Set OUT_DIR to a new folder, or TRAIN.RESUME_CHANGED True to "
+            "continue that run with these settings."
+        )
+    if reported or refused:
+        yield f"Resuming with other settings than before: {'; '.join([*reported, *refused])}."
+    processes = len(state["rng_state"])
+    if processes != run.world.size:
+        yield (
+            f"Processes changed from {processes} to {run.world.size}: the result is not "
+            "bit-identical."
+        )

@@ -7,8 +7,7 @@ import copy
 import os
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 import yaml
@@ -16,22 +15,22 @@ from torch import nn
 from yacs.config import CfgNode
 
 from lg import builders, distributed
-from lg.checkpoint import BEST_NAME, CheckpointFolder, load_weights
-from lg.config import changed_keys, stored_config
+from lg.checkpoint import BEST_NAME, load_weights
+from lg.config import stored_config
 from lg.datasets.base import ImageDataset
 from lg.datasets.cached_loader import TestLoader
 from lg.datasets.loader import Batch
 from lg.device import Precision, machine_facts
 from lg.distributed import World
-from lg.errors import CheckpointError, ConfigError
+from lg.errors import ConfigError
 from lg.files.atomic import write_text
 from lg.files.lock import lock_folder
 from lg.logs.log import RunLog
-from lg.logs.reporter import result_lines
+from lg.logs.results import result_lines
 from lg.metrics import UNKNOWN_ERR, EvalResult, TestMeter
 from lg.models.complexity import complexity
 from lg.paths import source_commit
-from lg.run import Progress, Run
+from lg.run import Progress, Run, resume
 from lg.signals import Interrupted, asked_to_stop, stop_signals
 from lg.step import mix, train_step
 
@@ -298,91 +297,6 @@ def tested_weights(cfg: CfgNode) -> str:
             "test, or train first."
         )
     return path
-
-
-def resume(run: Run, *, auto: bool, changed: bool) -> None:
-    """Load the last checkpoint of the run's folder, if there is one, and open TensorBoard there.
-
-    Args:
-        run: A run that has just been built.
-        auto: TRAIN.AUTO_RESUME; if False, a folder with checkpoints is an error.
-        changed: TRAIN.RESUME_CHANGED; if False, a folder with a run of other settings is an error.
-
-    Raises:
-        ConfigError: `auto` or `changed` is False, and the folder holds what it excludes.
-        CheckpointError: The checkpoints cannot be used for this run.
-    """
-    log = run.log
-    if not auto:
-        check_fresh(run.checkpoints)
-    state = restore_last(run, log.warn)
-    if state is not None:
-        for text in find_differences(run, state, allowed=changed):
-            log.warn(text)
-        epoch, step = run.progress.epoch, run.progress.step
-        where = f"step {step} of epoch {epoch + 1}" if step else f"epoch {epoch}"
-        log.info(f"Resuming after {where} of {run.settings.max_epoch}.")
-    log.open_curves(run.progress.epoch * run.loader.steps_per_epoch + run.progress.step + 1)
-
-
-def check_fresh(checkpoints: CheckpointFolder) -> None:
-    """Check that there are no checkpoints, as TRAIN.AUTO_RESUME False requires.
-
-    Raises:
-        ConfigError: There are some.
-    """
-    if checkpoints.files():
-        raise ConfigError(
-            f"TRAIN.AUTO_RESUME is False, but {checkpoints.folder} has checkpoints of an earlier "
-            "run: set OUT_DIR to another folder, remove them, or set TRAIN.AUTO_RESUME True."
-        )
-
-
-def restore_last(run: Run, warn: Callable[[str], None]) -> dict[str, Any] | None:
-    """Restore the last checkpoint of the run's folder and return it; None if there is none.
-
-    Raises:
-        CheckpointError: There are checkpoints, and none can be used, or the last does not fit.
-    """
-    state = run.checkpoints.load_last(warn)
-    try:
-        if state is not None:
-            run.restore(state)
-    except (ValueError, RuntimeError, KeyError, TypeError) as error:
-        raise CheckpointError(
-            f"Cannot resume from the last checkpoint in {run.checkpoints.folder}: {error}. Use the "
-            "settings it was saved with, or set OUT_DIR to a new folder."
-        ) from None
-    return state
-
-
-def find_differences(run: Run, state: Mapping[str, Any], *, allowed: bool) -> Iterator[str]:
-    """Yield a warning for each difference that changes the training that is resumed.
-
-    Raises:
-        ConfigError: Not `allowed`, and the settings are those of another run.
-    """
-    reported, refused = changed_keys(state["cfg"], run.settings.config_text)
-    mine, theirs = run.settings.images, state.get("images", {})  # older checkpoints have none
-    refused += [
-        f"the {name} images, or their classes, have changed"
-        for name in mine
-        if theirs.get(name, mine[name]) != mine[name]
-    ]
-    if refused and not allowed:
-        raise ConfigError(
-            f"{run.checkpoints.folder} has checkpoints of a run with other settings: "
-            f"{'; '.join(refused)}. Set OUT_DIR to a new folder, or TRAIN.RESUME_CHANGED True to "
-            "continue that run with these settings."
-        )
-    if reported or refused:
-        yield f"Resuming with other settings than before: {'; '.join([*reported, *refused])}."
-    processes = len(state["rng_state"])
-    if processes != run.world.size:
-        yield (
-            f"Processes changed from {processes} to {run.world.size}: the result is not "
-            "bit-identical."
-        )
 
 
 @contextlib.contextmanager

@@ -20,7 +20,6 @@ from lg.device import (
     core_wait_seconds,
     peak_memory_mb,
     select_device,
-    synchronize,
     to_device_together,
 )
 from lg.distributed import World
@@ -174,10 +173,6 @@ def test_peak_memory_is_in_mb_and_never_falls() -> None:
     assert before <= after <= before + 400
     assert after >= 256
     assert peak_memory_mb(CPU) >= after
-
-
-def test_synchronize_accepts_a_cpu() -> None:
-    synchronize(CPU)
 
 
 def test_freed_memory_is_reused() -> None:

@@ -22,7 +22,7 @@ MODULES = {"checkpoint", "device", "errors", "metrics", "optim", "paths", "run",
 MODULES |= {"__init__", "trainer"}
 SEE_CONFIG = ("run_net.py", "precompute_feature.py", "lg/config/", "lg/builders/", "lg/tools/")
 SEE_CONFIG += ("lg/trainer.py",)
-MAX_FUNCTION, MAX_FILE = 60, 400  # lines
+MAX_FUNCTION, MAX_FILE = 60, 385  # lines
 
 
 def imports(tree: ast.AST) -> set[tuple[str, str]]:

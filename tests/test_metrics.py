@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from lg.errors import NonFiniteLossError
-from lg.logs.reporter import describe
+from lg.logs.results import describe
 from lg.metrics import TestMeter, TrainMeter, topk_hits
 
 

@@ -9,14 +9,8 @@ from lg.builders.data import (
     dataset_facts,
     fetch_data,
 )
-from lg.builders.models import (
-    build_guided,
-    build_model,
-    build_teacher,
-    load_teacher,
-    prepare_bank,
-    teacher_name,
-)
+from lg.builders.guides import build_teacher, load_teacher, prepare_bank, teacher_name
+from lg.builders.models import build_guided, build_model
 from lg.builders.preprocessing import (
     build_pixel_format,
     build_preprocessing,

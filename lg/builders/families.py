@@ -9,10 +9,13 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from yacs.config import CfgNode
+
 from lg import models
 from lg.config.rules import FAMILIES
 from lg.errors import ConfigError
 from lg.models.backbone import Backbone
+from lg.models.resnet import resnet
 
 Settings = Mapping[str, Any]
 
@@ -89,3 +92,25 @@ def _check_length(key: str, values: list[Any], num_stages: int) -> None:
             f"{key} is {values}, but TRANSFORMER.HIDDEN_DIM has {num_stages} stages: give one "
             "entry per stage."
         )
+
+
+def build_resnet(cfg: CfgNode, **sizes: int) -> Backbone:
+    """Return the ResNet that CNN and RESNET describe."""
+    return resnet(
+        depth=cfg.CNN.DEPTH,
+        **sizes,
+        num_groups=cfg.RESNET.NUM_GROUPS,
+        width_per_group=cfg.RESNET.WIDTH_PER_GROUP,
+        stride_1x1=cfg.RESNET.STRIDE_1X1,
+        activation=cfg.CNN.ACTIVATION_FUN,
+        activation_inplace=cfg.CNN.ACTIVATION_INPLACE,
+        bn_eps=cfg.CNN.BN_EPS,
+        bn_momentum=cfg.CNN.BN_MOMENTUM,
+        zero_init_final_bn_gamma=cfg.CNN.ZERO_INIT_FINAL_BN_GAMMA,
+    )
+
+
+def model_sizes(cfg: CfgNode, img_size: int) -> dict[str, Any]:
+    """Return the sizes that every model takes."""
+    model = cfg.MODEL
+    return dict(img_size=img_size, in_channels=model.IN_CHANNELS, num_classes=model.NUM_CLASSES)

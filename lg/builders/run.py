@@ -19,7 +19,8 @@ from lg.builders.data import (
     build_test_loader,
     build_train_loader,
 )
-from lg.builders.models import Guide, build_guided, check_guide_classes, prepare_bank
+from lg.builders.guides import Guide, check_guide_classes, prepare_bank
+from lg.builders.models import build_guided
 from lg.builders.preprocessing import build_preprocessing, range_note, with_data_statistics
 from lg.builders.splits import Splits, data_notes, exclusion_line
 from lg.builders.training import (

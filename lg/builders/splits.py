@@ -12,7 +12,7 @@ from lg.datasets import build_dataset
 from lg.datasets.base import MISSING, ImageDataset, hold_out, stratified_subset
 from lg.datasets.exclusion import leave_out, read_excluded
 from lg.datasets.image_folder import splits_of
-from lg.errors import ConfigError
+from lg.errors import ConfigError, first_few
 
 
 class Splits(NamedTuple):
@@ -166,5 +166,5 @@ def _missing_classes(dataset: ImageDataset) -> str:
     absent = [name for k, name in enumerate(dataset.class_names) if k not in present]
     if not absent:
         return ""
-    shown = ", ".join(absent[:5]) + ", ..." * (len(absent) > 5)
-    return f"{dataset} has no images of {len(absent)} of {dataset.num_classes} classes ({shown})"
+    few = first_few(absent)
+    return f"{dataset} has no images of {len(absent)} of {dataset.num_classes} classes ({few})"

@@ -10,10 +10,11 @@ from collections.abc import Iterator
 
 from yacs.config import CfgNode
 
-from lg.config.defaults import DEFAULT_VALUES, flatten, is_guided
+from lg.config.defaults import flatten, is_guided
+from lg.config.guidance_combinations import guidance_faults
 from lg.config.image_combinations import image_faults
-from lg.config.rules import FAMILIES
-from lg.config.student_combinations import Fault, student_faults
+from lg.config.rules import FAMILIES, Fault, changed, default_text
+from lg.config.student_combinations import student_faults
 
 # Keys of TRANSFORMER and whole sections that only some families read -> these families.
 _READERS = {
@@ -25,7 +26,6 @@ _READERS = {
     section: [name for name, family in FAMILIES.items() if family.section == section]
     for section in dict.fromkeys(family.section for family in FAMILIES.values() if family.section)
 }
-_PROJECTED = ("linear", "gram")  # values of INTER_TRANSFORM with projection heads
 _WITH_BETAS = ("adam", "adamw", "muon", "nadamuon")
 # Keys of OPTIM -> the key, and its values, with which they have an effect.
 _READ_WITH = {
@@ -45,9 +45,7 @@ def faults(cfg: CfgNode) -> Iterator[Fault]:
     yield from _timm(cfg)
     yield from _other_families(cfg)
     yield from student_faults(cfg)
-    yield from _guidance(cfg)
-    yield from _guidance_schedule(cfg)
-    yield from _offline(cfg)
+    yield from guidance_faults(cfg)
     yield from _schedule(cfg)
     yield from _training(cfg)
     yield from _validation(cfg)
@@ -58,8 +56,8 @@ def faults(cfg: CfgNode) -> Iterator[Fault]:
 def _resnet(cfg: CfgNode) -> Iterator[Fault]:
     depth, resnet = cfg.CNN.DEPTH, cfg.RESNET
     if not _uses_resnet(cfg):
-        for key in _changed(cfg, "CNN", "RESNET"):
-            advice = f"neither MODEL.TYPE nor the guide is a ResNet: set it to {_default(key)}."
+        for key in changed(cfg, "CNN", "RESNET"):
+            advice = f"neither MODEL.TYPE nor the guide is a ResNet: set it to {default_text(key)}."
             yield key, advice
         return
     if depth not in (18, 34, 50, 101, 152) and (depth < 8 or depth % 6 != 2):
@@ -80,9 +78,9 @@ def _resnet(cfg: CfgNode) -> Iterator[Fault]:
 def _timm(cfg: CfgNode) -> Iterator[Fault]:
     model = cfg.MODEL
     if model.TYPE.startswith("timm/"):
-        for key in _changed(cfg, "TRANSFORMER"):
+        for key in changed(cfg, "TRANSFORMER"):
             if key not in _READ_BY_TIMM:
-                yield key, f"timm/NAME fixes it: set it to {_default(key)}."
+                yield key, f"timm/NAME fixes it: set it to {default_text(key)}."
         if model.PRETRAINED and cfg.TRAIN.WEIGHTS:
             yield (
                 "MODEL.PRETRAINED",
@@ -102,146 +100,20 @@ def _timm(cfg: CfgNode) -> Iterator[Fault]:
 def _other_families(cfg: CfgNode) -> Iterator[Fault]:
     for name, families in _READERS.items():
         if cfg.MODEL.TYPE not in families:
-            for key in _changed(cfg, name):
+            for key in changed(cfg, name):
                 names = " or ".join(families)
-                yield key, f"only MODEL.TYPE {names} reads it: set it to {_default(key)}."
-
-
-def _guidance(cfg: CfgNode) -> Iterator[Fault]:
-    options = cfg.DISTILLATION
-    blocks = options.INTER_STUDENT_INDEX
-    if options.ENABLE_INTER and not blocks:
-        yield (
-            "DISTILLATION.INTER_STUDENT_INDEX",
-            "DISTILLATION.ENABLE_INTER needs at least one block to guide, such as [0, 6, 11], and "
-            "as many guide stages.",
-        )
-    if options.ENABLE_INTER and blocks == "mix" and not options.INTER_TEACHER_INDEX:
-        yield (
-            "DISTILLATION.INTER_TEACHER_INDEX",
-            "DISTILLATION.INTER_STUDENT_INDEX mix needs at least one guide stage, such as [0, 1, "
-            "2].",
-        )
-    if options.ENABLE_INTER and blocks == "mix" and options.INTER_TRANSFORM not in _PROJECTED:
-        yield (
-            "DISTILLATION.INTER_STUDENT_INDEX",
-            f"DISTILLATION.INTER_TRANSFORM {options.INTER_TRANSFORM} has no heads that could mix "
-            "blocks: choose linear or gram, or set this to a list of blocks.",
-        )
-    if blocks == "mix":
-        blocks = options.INTER_TEACHER_INDEX  # as many mixtures as guide stages
-    if options.ENABLE_INTER and len(options.INTER_TEACHER_INDEX) != len(blocks):
-        yield (
-            "DISTILLATION.INTER_TEACHER_INDEX",
-            f"give one entry for each of the {len(blocks)} entries of "
-            "DISTILLATION.INTER_STUDENT_INDEX.",
-        )
-    is_list = options.INTER_STUDENT_INDEX != "mix"
-    if options.ENABLE_INTER and is_list and len(set(blocks)) != len(blocks):
-        yield (
-            "DISTILLATION.INTER_STUDENT_INDEX",
-            "each student block can be guided once: remove the repeated entry.",
-        )
-    for kind in ("INTER", "LOGIT"):
-        switch = f"ENABLE_{kind}"
-        if options[switch] and options[f"{kind}_WEIGHT"] == 0:
-            advice = f"imitation has no effect: raise it, or set DISTILLATION.{switch} False."
-            yield f"DISTILLATION.{kind}_WEIGHT", advice
-    if options.ENABLE_LOGIT and options.LOGIT_LOSS == "hard" and options.LOGIT_TEMP != 1:
-        yield (
-            "DISTILLATION.LOGIT_TEMP",
-            "hard targets have no temperature: set it to 1, or DISTILLATION.LOGIT_LOSS to soft.",
-        )
-    if options.LOGIT_STANDARDIZE and not (options.ENABLE_LOGIT and options.LOGIT_LOSS == "soft"):
-        yield (
-            "DISTILLATION.LOGIT_STANDARDIZE",
-            "it needs DISTILLATION.ENABLE_LOGIT True and DISTILLATION.LOGIT_LOSS soft: set those, "
-            "or this False.",
-        )
-    if options.FEATURE_PLACE != "file" and not options.OFFLINE:
-        yield (
-            "DISTILLATION.FEATURE_PLACE",
-            "only DISTILLATION.OFFLINE uses stored features: set it True, or this to file.",
-        )
-
-
-def _guidance_schedule(cfg: CfgNode) -> Iterator[Fault]:
-    options, length = cfg.DISTILLATION, cfg.OPTIM.MAX_EPOCH
-    kind, epoch = options.SCHEDULE, options.SCHEDULE_EPOCH
-    is_until, decays = kind == "until", kind.startswith("decay")
-    if is_until and not 0 < epoch < length:
-        yield (
-            "DISTILLATION.SCHEDULE_EPOCH",
-            f"DISTILLATION.SCHEDULE until ends guidance after this epoch: set it below "
-            f"OPTIM.MAX_EPOCH {length}, at least 1.",
-        )
-    if decays and epoch > length:
-        yield "DISTILLATION.SCHEDULE_EPOCH", f"it must not exceed OPTIM.MAX_EPOCH {length}."
-    if epoch and not (is_until or decays):
-        yield (
-            "DISTILLATION.SCHEDULE_EPOCH",
-            f"DISTILLATION.SCHEDULE {kind} does not read it: set this to 0, or that to until, "
-            "decay_linear or decay_cosine.",
-        )
-    weak = options.INTER_TRANSFORM in ("attention", "similarity") and not options.ENABLE_LOGIT
-    if kind != "adaptive":
-        for key in _changed(cfg, "DISTILLATION.ADAPTIVE_WINDOW", "DISTILLATION.ADAPTIVE_THRESHOLD"):
-            yield key, f"only DISTILLATION.SCHEDULE adaptive reads it: set it to {_default(key)}."
-    elif length < 3 or max(length, 300) <= 2 * options.ADAPTIVE_WINDOW:
-        yield (
-            "DISTILLATION.ADAPTIVE_WINDOW",
-            "the adaptive schedule needs two windows, together shorter than the training "
-            f"(OPTIM.MAX_EPOCH {length}; below 300, windows are relative to 300 epochs): "
-            "lower it, or set DISTILLATION.SCHEDULE to another value.",
-        )
-    elif weak and not _changed(cfg, "DISTILLATION.ADAPTIVE_THRESHOLD"):
-        yield (
-            "DISTILLATION.ADAPTIVE_THRESHOLD",
-            f"losses of DISTILLATION.INTER_TRANSFORM {options.INTER_TRANSFORM} are so small that "
-            "guidance would end after two windows: set it nearer to 0, such as -0.0002.",
-        )
-
-
-def _offline(cfg: CfgNode) -> Iterator[Fault]:
-    options, key = cfg.DISTILLATION, "DISTILLATION.OFFLINE"
-    if not options.OFFLINE:
-        return
-    if not options.ENABLE_INTER:
-        yield (
-            key,
-            "only DISTILLATION.ENABLE_INTER uses stored features: set it True, or this False.",
-        )
-    if not options.FEATURE_FILE:
-        yield key, "name the stored features in DISTILLATION.FEATURE_FILE."
-    if options.ENABLE_LOGIT:
-        yield (
-            key,
-            "the guide's logits are not stored: set DISTILLATION.ENABLE_LOGIT False, or this "
-            "False.",
-        )
-    if options.TEACHER_BN == "batch":
-        yield (
-            key,
-            "stored features do not depend on the statistics of a batch: set "
-            "DISTILLATION.TEACHER_BN eval, or this False.",
-        )
-    if cfg.TRAIN.MIXUP_ALPHA > 0 or cfg.TRAIN.CUTMIX_ALPHA > 0:
-        yield (
-            key,
-            "features of mixed images are not stored: set TRAIN.MIXUP_ALPHA and "
-            "TRAIN.CUTMIX_ALPHA 0, or this False.",
-        )
+                yield key, f"only MODEL.TYPE {names} reads it: set it to {default_text(key)}."
 
 
 def _schedule(cfg: CfgNode) -> Iterator[Fault]:
     optim, values = cfg.OPTIM, dict(flatten(cfg))
-    for key in _changed(cfg, *_READ_WITH):
+    for key in changed(cfg, *_READ_WITH):
         switch, allowed = _READ_WITH[key]
         if values[switch] not in allowed:
             yield (
                 key,
                 f"it has no effect with {switch} {values[switch]}, only with "
-                f"{', '.join(allowed)}: set it to {_default(key)}.",
+                f"{', '.join(allowed)}: set it to {default_text(key)}.",
             )
     if optim.LR_POLICY == "steps":
         if not optim.STEPS:
@@ -353,22 +225,6 @@ def _processes(cfg: CfgNode) -> Iterator[Fault]:
         )
     if len(cfg.PORT_RANGE) != 2 or cfg.PORT_RANGE[0] > cfg.PORT_RANGE[1]:
         yield "PORT_RANGE", "give [first, last]."
-
-
-def _changed(cfg: CfgNode, *names: str) -> list[str]:
-    """Return the keys of sections, or single keys, whose values differ from the defaults."""
-    values = dict(flatten(cfg))
-    return [
-        key
-        for key, default in DEFAULT_VALUES.items()
-        if (key in names or key.partition(".")[0] in names) and values[key] != default
-    ]
-
-
-def _default(key: str) -> str:
-    """Return a default as it is written in YAML."""
-    value = DEFAULT_VALUES[key]
-    return "null" if value is None else str(value)
 
 
 def _uses_resnet(cfg: CfgNode) -> bool:

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 from yacs.config import CfgNode
 
-from lg.config.student_combinations import Fault
+from lg.config.rules import Fault
 
 
 def image_faults(cfg: CfgNode) -> Iterator[Fault]:

@@ -6,8 +6,11 @@ import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from lg.config.defaults import DEFAULT_VALUES
+from yacs.config import CfgNode
 
+from lg.config.defaults import DEFAULT_VALUES, flatten
+
+Fault = tuple[str, str]  # the key to change, and the advice
 DATASET_NAMES = ("digits", "cifar100", "flowers", "tiny_imagenet", "chaoyang", "image_folder")
 
 
@@ -196,3 +199,19 @@ RANGES: dict[str, Range] = {
         "a file name without a folder, ending in .yaml or .yml",
     ),
 }
+
+
+def changed(cfg: CfgNode, *names: str) -> list[str]:
+    """Return the keys of sections, or single keys, whose values differ from the defaults."""
+    values = dict(flatten(cfg))
+    return [
+        key
+        for key, default in DEFAULT_VALUES.items()
+        if (key in names or key.partition(".")[0] in names) and values[key] != default
+    ]
+
+
+def default_text(key: str) -> str:
+    """Return a default as it is written in YAML."""
+    value = DEFAULT_VALUES[key]
+    return "null" if value is None else str(value)

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 from yacs.config import CfgNode
 
-Fault = tuple[str, str]  # the key to change, and the advice
+from lg.config.rules import Fault
 
 # Why they cannot drop patches.
 _NEED_ALL_PATCHES = {

@@ -16,7 +16,7 @@ from pathlib import Path
 from lg.datasets.base import EMPTY_CLASS, UNTRAINED_CLASS, Fault
 from lg.datasets.files import FileDataset
 from lg.datasets.label_file import is_label_file, read_labels
-from lg.errors import DataError
+from lg.errors import DataError, first_few
 
 # Formats that every build of Pillow reads, in lower case.
 SUFFIXES = (
@@ -201,10 +201,10 @@ def _flat(place: Path, images: Sequence[str]) -> DataError:
 
 
 def _untrained(place: Path, name: str, class_names: Sequence[str]) -> Fault:
-    shown = f"{', '.join(class_names[:10])}{', ...' * (len(class_names) > 10)}"
     return Fault(
         UNTRAINED_CLASS,
-        f"{_NAME}: {place} has the class {name!r}, which is not among those trained ({shown}); "
+        f"{_NAME}: {place} has the class {name!r}, which is not among those trained "
+        f"({first_few(class_names, 10)}); "
         f"remove or rename the {'folder' if place.is_dir() else 'label'}",
     )
 

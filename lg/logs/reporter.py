@@ -3,7 +3,6 @@ logs."""
 
 from __future__ import annotations
 
-import math
 import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -14,6 +13,7 @@ import torch
 from lg.device import MAX_CORE_WAIT, core_wait_advice, core_wait_seconds, peak_memory_mb
 from lg.logs.log import RunLog, format_time
 from lg.logs.pictures import Pictures
+from lg.logs.results import describe_protocol
 from lg.metrics import EvalResult
 
 if TYPE_CHECKING:
@@ -320,61 +320,16 @@ class Reporter:
         summary = "; ".join(f"{part} on {self.split}" for part in parts)
         epochs = f"{progress.epoch} epoch{'s' * (progress.epoch != 1)}"
         early = f" of {self.max_epoch} (TRAIN.EARLY_STOP)"
+        protocol = describe_protocol(progress.final, self.split, self.final_split)
         self.log.info(
             f"Finished {epochs}{early if progress.epoch < self.max_epoch else ''}. "
-            f"Top-1 of {progress.test_count:,} images: {summary}. {self._protocol(progress)}"
+            f"Top-1 of {progress.test_count:,} images: {summary}. {protocol}"
         )
-
-    def _protocol(self, progress: Progress) -> str:
-        """Say which split chose the best epoch, and what the test set was used for."""
-        final = progress.final
-        if final:
-            return (
-                f"The best epoch was chosen on {self.split}, and its weights were tested once on "
-                f"{self.final_split}: top-1 {100 - final['top1_err']:.2f} % of {final['count']:,} "
-                f"images, balanced accuracy {final['balanced_acc']:.2f} %, macro-F1 "
-                f"{final['macro_f1']:.2f} %, expected calibration error "
-                f"{final['calibration_err']:.2f} %."
-            )
-        name = self.split.rpartition("/")[2]
-        if name in ("held-out", "val"):
-            which = "the held-out images" if name == "held-out" else self.split
-            return (
-                f"The best epoch was chosen on {which}, and there is no test set: this result is "
-                "final, and its best accuracy is optimistic."
-            )
-        which = "training images" if name == "train" else "test set"
-        return f"The best epoch was chosen on the {which}, so its accuracy is optimistic."
 
 
 def _best(error_and_epoch: tuple[float, int]) -> str:
     error, epoch = error_and_epoch
     return f"best {100 - error:.2f} % (epoch {epoch})"
-
-
-def describe(result: EvalResult) -> str:
-    """Return a result in words; top-5 only where there are more than 5 classes."""
-    top5 = f", top-5 {100 - result.top5_err:.2f} %" if len(result.class_counts) > 5 else ""
-    return (
-        f"top-1 {100 - result.top1_err:.2f} %{top5} of {result.count:,} images; balanced accuracy "
-        f"{result.balanced_acc:.2f} %, macro-F1 {result.macro_f1:.2f} %, expected calibration "
-        f"error {result.calibration_err:.2f} %"
-    )
-
-
-def result_lines(
-    result: EvalResult, *, split: str, class_names: list[str] | None = None
-) -> list[str]:
-    """Format the result of a test; with class names, also the accuracy of each class."""
-    lines = [f"{split}: {describe(result)}"]
-    if class_names:
-        width = max(map(len, class_names))
-        for name, count, accuracy in zip(
-            class_names, result.class_counts, result.class_top1_acc, strict=True
-        ):
-            shown = "no images" if math.isnan(accuracy) else f"{accuracy:6.2f} % of {count:,}"
-            lines.append(f"  {name:<{width}}  {shown}")
-    return lines
 
 
 def _mixture_scalars(mixture: list[list[float]]) -> dict[str, float]:

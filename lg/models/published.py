@@ -9,9 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from lg.errors import first_few
 from lg.models.backbone import unwrap
-
-_SHOWN = 5  # keys named per kind of mismatch
 
 
 def published_state_dict(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -50,7 +49,7 @@ def load_published_state_dict(model: nn.Module, state_dict: Mapping[str, Any]) -
         if name in state_dict and _describe(state_dict[name]) != _describe(tensor)
     ]
     found = {"missing": missing, "unexpected": unexpected, "of another shape": shapes}
-    wrong = [f"{len(v)} {k}: {_shorten(v)}" for k, v in found.items() if v]
+    wrong = [f"{len(v)} {k}: {first_few(v)}" for k, v in found.items() if v]
     if wrong:
         raise ValueError(
             f"the weights do not fit this {unwrap(model).family} model, nothing was loaded. "
@@ -67,8 +66,3 @@ def _describe(value: Any) -> str:
     if isinstance(value, torch.Tensor):
         return str(list(value.shape))
     return f"a {type(value).__name__}"
-
-
-def _shorten(names: list[str]) -> str:
-    """Return the first few names, and `...` if there are more."""
-    return ", ".join(names[:_SHOWN]) + (", ..." if len(names) > _SHOWN else "")

@@ -18,6 +18,7 @@ import timm
 import torch
 from torch import nn
 
+from lg.errors import first_few
 from lg.models.backbone import Backbone, probe_layouts
 
 # Names of classes that are one residual block, and of similar names that are not: stages, and
@@ -251,4 +252,4 @@ def _outline(net: nn.Module) -> str:
             folded = ".".join("*" if part.isdigit() else part for part in parts)
             kinds.setdefault(folded, {})[type(module).__name__] = None
     listed = [f"{name} ({'/'.join(list(kind)[:4])})" for name, kind in kinds.items()]
-    return ", ".join(listed[:_MAX_LISTED]) + (", ..." if len(listed) > _MAX_LISTED else "")
+    return first_few(listed, _MAX_LISTED)

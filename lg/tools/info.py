@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 from yacs.config import CfgNode
 
-from lg.builders.models import build_model, build_teacher, tap_indices, teacher_name
+from lg.builders.guides import build_teacher, teacher_name
+from lg.builders.models import build_model, tap_indices
 from lg.config import is_guided
 from lg.guidance import MixedHeads
 from lg.guidance.losses import PROJECTED

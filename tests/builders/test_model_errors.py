@@ -10,7 +10,7 @@ import torch
 
 import lg
 from lg.builders import build_teacher
-from lg.builders.models import check_guide_classes
+from lg.builders.guides import check_guide_classes
 from lg.config import dump_config
 from lg.errors import CheckpointError, ConfigError
 

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 import lg
-from lg.builders.models import build_teacher, same_depth, tap_indices
+from lg.builders.guides import build_teacher
+from lg.builders.models import same_depth, tap_indices
 from lg.config import flatten
 from lg.errors import ConfigError
 from tests.config.config_cases import Write, fault

@@ -11,7 +11,7 @@ import yaml
 from yacs.config import CfgNode
 
 import lg
-from lg.config import combinations, flatten, student_combinations
+from lg.config import combinations, flatten, guidance_combinations, student_combinations
 from lg.config.defaults import DEFAULTS
 from lg.config.rules import DATASET_NAMES, RANGES, accepted_types
 from lg.datasets import DATASETS
@@ -350,7 +350,7 @@ def test_every_impossible_combination_is_named(
 def test_every_rule_for_combinations_is_tested() -> None:
     rules = {
         (module.__file__, node.lineno)
-        for module in (combinations, student_combinations)
+        for module in (combinations, guidance_combinations, student_combinations)
         for node in ast.walk(ast.parse(Path(module.__file__).read_text(encoding="utf-8")))
         if isinstance(node, ast.Yield)
     }

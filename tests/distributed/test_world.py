@@ -23,7 +23,7 @@ import lg.distributed.launch
 from lg import distributed, trainer
 from lg.distributed import World, gather_rows, in_turn, serve_store
 from lg.logs.log import read_json_lines
-from lg.logs.reporter import result_lines
+from lg.logs.results import result_lines
 from tests.distributed.distributed_cases import gradients
 from tests.test_metrics import BY_HAND
 

@@ -23,7 +23,8 @@ from lg.builders.data import (
     check_same_classes,
     dataset_facts,
 )
-from lg.builders.models import build_guided, build_model, build_teacher
+from lg.builders.guides import build_teacher
+from lg.builders.models import build_guided, build_model
 from lg.builders.run import build_run
 from lg.builders.splits import (
     Splits,
@@ -56,7 +57,7 @@ from lg.guidance import FeatureBank
 from lg.guidance.bank_file import bank_path
 from lg.logs.log import RunLog
 from lg.paths import is_local_file, is_url
-from lg.run import Run
+from lg.run import Run, check_fresh, find_differences, restore_last
 from lg.tools.doctor import images, trial
 from lg.tools.doctor.findings import (
     COST,
@@ -73,7 +74,6 @@ from lg.tools.doctor.findings import (
 )
 from lg.tools.doctor.recipe import check_recipe
 from lg.tools.info import describe_config
-from lg.trainer import check_fresh, find_differences, restore_last
 
 _NAMES = {"TRAIN": "training", "VAL": "validation", "TEST": "test"}
 

@@ -24,6 +24,7 @@ sys.path.insert(0, str(ROOT))
 
 from benchmarks.report import make_parser, write_json  # noqa: E402
 from lg.logs.log import read_run_lines  # noqa: E402
+from lg.tools.seeds import interval  # noqa: E402
 
 MODELS = {
     "r-8_digits": "ResNet-8, the guide",
@@ -91,13 +92,14 @@ def run(command: list[str]) -> str:
 
 
 def table(runs: dict[int, dict[str, Any]]) -> str:
-    """Format parameters and final test accuracy (mean ± standard deviation) of each model."""
+    """Format parameters and final test accuracy (mean ± half its 95 % interval) of each model."""
     rows = [f"\n{'':<22}{'parameters':>12}{'top-1 on 597 test digits':>28}"]
     for name, title in MODELS.items():
         final = [run[name]["accuracy"][-1] for run in runs.values()]
-        spread = f" ± {statistics.stdev(final):.1f}" if len(final) > 1 else ""
+        mean, half = interval(final)
+        spread = "" if half is None else f" ± {half:.1f}"
         params = next(iter(runs.values()))[name]["params"]
-        rows.append(f"{title:<22}{params:>12,}{f'{statistics.mean(final):.1f}{spread} %':>28}")
+        rows.append(f"{title:<22}{params:>12,}{f'{mean:.1f}{spread} %':>28}")
     gains = [
         r["vit_digits_ours"]["accuracy"][-1] - r["vit_digits_base"]["accuracy"][-1]
         for r in runs.values()

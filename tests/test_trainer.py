@@ -464,6 +464,19 @@ def test_training_continues_at_another_image_size(tmp_path: Path, guide_file: Pa
     torch.testing.assert_close(after, before, rtol=0, atol=1e-8)
 
 
+def test_weights_of_other_classes_are_warned_about(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trainer.train(config(tmp_path / "first", None, OPTIM__MAX_EPOCH=1))
+    state = read_checkpoint(tmp_path / "first/model.pyth")
+    torch.save({**state, "class_names": state["class_names"][::-1]}, tmp_path / "other.pyth")
+    start = {"OPTIM__MAX_EPOCH": 1, "TRAIN__WEIGHTS": tmp_path / "other.pyth"}
+    capsys.readouterr()
+    trainer.train(config(tmp_path / "second", None, **start))
+    said = "TRAIN.WEIGHTS was trained on the classes 9, 8, 7, 6, 5, ..., not on 0, 1, 2, 3, 4, ..."
+    assert said in capsys.readouterr().err
+
+
 def test_bf16_trains_in_bf16(tmp_path: Path, guide_file: Path) -> None:
     mixed = {"TRAIN__MIXED_PRECISION": True, "TRAIN__AMP_DTYPE": "bf16"}
     trainer.train(config(tmp_path, guide_file, **mixed, OPTIM__MAX_EPOCH=1))

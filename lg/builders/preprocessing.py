@@ -61,13 +61,19 @@ def with_trained_statistics(cfg: CfgNode, weights: str, world: World) -> CfgNode
 
     Raises:
         CheckpointError: The file cannot be read.
-        ConfigError: MEAN or STD differ from those of the weights, or NORMALIZE is auto and the
-            weights have none.
+        ConfigError: MEAN, STD, WINDOW or TRAIN.RESIZE differ from those of the weights, or
+            NORMALIZE is auto and the weights have none.
     """
     with in_turn(world):  # a URL is downloaded once
         state = read_checkpoint(weights, cache=cfg.DOWNLOAD_CACHE)
     trained = trained_preprocessing(state, weights)
     check_window(cfg, state, weights)
+    resize = stored_config(state).get("TRAIN.RESIZE", cfg.TRAIN.RESIZE)
+    if resize != cfg.TRAIN.RESIZE:
+        raise ConfigError(
+            f"TRAIN.RESIZE is {cfg.TRAIN.RESIZE}, but {weights} was trained with {resize}: set it "
+            "to that."
+        )
     options = cfg.DATA_LOADER
     if trained is None:
         build_preprocessing(cfg)  # raises for auto

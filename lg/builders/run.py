@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -42,6 +43,7 @@ from lg.config.published import published_curve
 from lg.datasets.loader import MODEL
 from lg.device import Precision
 from lg.distributed import World
+from lg.errors import first_few
 from lg.guidance import GuidedStudent
 from lg.logs.log import RunLog
 from lg.logs.pictures import Pictures
@@ -61,7 +63,7 @@ def build_run(cfg: CfgNode, data: Splits, world: World, log: RunLog) -> Run:
     guided, guide, loss = build_guided(cfg)
     check_guide_classes(cfg, data.train.class_names)
     if cfg.TRAIN.WEIGHTS:
-        _start_from(cfg, guided.student, log)
+        _start_from(cfg, guided.student, data.train.class_names, log)
     stream = np.random.SeedSequence((cfg.RNG_SEED, MODEL, world.rank)).generate_state(1)[0]
     torch.manual_seed(int(stream))  # other draws of dropout in each process
     prepare_bank(cfg, guide, data.train, device)
@@ -145,11 +147,17 @@ def place_model(net: nn.Module, precision: Precision) -> str:
     return "Memory format: channels_last, which is faster for this model on CPUs."
 
 
-def _start_from(cfg: CfgNode, student: nn.Module, log: RunLog) -> None:
+def _start_from(cfg: CfgNode, student: nn.Module, class_names: Sequence[str], log: RunLog) -> None:
     """Load TRAIN.WEIGHTS, which may be of another image size."""
     facts = load_weights(student, cfg.TRAIN.WEIGHTS, cache=cfg.DOWNLOAD_CACHE, any_size=True)
     for key, (old, new) in facts["resampled"].items():
         log.info(f"TRAIN.WEIGHTS: {key} resampled from {old} to {new}.")
+    theirs = facts.get("class_names")
+    if theirs is not None and theirs != list(class_names):
+        log.warn(
+            f"TRAIN.WEIGHTS was trained on the classes {first_few(theirs)}, not on "
+            f"{first_few(class_names)}: its classifier starts with scores of other classes."
+        )
 
 
 def _prepare_log(cfg: CfgNode, data: Splits, device: torch.device, log: RunLog) -> None:

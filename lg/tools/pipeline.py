@@ -43,7 +43,7 @@ _HELD_OUT = ("RNG_SEED", "TRAIN.EXCLUDE", "TRAIN.FRACTION", "TRAIN.VAL_FRACTION"
 # name files whose contents are hashed.
 _PLACES = (
     *("DATA_LOADER.ROOT", "DATA_LOADER.ON_ERROR", "DEVICE", "DIST_BACKEND"),
-    *("DISTILLATION.TEACHER_WEIGHTS", "TRAIN.WEIGHTS", "TRAIN.EXCLUDE"),
+    *("DISTILLATION.TEACHER_WEIGHTS", "TRAIN.WEIGHTS", "MODEL.PRETRAINED", "TRAIN.EXCLUDE"),
 )
 _DONE = "pipeline.json"  # in the folder of a finished training
 
@@ -181,7 +181,7 @@ def settings_hash(cfg: CfgNode, basis: str = "") -> str:
         basis: What else it depends on: the name of its guide's folder.
 
     Raises:
-        ConfigError: TRAIN.WEIGHTS cannot be read.
+        ConfigError: TRAIN.WEIGHTS or MODEL.PRETRAINED cannot be read.
     """
     skipped = (*FREE_ON_RESUME, *_PLACES)
     settings = {
@@ -196,18 +196,18 @@ def settings_hash(cfg: CfgNode, basis: str = "") -> str:
             images.append([os.path.relpath(file, cfg.DATA_LOADER.ROOT), os.path.getsize(file)])
         images.append([dataset.indices.tolist(), fingerprint(dataset)])
     parts = [settings, images, os.path.basename(basis)]
-    if cfg.TRAIN.WEIGHTS:
-        parts.append(_file_hash(cfg.TRAIN.WEIGHTS, cfg.DOWNLOAD_CACHE))
+    weights = {"TRAIN.WEIGHTS": cfg.TRAIN.WEIGHTS, "MODEL.PRETRAINED": cfg.MODEL.PRETRAINED}
+    parts += [_file_hash(key, path, cfg.DOWNLOAD_CACHE) for key, path in weights.items() if path]
     text = json.dumps(parts, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _file_hash(path: str, cache: str) -> str:
+def _file_hash(key: str, path: str, cache: str) -> str:
     try:
         content = Path(local_path(path, cache=cache)).read_bytes()
     except OSError as error:
         raise ConfigError(
-            f"TRAIN.WEIGHTS is {path!r}, which cannot be read ({error.strerror or error}). Check "
+            f"{key} is {path!r}, which cannot be read ({error.strerror or error}). Check "
             "the path, or train the model that writes it first."
         ) from None
     return hashlib.sha256(content).hexdigest()

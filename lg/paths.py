@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
 from pathlib import Path
 
 URL_SCHEMES = ("http://", "https://", "ftp://")
@@ -28,13 +27,21 @@ def project_folder() -> Path:
 
 def source_commit() -> str:
     """Return the commit of the git repository that this code runs from; empty if there is none."""
-    folder = project_folder()
-    if not (folder / ".git").exists():
-        return ""
-    command = ["git", "-C", str(folder), "rev-parse", "HEAD"]
     try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):  # no git here, or no commit
+        git = project_folder() / ".git"
+        if git.is_file():  # a worktree
+            git = git.parent / git.read_text().removeprefix("gitdir: ").strip()
+        head = (git / "HEAD").read_text().strip()
+        if not head.startswith("ref: "):
+            return head
+        shared = git / "commondir"
+        common = git / shared.read_text().strip() if shared.is_file() else git
+        name = head.removeprefix("ref: ")
+        if (common / name).is_file():
+            return (common / name).read_text().strip()
+        lines = (common / "packed-refs").read_text().splitlines()
+        return next((line.split()[0] for line in lines if line.endswith(f" {name}")), "")
+    except OSError:
         return ""
 
 

@@ -251,5 +251,5 @@ def test_guides_without_a_config_have_the_numbers_that_timm_states(
 
 def test_weights_are_tested_with_the_shape_they_were_trained_with(guide: Path) -> None:
     opts = ("TRAIN.RESIZE", "letterbox", "TEST.WEIGHTS", guide)
-    with pytest.raises(ConfigError, match="TRAIN.RESIZE is letterbox, but .* trained with squash"):
+    with pytest.raises(ConfigError, match=r"TRAIN\.RESIZE is letterbox, but .* with squash"):
         trainer.test(config(GUIDE, guide.parent, "DATA_LOADER.NORMALIZE", "auto", *opts))

@@ -59,4 +59,4 @@ def test_the_error_about_a_shallower_model_proposes_blocks() -> None:
 def test_the_error_about_a_long_warm_up_proposes_values() -> None:
     text = fault(CONFIGS / "deit/deit-ti_c100_base.yaml", "OPTIM.MAX_EPOCH", "15")
     assert "OPTIM.WARMUP_EPOCHS is 20" in text
-    assert text.endswith("15: set it to a tenth of that, 1, or OPTIM.MAX_EPOCH to 200.")
+    assert text.endswith("15: set it to 1 (a tenth of that), or OPTIM.MAX_EPOCH to 200.")

@@ -51,7 +51,7 @@ def test_the_tutorial_runs(
     assert result["guided"]["model"] == "DeiT" and result["guide"]["model"] == "ResNet-56"
     words = commands()["predict"]
     weights = f"{result['guided']['folder']}/model.pyth"
-    assert f"TEST.WEIGHTS {weights}" in said
+    assert f"guided model {weights}" in said
     # The hash in the name of the folder depends on the images.
     assert re.sub("-[0-9a-f]{8}/", "/", weights) == re.sub("-[0-9a-f]{8}/", "/", words[-1])
     monkeypatch.setattr(sys, "argv", [*words[:-1], weights])

@@ -362,7 +362,10 @@ def _config_of_weights(opts: Sequence[str]) -> CfgNode:
 
     given = dict(zip(opts[::2], opts[1::2], strict=False))
     if "TEST.WEIGHTS" not in given:
-        raise ConfigError("Without --cfg, TEST.WEIGHTS must name the weights: add it.")
+        raise ConfigError(
+            "Without --cfg, TEST.WEIGHTS must name the weights: add TEST.WEIGHTS and their path, "
+            "such as work_dirs/RUN/model.pyth."
+        )
     return load_trained_config(given["TEST.WEIGHTS"], opts)
 
 

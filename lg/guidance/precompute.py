@@ -61,7 +61,8 @@ def check_space(folder: Path, provenance: Provenance, num_images: int) -> str:
             f"{folder} needs {size / 1e9:.2f} GB, but {folder.parent} has {free / 1e9:.2f} GB "
             "left. Free some space, set --out to another disk, or store float16."
         )
-    return f"{folder}: {size / 1e9:.2f} GB ({free / 1e9:.1f} GB free)"
+    needed = f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:.2f} MB"
+    return f"{folder}: {needed} ({free / 1e9:.1f} GB free)"
 
 
 def precompute(

@@ -72,7 +72,7 @@ def test_a_good_config_has_no_problems_and_leaves_no_files(
     assert "3 epochs are short for strong augmentation: " in text
     assert "has only 12 optimiser steps (3 epochs of 4): raise OPTIM.MAX_EPOCH to 50 or" in text
     assert f"the guide's test error is 12.5 % ({guide})." in text
-    assert "Blocks: 0 imitates 0, 1 imitates 2 of the guide (--mode info shows them)." in text
+    assert "Guidance: block 0 imitates stage 0, block 1 imitates stage 2 of the guide (" in text
     assert (
         "cpu (DEVICE cpu), fp32 (TRAIN.MIXED_PRECISION False), images read in parallel: 1 (D"
         in text

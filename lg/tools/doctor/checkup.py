@@ -174,8 +174,8 @@ def _check_model(cfg: CfgNode, found: Findings) -> None:
             found.add(Finding(FACT, MODEL, f"{line}."))
         if options.ENABLE_INTER and options.INTER_STUDENT_INDEX != "mix":
             taps = zip(options.INTER_STUDENT_INDEX, options.INTER_TEACHER_INDEX, strict=True)
-            pairs = ", ".join(f"{mine} imitates {theirs}" for mine, theirs in taps)
-            text = f"Blocks: {pairs} of the guide (--mode info shows them)."
+            pairs = ", ".join(f"block {mine} imitates stage {theirs}" for mine, theirs in taps)
+            text = f"Guidance: {pairs} of the guide (--mode info shows them)."
             found.add(Finding(FACT, MODEL, text))
     if _exists(cfg.TRAIN.WEIGHTS):
         with found.catch(MODEL, "loading weights", key="TRAIN.WEIGHTS"):

@@ -151,14 +151,19 @@ def table(rows: list[dict[str, Any]]) -> str:
     return markdown(lines)
 
 
-def gains(reference: list[dict[str, Any]], rows: dict[str, list[dict[str, Any]]]) -> str:
-    """Return a Markdown table: top-1, gain over the reference seed by seed, and time of a run."""
+def gains(
+    reference: list[dict[str, Any]], rows: dict[str, list[dict[str, Any]]], *, timed: bool = True
+) -> str:
+    """Return a Markdown table: top-1, gain over the reference seed by seed, and time of a run.
+
+    Without `timed`, the table has no times, because the machine did other work as well.
+    """
     lines = [["", "seeds", "top-1, %", "gain", "seconds a run"], ["---"] * 5]
     for label, runs in rows.items():
         gained = "" if runs == reference else gain(runs, reference[: len(runs)])
         seconds = f"{3600 * median(run['hours'] for run in runs):.0f}"
         lines.append([label, f"{len(runs)}", spread(top1(runs)), gained, seconds])
-    return markdown(lines)
+    return markdown([line if timed else line[:-1] for line in lines])
 
 
 def markdown(lines: list[list[str]]) -> str:
@@ -204,7 +209,7 @@ def render(entry: list[dict[str, Any]] | dict[str, Any]) -> str:
         return table(entry)
     if "reference" in entry:
         rows = {label: load(names) for label, names in entry["rows"].items()}
-        return gains(load(entry["reference"]), rows)
+        return gains(load(entry["reference"]), rows, timed=entry.get("timed", True))
     return curve_table(entry)
 
 

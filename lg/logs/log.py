@@ -21,11 +21,12 @@ if TYPE_CHECKING:
     from lg.logs.tracker import Tracker
 
 TAG = "json_stats: "
-# Lines of an epoch -> the lines of the same or a later epoch that they replace.
+# Kind of line -> the kinds whose lines of the same or a later epoch it replaces.
 _REPLACED = {
-    "train_epoch": ("train_epoch", "test_epoch", "test_ema_epoch"),
+    "train_epoch": ("train_epoch", "test_epoch", "test_ema_epoch", "final_test"),
     "test_epoch": ("test_epoch",),
     "test_ema_epoch": ("test_ema_epoch",),
+    "final_test": ("final_test",),
 }
 
 
@@ -44,17 +45,21 @@ def read_run_lines(path: str | Path) -> list[dict[str, Any]]:
     of all later ones; testing it again replaces its test.
     """
     found: list[dict[str, Any]] = []
+    latest = dict.fromkeys(_REPLACED, 0.0)  # epochs; most logs repeat none
     for line in read_json_lines(path):
-        replaced = _REPLACED.get(line["_type"])
-        if replaced:
-            number = epoch_number(line)
-            found = [
-                old for old in found if old["_type"] not in replaced or epoch_number(old) < number
-            ]
-        if line["_type"] == "train_epoch":
-            found = [old for old in found if old["_type"] != "final_test"]
+        kinds = _REPLACED.get(line["_type"], ())
+        if kinds:
+            epoch = _order(line)
+            if any(latest[kind] >= epoch for kind in kinds):
+                found = [old for old in found if old["_type"] not in kinds or _order(old) < epoch]
+            latest[line["_type"]] = epoch
         found.append(line)
     return found
+
+
+def _order(line: Mapping[str, Any]) -> float:
+    """Return the epoch of a line; the final test comes after all epochs."""
+    return math.inf if line["_type"] == "final_test" else epoch_number(line)
 
 
 def epoch_number(line: Mapping[str, Any]) -> int:

@@ -125,7 +125,7 @@ def _last(kinds: dict[str, list[Line]], kind: str) -> Line:
 
 
 def _by_epoch(lines: Sequence[Line]) -> dict[int, Line]:
-    return dict(sorted((epoch_number(line), line) for line in lines))
+    return {epoch_number(line): line for line in lines}  # in order, see `read_run_lines`
 
 
 def _short_names(paths: Sequence[Path]) -> list[str]:

@@ -153,7 +153,7 @@ DEFAULTS: dict[str, Any] = {
         "SPLIT": "train",
         "BATCH_SIZE": 128,  # images per optimiser step, over all processes
         "AUTO_RESUME": True,  # resume from the last checkpoint in OUT_DIR
-        "RESUME_CHANGED": False,  # (+) resume even if settings changed that make it another run
+        "RESUME_CHANGED": False,  # (+) resume even if settings or images changed
         "WEIGHTS": "",  # path or URL of weights to start from
         # True: bf16 if the hardware computes in it; if not, GPUs use fp16 with loss scaling, CPUs
         # fp32
@@ -316,7 +316,7 @@ FREE_ON_RESUME = (
 
 
 # Keys, or their prefixes, whose change is reported when a run resumes, but not refused: length,
-# hardware, precision and places. Any other change makes it another run.
+# tests, hardware, precision and places. Any other change makes it another run.
 REPORTED_ON_RESUME = (
     "OPTIM.MAX_EPOCH",
     "TRAIN.EARLY_STOP",

@@ -71,8 +71,9 @@ def train_seeds(
 def read_result(folder: str, *, validated: bool) -> dict[str, Any]:
     """Return the result of a finished run from its log, with its split and how it was chosen.
 
-    It is the final test; without one, the test of the best epoch if held-out images chose it, and
-    else of the last epoch, because the best of many tests on the test set is optimistic.
+    It is the final test; without one, the best test (of the weights or their average) if held-out
+    images chose the weights, and else that of the last epoch, because the best of many tests on
+    the test set is optimistic.
     """
     lines = read_run_lines(os.path.join(folder, "log.txt"))
     final = [line for line in lines if line["_type"] == "final_test"]

@@ -44,15 +44,18 @@ def measure_speed(cfg: CfgNode) -> Speed:
         targets = targets.to(device)
 
         def step(precision: Precision) -> None:
-            place_model(guided.student, precision)
             with precision.autocast():
                 logits, maps = guided(images, imitate=True)
                 imitated = guide(images)
             loss(logits, maps, targets, *imitated, factor=1.0)["loss"].backward()
             synchronize(device)
 
-        kinds = [False, True] if computes_in_bf16(device) else [False]
-        return min(Speed(_time(step, Precision(device, mixed=kind)), kind) for kind in kinds)
+        speeds = []
+        for mixed in [False, True] if computes_in_bf16(device) else [False]:
+            precision = Precision(device, mixed=mixed)
+            place_model(guided.student, precision)
+            speeds.append(Speed(_time(step, precision), mixed))
+        return min(speeds)
 
 
 def _time(step: Callable[[Precision], None], precision: Precision) -> float:

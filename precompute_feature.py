@@ -38,15 +38,23 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--cfg", required=True, metavar="FILE", help="config of a guide or of a guided training")
-    add("--ckpt", metavar="FILE", help="the guide's weights (default: where its config saves)")
+    add(
+        "--cfg", required=True, metavar="FILE", help="config of a guide or of a guided training run"
+    )
+    add("--ckpt", metavar="FILE", help="the guide's weights (default: those of its config)")
     add("--out", metavar="FOLDER", help="default: FEATURE_FILE, or temp/<config name>")
-    add("--image-size", type=int, metavar="PIXELS", help="of the students (default: 224)")
+    add(
+        "--image-size",
+        type=int,
+        metavar="PIXELS",
+        help="side of the students' images (default: 224)",
+    )
     add("--layers", type=block_numbers, metavar="I,J,..", help="blocks of the guide (default: all)")
     add(
         "--mirrored",
         action="store_true",
-        help="also store the maps of the mirrored images: flips are then exact, at twice the size",
+        help="also store the maps of the mirrored images, at twice the size: flips then add no "
+        "error of their own",
     )
     add(
         "--shifts",

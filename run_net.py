@@ -70,7 +70,7 @@ _SEEDS: Arguments = {
 }
 _PREDICT: Arguments = {
     "--images": dict(nargs="+", required=True, metavar="PATH", help="files, folders or patterns"),
-    "--out": dict(metavar="FILE", help="write a .csv file or .jsonl lines"),
+    "--out": dict(metavar="FILE", help="write the predictions to this .csv or .jsonl file"),
     "--top": dict(type=int, default=3, help="classes to show (default 3)"),
     "--flip": dict(action="store_true", help="average with the mirrored image"),
 }
@@ -99,7 +99,7 @@ _SWEEP: Arguments = {
 _INIT: Arguments = {
     "--data": dict(required=True, metavar="FOLDER", help="images in class folders"),
     "--model": dict(default="deit-ti", help="the student (default deit-ti)"),
-    "--out": dict(metavar="FOLDER", help="for the configs (default NAME_configs)"),
+    "--out": dict(metavar="FOLDER", help="folder for the configs (default NAME_configs)"),
     "--minutes": dict(
         type=float,
         default=10,
@@ -117,14 +117,14 @@ _KEYS: Arguments = {
     "pattern": dict(nargs="?", default="", metavar="PATTERN", help="part of a key or its meaning"),
 }
 _REPORT: Arguments = {
-    "out_dirs": dict(nargs="+", metavar="OUT_DIR", help="folders of runs"),
+    "out_dirs": dict(nargs="+", metavar="OUT_DIR", help="folders of runs, then overrides for all"),
     "--out": dict(
         metavar="FILE", help="the page to write (default: report.html in the first folder)"
     ),
 }
 _DOCTOR: Arguments = {
     "--copies": dict(
-        metavar="FILE", help="write training images that are also tested to a CSV file"
+        metavar="FILE", help="write a CSV file of the training images that a tested split has too"
     ),
 }
 

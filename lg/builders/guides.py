@@ -102,7 +102,7 @@ def _load_guide(cfg: CfgNode, teacher: Backbone, path: str) -> dict[str, Any]:
 
 
 def check_guide_classes(cfg: CfgNode, class_names: Sequence[str]) -> None:
-    """Check that a guide whose class scores are imitated knows the classes of the training images.
+    """Check that a guide whose logits are imitated knows the classes of the training images.
 
     Raises:
         CheckpointError: Its file names others, or another order.

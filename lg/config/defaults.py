@@ -142,8 +142,8 @@ DEFAULTS: dict[str, Any] = {
         "WEIGHT_DECAY": 5e-4,  # not applied to biases, norms, tokens and position embeddings, >= 0
         "WARMUP_FACTOR": 0.1,  # learning rate of epoch 0 over BASE_LR if WARMUP_EPOCHS > 0, (0, 1]
         "WARMUP_EPOCHS": 0,  # length of the linear warm-up, epochs
-        # update rate of the weight average, multiplied by BATCH_SIZE / MAX_EPOCH *
-        # EMA_UPDATE_PERIOD, >= 0
+        # exponential moving average of the weights: its update rate is this times BATCH_SIZE /
+        # MAX_EPOCH * EMA_UPDATE_PERIOD, at most 1; >= 0
         "EMA_ALPHA": 1e-5,
         "EMA_UPDATE_PERIOD": 0,  # optimiser steps between updates of the average; 0: no average
         "CLIP_GRAD_NORM": 0.0,  # (+) maximum L2 norm of the whole gradient; 0: no clipping
@@ -174,8 +174,9 @@ DEFAULTS: dict[str, Any] = {
         # (+) keep freed memory for the next step: on CPUs, hierarchical models train up to 1.7
         # times as fast, with up to 20 % more memory (Linux)
         "REUSE_MEMORY": True,
-        # (+) round the factors of float32 products, also in image resizing, to TF32 on hardware
-        # that supports it: faster, with 10 instead of 23 bits of mantissa
+        # (+) round the inputs of float32 matrix products and convolutions, including those of
+        # image resizing, to TF32 on hardware that supports it: faster, with 10 instead of 23 bits
+        # of mantissa
         "TF32": False,
         # (+) use only operations that give the same bits each time: slower, for bit-exact resume
         # on GPUs; needs CUDNN.BENCHMARK False. CPUs are bit-exact without it

@@ -117,7 +117,7 @@ def test_a_guide_takes_the_file_as_its_weights(tmp_path: Path) -> None:
     }
     teacher = build_teacher(config(tmp_path, **settings))
     assert torch.equal(teacher.net.layer4[1].conv2.weight, weights["layer4.1.conv2.weight"])
-    # Its class scores cannot be imitated, because its classes differ.
+    # Its logits cannot be imitated, because its classes differ.
     settings["DISTILLATION.ENABLE_LOGIT"] = "True"
     with pytest.raises(CheckpointError, match=r"fc.weight is \[1000, 512\], the model has \[10,"):
         build_teacher(config(tmp_path, **settings))

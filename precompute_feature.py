@@ -97,6 +97,8 @@ def run(args: argparse.Namespace, cfg: CfgNode) -> None:
     model, facts, trained = choose_teacher(args, cfg)
     device = builders.build_device(cfg, World())
     dataset = builders.build_train_data(cfg)
+    for note in builders.data_notes(dataset):
+        print(f"Warning: {note}.", file=sys.stderr, flush=True)
     # The guide sees the student's images, with the same borders, normalised as in its own training.
     seen = trained
     if cfg.DISTILLATION.ENABLE_INTER:
@@ -126,6 +128,7 @@ def run(args: argparse.Namespace, cfg: CfgNode) -> None:
             num_workers=cfg.DATA_LOADER.NUM_WORKERS,
             pin_memory=cfg.DATA_LOADER.PIN_MEMORY,
             first=done,
+            timeout=cfg.DATA_LOADER.TIMEOUT,
         ),
         folder=folder,
         provenance=provenance,
@@ -142,7 +145,8 @@ def choose_teacher(
     """Build the teacher with its weights; return it with what the config adds to the provenance,
     and the preprocessing that it was trained with."""
     from lg import builders
-    from lg.checkpoint import load_weights
+    from lg.checkpoint import BEST_NAME, load_weights
+    from lg.config import with_values
 
     options = cfg.DISTILLATION
     if options.ENABLE_INTER:
@@ -152,9 +156,7 @@ def choose_teacher(
                 "config of the guide"
             )
         if args.ckpt:
-            cfg = cfg.clone()
-            cfg.defrost()
-            cfg.DISTILLATION.TEACHER_WEIGHTS = args.ckpt
+            cfg = with_values(cfg, {"DISTILLATION.TEACHER_WEIGHTS": args.ckpt})
         if not cfg.DISTILLATION.TEACHER_WEIGHTS:
             raise ConfigError("DISTILLATION.TEACHER_WEIGHTS is null: give --ckpt")
         path, kind = cfg.DISTILLATION.TEACHER_WEIGHTS, options.TEACHER_MODEL
@@ -163,7 +165,7 @@ def choose_teacher(
         sizes = {"image_size": cfg.MODEL.IMG_SIZE, "teacher_image_size": options.TEACHER_IMG_SIZE}
     else:
         model, kind = builders.build_model(cfg, pretrained=False), cfg.MODEL.TYPE
-        path = args.ckpt or f"{cfg.OUT_DIR}/model.pyth"
+        path = args.ckpt or f"{cfg.OUT_DIR}/{BEST_NAME}"
         saved = load_weights(model, path, cache=cfg.DOWNLOAD_CACHE)
         layers = args.layers or list(range(len(model.blocks)))
         sizes = {"image_size": args.image_size or 224, "teacher_image_size": cfg.MODEL.IMG_SIZE}
@@ -173,7 +175,7 @@ def choose_teacher(
             )
     channels = cfg.MODEL.IN_CHANNELS
     trained = builders.guide_preprocessing(saved, path, kind=kind, channels=channels)
-    return model, {"teacher": builders.teacher_name(cfg, kind), "layers": layers, **sizes}, trained
+    return model, {"teacher": builders.model_name(cfg, kind), "layers": layers, **sizes}, trained
 
 
 def describe(

@@ -45,7 +45,7 @@ class Mode(NamedTuple):
         config: What the function gets of --cfg FILE KEY VALUE ...: loaded: the config; path: `path`
             and `opts`, the KEY VALUE list; overrides: `opts`, without --cfg; none: neither.
         arguments: Those of this mode alone, which the function gets by keyword.
-        launched: Whether NUM_GPUS processes run it; needs a loaded config.
+        launched: Whether NUM_GPUS processes run it.
         trains: Whether the function also gets `train`, a picklable function that trains a config.
         from_weights: Whether --cfg may be left out where TEST.WEIGHTS holds its own config.
     """

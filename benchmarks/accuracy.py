@@ -1,14 +1,14 @@
 #!/usr/bin/env python3
 """Write the accuracy tables of docs/results.md from the logs of the runs, never by hand.
 
-python benchmarks/accuracy.py --add work_dirs/pvtv2-b0_flowers_ours --commit 0a40e87
+python benchmarks/accuracy.py --add work_dirs/pvtv2-b0_flowers_ours
 python benchmarks/accuracy.py            # write the tables
 python benchmarks/accuracy.py --check    # exit with 1 if the tables differ from the logs
 
 `--add` keeps what a table needs of a run's log in docs/evidence/RUN/run.json: settings that
-differ from the defaults, tests, parameters, hours, commit and hardware (of the machine that runs
-`--add`, so run it where the model was trained). docs/evidence/tables.yaml lists the rows of each
-table and the runs of each row; a row with `minus` is the difference from those runs, seed by seed.
+differ from the defaults, tests, parameters, hours, commit, hardware and version of torch.
+docs/evidence/tables.yaml lists the rows of each table and the runs of each row; a row with `minus`
+is the difference from those runs, seed by seed.
 A table stands in docs/results.md between `<!-- table NAME -->` and `<!-- end NAME -->`. An entry
 with `reference` and `rows` shows what each row gains over the reference. One with `images` and
 `series` is a learning curve: a table of top-1 over the number of training images, plotted as
@@ -18,8 +18,6 @@ docs/NAME.png.
 from __future__ import annotations
 
 import json
-import platform
-import re
 import sys
 from pathlib import Path
 from statistics import fmean, median
@@ -30,10 +28,9 @@ import yaml
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks.report import make_parser
 from lg.config.defaults import DEFAULT_VALUES, flatten
-from lg.logs.log import read_run_lines
+from lg.logs.log import epoch_seconds, read_run_lines
 from lg.logs.plots import draw_lines, save_figure
-from lg.paths import source_commit
-from lg.tools.seeds import interval
+from lg.tools.intervals import mean_interval
 
 ROOT = Path(__file__).resolve().parent.parent
 EVIDENCE = ROOT / "docs" / "evidence"
@@ -50,48 +47,38 @@ def compact(stats: list[dict[str, Any]]) -> dict[str, Any]:
         for key, value in sorted(flatten(settings))
         if key != "_type" and key not in _PLACES and value != DEFAULT_VALUES.get(key)
     }
-    epochs, tests, average_tests = (
-        [line for line in stats if line["_type"] == kind]
-        for kind in ("train_epoch", "test_epoch", "test_ema_epoch")
+    epochs, tests = (
+        [line for line in stats if line["_type"] == kind] for kind in ("train_epoch", "test_epoch")
     )
     size = next(line for line in stats if line["_type"] == "complexity")
-    seconds = sum(line["time_epoch"] for line in [*epochs, *tests, *average_tests])
     return {
         "settings": changed,
         "parameters": size["params"],
         "macs": size["macs"],
         "epochs": f"{len(epochs)}/{settings['OPTIM']['MAX_EPOCH']}",
-        "hours": round(seconds / 3600, 4),
+        "hours": round(epoch_seconds(stats) / 3600, 4),
         "tests": [{key: test[key] for key in _KEPT if key in test} for test in tests],
     }
 
 
-def add(folder: Path, commit: str) -> None:
+def add(folder: Path) -> None:
     """Write docs/evidence/RUN/run.json from the log of a run."""
-    import torch
-
-    run = compact(read_run_lines(str(folder / "log.txt")))
-    run |= {"commit": commit, "machine": processor(), "torch": torch.__version__}
+    lines = read_run_lines(str(folder / "log.txt"))
+    machine = [line for line in lines if line["_type"] == "machine"][-1]
+    run = compact(lines) | {
+        "commit": machine["commit"][:7],
+        "machine": machine["hardware"],
+        "torch": machine["torch"],
+    }
     target = EVIDENCE / folder.resolve().name / "run.json"
     target.parent.mkdir(parents=True, exist_ok=True)
     target.write_text(json.dumps(run, indent=1) + "\n", encoding="utf-8")
     print(f"{target.relative_to(ROOT)}: {run['epochs']} epochs, {run['hours']} h")
 
 
-def processor() -> str:
-    """Return the name of the GPU, else of the CPU."""
-    import torch
-
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
-    info = Path("/proc/cpuinfo")
-    names = re.findall(r"model name\s*: (.*)", info.read_text()) if info.exists() else []
-    return names[0] if names else platform.processor() or platform.machine()
-
-
 def spread(values: list[float]) -> str:
     """Return a mean and, of several values, half the width of its 95 % interval (Student t)."""
-    mean, half = interval(values)
+    mean, half = mean_interval(values)
     return f"{mean:.1f}" if half is None else f"{mean:.1f} ± {half:.1f}"
 
 
@@ -233,11 +220,10 @@ def main() -> None:
     """Run the command line."""
     parser = make_parser(__doc__)
     parser.add_argument("--add", nargs="+", default=[], metavar="OUT_DIR", type=Path)
-    parser.add_argument("--commit", help="commit that trained them (default: HEAD)")
     parser.add_argument("--check", action="store_true")
     args = parser.parse_args()
     for folder in args.add:
-        add(folder, args.commit or source_commit()[:7])
+        add(folder)
     tables = yaml.safe_load((EVIDENCE / "tables.yaml").read_text(encoding="utf-8"))
     page = RESULTS.read_text(encoding="utf-8")
     filled = fill(page, tables)

@@ -2,7 +2,7 @@
 """Measure what guidance gains on 300 real digits: train guide, plain and guided transformer.
 
     python benchmarks/digits_demo.py              # one seed, under 3 minutes on two cores
-    python benchmarks/digits_demo.py --seeds 3    # mean and standard deviation of three seeds
+    python benchmarks/digits_demo.py --seeds 3    # mean and 95 % interval of three seeds
     python benchmarks/digits_demo.py --offline    # with offline guidance as well
 
 Each training run is a `run_net.py` command, printed before it starts. Finished runs are read
@@ -24,7 +24,7 @@ sys.path.insert(0, str(ROOT))
 
 from benchmarks.report import make_parser, write_json  # noqa: E402
 from lg.logs.log import read_run_lines  # noqa: E402
-from lg.tools.seeds import interval  # noqa: E402
+from lg.tools.intervals import mean_interval  # noqa: E402
 
 MODELS = {
     "r-8_digits": "ResNet-8, the guide",
@@ -96,7 +96,7 @@ def table(runs: dict[int, dict[str, Any]]) -> str:
     rows = [f"\n{'':<22}{'parameters':>12}{'top-1 on 597 test digits':>28}"]
     for name, title in MODELS.items():
         final = [run[name]["accuracy"][-1] for run in runs.values()]
-        mean, half = interval(final)
+        mean, half = mean_interval(final)
         spread = "" if half is None else f" ± {half:.1f}"
         params = next(iter(runs.values()))[name]["params"]
         rows.append(f"{title:<22}{params:>12,}{f'{mean:.1f}{spread} %':>28}")

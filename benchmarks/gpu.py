@@ -27,14 +27,13 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from benchmarks.accuracy import compact, processor  # noqa: E402
+from benchmarks.accuracy import compact  # noqa: E402
 from benchmarks.report import TRANSFORMERS, config_path, make_parser  # noqa: E402
 from lg.files.atomic import write_text  # noqa: E402
 from lg.logs.log import read_run_lines  # noqa: E402
 
 MODES = ("none", "default", "reduce-overhead")  # of TRAIN.COMPILE
 _FINAL = ("done", "passed", "skipped")  # outcomes that are not tried again
-# DeiT-Ti comes first because the goal is its speed.
 GOAL = "goal: 10,000 images/s for deit-ti, guided, 224 pixels, batch 128"
 
 
@@ -287,7 +286,13 @@ def write_table(out: Path) -> None:
     """Write table.md from the results of all parts."""
     import torch
 
-    lines = [f"{processor()}, torch {torch.__version__}, {os.cpu_count()} CPU cores. {GOAL}.", ""]
+    from lg.device import machine_facts
+
+    facts = machine_facts(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    lines = [
+        f"{facts['hardware']}, torch {facts['torch']}, {os.cpu_count()} CPU cores. {GOAL}.",
+        "",
+    ]
     for part in PARTS:
         results = [json.loads(file.read_text()) for file in sorted((out / part).glob("*.json"))]
         if results:

@@ -31,6 +31,7 @@ from lg.augment.batched import BatchTestTransform, BatchTransform, normalise  # 
 from lg.augment.resample import crop_and_resize  # noqa: E402
 from lg.augment.view import View  # noqa: E402
 from lg.datasets.loader import Samples  # noqa: E402
+from lg.distributed import World  # noqa: E402
 from lg.guidance import FeatureBank, FrozenTeacher  # noqa: E402
 from lg.guidance.replay import replay  # noqa: E402
 
@@ -41,7 +42,8 @@ class OnlyCrops(BatchTransform):
     """The strong recipe without changes of the pixels."""
 
     def apply(self, images: Any, draws: Any) -> Tensor:
-        return normalise(crop_and_resize(images, draws.box, self.image_size, draws.flip))
+        pixels = crop_and_resize(images, draws.box, self.image_size, draws.flip)
+        return normalise(pixels, self.mean, self.std)
 
 
 def main() -> None:
@@ -54,8 +56,10 @@ def main() -> None:
     parser.add_argument("opts", nargs=argparse.REMAINDER, metavar="KEY VALUE")
     args = parser.parse_args()
     cfg = lg.load_config(args.cfg, args.opts)
+    weights = args.ckpt or f"{cfg.OUT_DIR}/model.pyth"
+    cfg = builders.with_trained_statistics(cfg, weights, World())
     model = builders.build_model(cfg)
-    lg.load_weights(model, args.ckpt or f"{cfg.OUT_DIR}/model.pyth")
+    lg.load_weights(model, weights)
     layers = list(range(len(model.blocks)))
     teacher = FrozenTeacher(model, indices=layers, image_size=cfg.MODEL.IMG_SIZE)
     bank = FeatureBank(args.bank, layers)
@@ -63,10 +67,11 @@ def main() -> None:
     builders.prepare_bank(cfg, bank, dataset, torch.device("cpu"))
     assert bank.provenance is not None, "--bank must have a provenance"
     size = bank.provenance.image_size
+    facts = vars(builders.build_preprocessing(cfg, training=True)) | {"image_size": size}
     transforms = {
-        "whole image": BatchTestTransform(image_size=size),
-        "random resized crop": OnlyCrops(image_size=size, strong=True),
-        "padded crop": BatchTransform(image_size=size, strong=False),
+        "whole image": BatchTestTransform(**facts),
+        "random resized crop": OnlyCrops(**facts, strong=True),
+        "padded crop": BatchTransform(**facts, strong=False),
     }
     rows = np.linspace(0, len(dataset) - 1, args.images).astype(int)
     results = {}

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
+# DeiT-Ti comes first because the goal is its speed.
 TRANSFORMERS = ("deit-ti", "t2t-7", "pit-ti", "pvt-ti", "pvtv2-b0", "convit-ti", "cvt-13")
 
 

@@ -26,7 +26,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import subprocess
 import sys
 import tempfile
@@ -261,17 +260,17 @@ def describe(cfg: Any, run: Any) -> dict[str, Any]:
     """Return the settings, the hardware and the arithmetic that rates are compared with."""
     import torch
 
+    from lg.device import machine_facts
     from lg.models.complexity import complexity
 
     macs = complexity(run.guided.student, cfg.MODEL.IMG_SIZE)["macs"]
-    on_gpu = run.device.type == "cuda"
     return {
         "batch_size": cfg.TRAIN.BATCH_SIZE,
         "image_size": cfg.MODEL.IMG_SIZE,
         "precision": str(run.precision),
         "compile": cfg.TRAIN.COMPILE,
         "backend": type(run.loader).__name__,
-        "device": torch.cuda.get_device_name() if on_gpu else platform.processor(),
+        "device": machine_facts(run.device)["hardware"],
         "step_flops": 6 * macs,  # 2 per MAC; the backward pass costs twice the forward pass
         "matrix_flops": matrix_rate(run.device, run.precision.dtype or torch.float32),
     }

@@ -146,14 +146,15 @@ def first_line(error: Exception) -> str:
 
 
 def first_few(names: Sequence[str], count: int = 5) -> str:
-    """Return the first names as text, and `...` if there are more."""
-    return ", ".join(names[:count]) + ", ..." * (len(names) > count)
+    """Return the first names as text, and how many more there are."""
+    more = len(names) - count
+    return ", ".join(names[:count]) + (f" and {more:,} more" if more > 0 else "")
 
 
 def _is_from_image_workers(error: Exception) -> bool:
-    """Return whether torch's loader raised the error: a worker died or its time was up.
+    """Return whether torch's loader raised the error: a worker died or timed out.
 
-    An error that a worker raised does not count; torch raises that again elsewhere.
+    An error that a worker raised does not count; torch re-raises that elsewhere.
     """
     frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
     module = frames[-1].f_globals["__name__"] if frames else ""
@@ -161,7 +162,7 @@ def _is_from_image_workers(error: Exception) -> bool:
 
 
 def _is_from_batch_norm(error: Exception) -> bool:
-    """Return whether a BatchNorm rejected its input, for which a single value is the one reason."""
+    """Return whether a BatchNorm rejected its input, which must be a single value per channel."""
     from torch.nn.functional import batch_norm
 
     frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]

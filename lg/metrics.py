@@ -78,22 +78,22 @@ class TestMeter:
         shape = num_classes, num_classes + 1
         # Rows: labels. Columns: predicted classes, and last the rows with non-finite logits.
         self._confusion = torch.zeros(shape, dtype=torch.int64, device=device)
-        self._top5 = torch.zeros(num_classes, dtype=torch.int64, device=device)
-        self._judged = [torch.zeros(0, 2, device=device)]  # confidence and hit of each sample
+        self._top5 = torch.zeros((), dtype=torch.int64, device=device)
+        self._confidences = [torch.zeros(0, 2, device=device)]  # confidence and hit of each sample
 
     def add(self, logits: Tensor, labels: Tensor) -> None:
         """Add a batch: logits [N, K] and labels [N]."""
         top = top_classes(logits, 5)
         hits = top == labels[:, None]
         self._confusion.index_put_((labels, top[:, 0]), torch.ones_like(labels), accumulate=True)
-        self._top5.index_add_(0, labels, hits.any(dim=1).to(torch.int64))
+        self._top5 += hits.any(dim=1).sum()
         confidence = logits.float().softmax(dim=1).amax(dim=1).nan_to_num()
-        self._judged.append(torch.stack([confidence, hits[:, 0].float()], dim=1))
+        self._confidences.append(torch.stack([confidence, hits[:, 0].float()], dim=1))
 
     def result(self) -> EvalResult:
         """Return the result over all processes; every process calls this."""
         confusion = sum_over_processes(self._confusion).cpu().numpy()
-        top5_hits = int(sum_over_processes(self._top5).sum())
+        top5_hits = int(sum_over_processes(self._top5))
         counts, hits = confusion.sum(axis=1), confusion.diagonal()
         count = int(counts.sum())
         balanced_acc, macro_f1 = _class_means(confusion)
@@ -102,7 +102,7 @@ class TestMeter:
             top5_err=100 - 100 * top5_hits / count,
             balanced_acc=balanced_acc,
             macro_f1=macro_f1,
-            calibration_err=_calibration_error(torch.cat(self._judged)),
+            calibration_err=_calibration_error(torch.cat(self._confidences)),
             count=count,
             class_counts=counts.tolist(),
             class_top1_acc=[
@@ -125,11 +125,11 @@ def _class_means(confusion: np.ndarray) -> tuple[float, float]:
     return 100 * float(balanced_acc), 100 * float(macro_f1)
 
 
-def _calibration_error(judged: Tensor) -> float:
+def _calibration_error(confidences: Tensor) -> float:
     """Return the expected calibration error in percent.
 
     Args:
-        judged: [n, 2], confidence and hit (0 or 1) of this process's samples.
+        confidences: [n, 2], confidence and hit (0 or 1) of this process's samples.
 
     Source: arXiv 1706.04599.
     """
@@ -138,8 +138,8 @@ def _calibration_error(judged: Tensor) -> float:
     from torchmetrics.utilities.distributed import gather_all_tensors
 
     if dist.is_initialized():
-        judged = torch.cat(gather_all_tensors(judged))  # shares differ in length
-    confidence, hits = judged.cpu().T.contiguous()
+        confidences = torch.cat(gather_all_tensors(confidences))  # shares differ in length
+    confidence, hits = confidences.cpu().T.contiguous()
     confidence = confidence.clamp(max=1 - 2**-24)  # torchmetrics puts 1 in a bin of its own
     return 100 * float(binary_calibration_error(confidence, hits.long(), n_bins=15, norm="l1"))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ from lg.metrics import NON_FINITE_ADVICE, UNKNOWN_ERR, TrainMeter
 from lg.models.published import load_published_state_dict, published_state_dict
 from lg.optim import LearningRate, WeightAverage
 
-# Keys that `Run.state` writes and `Run.restore` needs.
+# Keys that `Run.restore` needs.
 _NEEDED = (
     *("cfg", "test_err", "ema_err", "model_state", "ema_state", "guidance_state"),
     *("optimizer_state", "scaler_state", "rng_state", "sampler_state", "meter_state", "progress"),
@@ -174,14 +175,8 @@ class Run:
         """Restore a saved state. The optimiser's settings come from the config, not from the state.
 
         Raises:
-            ValueError: The state belongs to another model, or lacks keys.
+            ValueError: The state belongs to another model.
         """
-        missing = [key for key in _NEEDED if key not in state]
-        if missing:
-            raise ValueError(
-                f"it has no {', '.join(missing)}; to start from its weights, set TRAIN.WEIGHTS to "
-                "it and OUT_DIR to a new folder"
-            )
         student = self.guided.student
         load_published_state_dict(student, state["model_state"])
         self.guided.heads.load_state_dict(state["guidance_state"])
@@ -211,8 +206,7 @@ class Run:
         )
         if theirs not in (None, mine):
             raise ValueError(
-                f"OPTIM.OPTIMIZER is {mine}, but its optimiser state is that of {theirs}; to start "
-                "from its weights, set TRAIN.WEIGHTS to it and OUT_DIR to a new folder"
+                f"OPTIM.OPTIMIZER is {mine}, but its optimiser state is that of {theirs}"
             )
         saved = state["optimizer_state"]
         settings = [
@@ -221,9 +215,7 @@ class Run:
         ]
         groups = saved["param_groups"]
         if [g.get("parameter_names") for g in groups] != [s["parameter_names"] for s in settings]:
-            raise ValueError(
-                "its optimiser state belongs to other parameters; use the config it was saved with"
-            )
+            raise ValueError("its optimiser state belongs to other parameters")
         # Merged before loading: where the optimiser keeps its state depends on `fused`.
         merged = [{**group, **mine} for group, mine in zip(groups, settings, strict=True)]
         self.optimizer.load_state_dict({**saved, "param_groups": merged})
@@ -249,10 +241,7 @@ def resume(run: Run, *, auto: bool, changed: bool) -> None:
     log = run.log
     if not auto:
         check_fresh(run.checkpoints)
-    state = restore_last(run, log.warn)
-    if state is not None:
-        for text in find_differences(run, state, allowed=changed):
-            log.warn(text)
+    if restore_last(run, log.warn, changed=changed):
         epoch, step = run.progress.epoch, run.progress.step
         where = f"step {step} of epoch {epoch + 1}" if step else f"epoch {epoch}"
         log.info(f"Resuming after {where} of {run.settings.max_epoch}.")
@@ -272,22 +261,40 @@ def check_fresh(checkpoints: CheckpointFolder) -> None:
         )
 
 
-def restore_last(run: Run, warn: Callable[[str], None]) -> dict[str, Any] | None:
-    """Restore the last checkpoint of the run's folder and return it; None if there is none.
+def restore_last(run: Run, warn: Callable[[str], None], *, changed: bool) -> bool:
+    """Restore the last checkpoint of the run's folder; return whether there is one.
+
+    Args:
+        run: A run that has just been built.
+        warn: Called with a message for each checkpoint that is skipped and each difference.
+        changed: Whether settings may differ from those of the checkpoint.
 
     Raises:
         CheckpointError: There are checkpoints, and none can be used, or the last does not fit.
+        ConfigError: Not `changed`, and the settings are those of another run.
     """
     state = run.checkpoints.load_last(warn)
+    if state is None:
+        return False
+    folder = run.checkpoints.folder
+    missing = [key for key in _NEEDED if key not in state]
+    if missing:
+        raise CheckpointError(_cannot_resume(folder, f"it has no {', '.join(missing)}"))
+    for text in find_differences(run, state, allowed=changed):
+        warn(text)
     try:
-        if state is not None:
-            run.restore(state)
+        run.restore(state)
     except (ValueError, RuntimeError, KeyError, TypeError) as error:
-        raise CheckpointError(
-            f"Cannot resume from the last checkpoint in {run.checkpoints.folder}: {error}. Use the "
-            "settings it was saved with, or set OUT_DIR to a new folder."
-        ) from None
-    return state
+        raise CheckpointError(_cannot_resume(folder, str(error))) from None
+    return True
+
+
+def _cannot_resume(folder: Path, reason: str) -> str:
+    return (
+        f"Cannot resume from the last checkpoint in {folder}: {reason}. Use the settings it was "
+        "saved with, or start from its weights: set TRAIN.WEIGHTS to it and OUT_DIR to a new "
+        "folder."
+    )
 
 
 def find_differences(run: Run, state: Mapping[str, Any], *, allowed: bool) -> Iterator[str]:

@@ -63,7 +63,7 @@ def accumulate_gradients(
     parts = micro_batches(run, batch, targets)
     for number, (part, target) in enumerate(parts, start=1):
         is_last = number == len(parts)
-        with averaging(run.module, is_last):
+        with gradient_sync(run.module, is_last):
             terms, logits = forward(run, part, target)
             run.precision.scaler.scale(terms["loss"] / len(parts)).backward()
         losses.append({name: term.detach() for name, term in terms.items()})
@@ -105,8 +105,8 @@ def update_weights(run: Run) -> None:
     run.optimizer.zero_grad(set_to_none=True)
 
 
-def averaging(module: nn.Module, is_last: bool) -> AbstractContextManager:
-    """Average gradients over processes in the backward pass of the last micro-batch only."""
+def gradient_sync(module: nn.Module, is_last: bool) -> AbstractContextManager:
+    """Average gradients over processes in the last micro-batch only (DDP's `no_sync` in others)."""
     if not is_last and isinstance(module, DistributedDataParallel):
         return module.no_sync()
     return contextlib.nullcontext()

@@ -115,23 +115,11 @@ def randaugment(images: Tensor, draws: Operations, fill: Fill = FILL) -> Tensor:
 
     Returns:
         Images of the same shape and type, on the same device.
-
-    Raises:
-        ValueError: Type or shape of images or draws is wrong.
     """
     size, is_gray = images.shape[-1], images.dtype == torch.float32
     channels = 1 if is_gray else 3
-    is_known = is_gray or images.dtype == torch.uint8
-    if not is_known or images.shape != (len(images), channels, size, size):
-        raise ValueError(
-            f"images have shape {tuple(images.shape)} and type {images.dtype}: RandAugment needs "
-            "[N, 3, S, S] of uint8, or [N, 1, S, S] of float32"
-        )
-    if draws.operation.shape[1:] != images.shape[:1] or draws.level.shape != draws.operation.shape:
-        raise ValueError(
-            f"draws have shapes {draws.operation.shape} and {draws.level.shape} for {len(images)} "
-            "images: both must be [L, N], as from `draw`"
-        )
+    assert images.dtype in (torch.uint8, torch.float32), images.dtype
+    assert images.shape[1:] == (channels, size, size), images.shape
     images = images.clone(memory_format=torch.contiguous_format)
     groups = [
         group

@@ -9,7 +9,7 @@ from lg.builders.data import (
     dataset_facts,
     fetch_data,
 )
-from lg.builders.guides import build_teacher, load_teacher, prepare_bank, teacher_name
+from lg.builders.guides import build_teacher, load_teacher, model_name, prepare_bank
 from lg.builders.models import build_guided, build_model
 from lg.builders.preprocessing import (
     build_pixel_format,
@@ -29,7 +29,6 @@ from lg.builders.training import (
     build_precision,
     build_resources,
     build_schedule,
-    build_settings,
     check_training,
     check_world,
     fetch_weights,

@@ -26,7 +26,7 @@ def compile_student(
     example: Tensor,
     precision: Precision,
     ends: bool = False,
-    say: Callable[[str], None],
+    info: Callable[[str], None],
     warn: Callable[[str], None],
 ) -> tuple[nn.Module, Any]:
     """Compile the forward and backward pass of training and try both on an example, three times.
@@ -43,8 +43,8 @@ def compile_student(
         example: [N, C, S, S], of the shape and type of training images.
         precision: Of the forward pass.
         ends: Whether guidance may end before the training does.
-        say: Prints a line.
-        warn: Prints a warning.
+        info: Logs a line.
+        warn: Logs a warning.
 
     Returns:
         The compiled student and guide over the same weights; `guided` and `guide` themselves, with
@@ -73,7 +73,7 @@ def compile_student(
             for name, buffer in guided.named_buffers():
                 buffer.copy_(buffers[name])
         guided.zero_grad(set_to_none=True)
-    say(f"Compiled the student in {time.perf_counter() - started:.0f} s (TRAIN.COMPILE {mode}).")
+    info(f"Compiled the student in {time.perf_counter() - started:.0f} s (TRAIN.COMPILE {mode}).")
     return compiled, guide if teacher is None else teacher
 
 

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from yacs.config import CfgNode
 
 from lg.augment.batched import BatchTestTransform, BatchTransform
@@ -34,7 +32,7 @@ from lg.datasets.loader import (
     test_loader,
     usable_workers,
 )
-from lg.datasets.scan import drop_unreadable, find_unreadable, skip_message
+from lg.datasets.scan import drop_unreadable, find_unreadable
 from lg.device import free_memory
 from lg.distributed import World, from_main, in_turn
 from lg.errors import ConfigError, DataError
@@ -199,7 +197,7 @@ def _choose_place(
         if cfg.DATA_LOADER.BACKEND == "auto":
             return None
         raise ConfigError(
-            f"DATA_LOADER.BACKEND is device, but the images of {dataset.name}/{dataset.split} take "
+            f"DATA_LOADER.BACKEND is device, but the images of {dataset} take "
             f"about {needed / 1e9:.1f} GB once decoded, in each of {world.local_size} processes, "
             f"and at most a quarter of the {free / 1e9:.1f} GB of free memory may be used: set it "
             "to workers."
@@ -262,8 +260,6 @@ def _prepare(cfg: CfgNode, dataset: ImageDataset, section: str) -> ImageDataset:
     if cfg.DATA_LOADER.ON_ERROR == "skip":
         threads = usable_workers(cfg.DATA_LOADER.NUM_WORKERS)
         unreadable = from_main(lambda: find_unreadable(dataset, num_threads=threads))
-        if unreadable and (not dist.is_initialized() or dist.get_rank() == 0):
-            print(f"Warning: {skip_message(dataset, unreadable)}", file=sys.stderr, flush=True)
         dataset = drop_unreadable(dataset, unreadable)
     if section == "TRAIN":
         check_batch_size(cfg, dataset)

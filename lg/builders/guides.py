@@ -164,7 +164,7 @@ def open_guide_bank(cfg: CfgNode, teacher: Backbone) -> FeatureBank:
     bank.check(
         indices=bank.indices,
         shapes=shapes,
-        teacher=teacher_name(cfg, options.TEACHER_MODEL),
+        teacher=model_name(cfg, options.TEACHER_MODEL),
         weights=weights,
         image_size=cfg.MODEL.IMG_SIZE,
         resize=cfg.TRAIN.RESIZE,
@@ -183,6 +183,6 @@ def prepare_bank(cfg: CfgNode, guide: Guide, dataset: ImageDataset, device: torc
         guide.make_resident(device)
 
 
-def teacher_name(cfg: CfgNode, kind: str) -> str:
-    """Return a teacher's type; for a ResNet with its depth."""
+def model_name(cfg: CfgNode, kind: str) -> str:
+    """Return the type of a model; for a ResNet with its depth."""
     return f"ResNet-{cfg.CNN.DEPTH}" if kind == "ResNet" else kind

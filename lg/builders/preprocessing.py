@@ -6,13 +6,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-import yaml
 from timm.models import get_pretrained_cfg
 from yacs.config import CfgNode
 
 from lg.augment.preprocessing import Preprocessing
 from lg.checkpoint import read_checkpoint
-from lg.config import stored_config
+from lg.config import stored_config, with_values
 from lg.datasets.base import ImageDataset
 from lg.datasets.image import PixelFormat
 from lg.datasets.loader import usable_workers
@@ -104,18 +103,16 @@ def trained_preprocessing(state: Mapping[str, Any], name: str) -> Preprocessing 
     Raises:
         CheckpointError: The config in the file is damaged.
     """
-    text = state.get("cfg")
-    if not isinstance(text, str):
+    if not isinstance(state.get("cfg"), str):
         return None
+    config = stored_config(state)
     try:
-        tree = yaml.safe_load(text)
-        options, model = tree.get("DATA_LOADER") or {}, tree["MODEL"]
-        found = _imagenet(int(model["IMG_SIZE"]), int(model.get("IN_CHANNELS", 3)))
-        if not options.get("MEAN"):  # imagenet, as before there was the key
+        found = _imagenet(int(config["MODEL.IMG_SIZE"]), int(config.get("MODEL.IN_CHANNELS", 3)))
+        if not config.get("DATA_LOADER.MEAN"):  # imagenet, as before there was the key
             return found
-        mean, std = (tuple(map(float, options[key])) for key in ("MEAN", "STD"))
+        mean, std = (tuple(map(float, config[f"DATA_LOADER.{key}"])) for key in ("MEAN", "STD"))
         return replace(found, mean=mean, std=std)
-    except (yaml.YAMLError, AttributeError, KeyError, TypeError, ValueError):
+    except (KeyError, TypeError, ValueError):
         raise CheckpointError(f"{name} holds a damaged config. Use another copy.") from None
 
 
@@ -195,11 +192,7 @@ def _for_channels(found: Preprocessing, channels: int) -> Preprocessing:
 
 
 def _with(cfg: CfgNode, mean: Sequence[float], std: Sequence[float]) -> CfgNode:
-    cfg = cfg.clone()
-    cfg.defrost()
-    cfg.DATA_LOADER.MEAN, cfg.DATA_LOADER.STD = list(mean), list(std)
-    cfg.freeze()
-    return cfg
+    return with_values(cfg, {"DATA_LOADER.MEAN": list(mean), "DATA_LOADER.STD": list(std)})
 
 
 def _shown(values: Sequence[float]) -> str:

@@ -204,7 +204,7 @@ def _wrap(
             ),
             precision=precision,
             ends=build_schedule(cfg).may_end,
-            say=log.info,
+            info=log.info,
             warn=log.warn,
         )
     if world.size > 1:

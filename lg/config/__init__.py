@@ -7,4 +7,5 @@ from lg.config.load import (
     load_config,
     load_trained_config,
     stored_config,
+    with_values,
 )

@@ -14,13 +14,14 @@ DEFAULTS: dict[str, Any] = {
         # DeiT, T2TViT, PiT, PVT, PVTv2, ConViT, CvT, ResNet, or timm/NAME for any timm model
         "TYPE": "ResNet",
         "IMG_SIZE": 224,  # side of the square input image, pixels
-        # image channels. 3: RGB; 1: gray, of which 16 bits are kept. All data sets have 3 and are
-        # converted
+        # image channels. 3: RGB; 1: gray, with up to 16 bits. Images of every data set are
+        # converted to it
         "IN_CHANNELS": 3,
         "NUM_CLASSES": 100,  # must equal the number of classes of the data set
         "LOSS_FUN": "cross_entropy",  # cross_entropy
-        # (+) initial weights. default: the family's own; mimetic: attention and positions with the
-        # structure of trained ones (DeiT, T2TViT, PiT, timm/NAME with plain attention)
+        # (+) initial weights. default: the family's own; mimetic: attention weights and position
+        # embeddings with the structure of trained ones (DeiT, T2TViT, PiT, timm/NAME with plain
+        # attention)
         "INIT": "default",
         # (+) timm/NAME only: module names (or shell patterns) of the blocks, for models whose
         # blocks are not found automatically
@@ -194,7 +195,7 @@ DEFAULTS: dict[str, Any] = {
         # (+) tests in a row without a lower error after which training stops, >= 0; 0: never. Needs
         # VAL_FRACTION, or an image_folder with val/ and test/
         "EARLY_STOP": 0,
-        # (+) share of the patches that each image leaves out in training, [0, 1): faster steps.
+        # (+) fraction of its patches that each training image drops, [0, 1): faster steps.
         # Guidance compares the positions that are left (DeiT, T2TViT, timm's VisionTransformer)
         "PATCH_DROP": 0.0,
         # (+) classes of unequal size. none; weights: weight the cross-entropy of an image by the

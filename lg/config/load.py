@@ -7,12 +7,8 @@ that names the key, its value, what is allowed and the fix.
 
 from __future__ import annotations
 
-import ast
-import contextlib
 import difflib
 import os
-import re
-import reprlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,22 +21,18 @@ from lg.config.defaults import (
     DEFAULT_VALUES,
     DEFAULTS,
     FREE_ON_RESUME,
-    PATHS,
     REPORTED_ON_RESUME,
     flatten,
 )
 from lg.config.rules import CHOICES, RANGES, accepted_types
+from lg.config.values import coerce, items, parse, parse_text, shown
 from lg.config.yaml_files import read_with_bases
 from lg.errors import ConfigError
 from lg.paths import find_config, find_data
 
 _COMMAND_LINE = "on the command line"
-# A line break in a text would start a line of its own in the script of a cluster job, and an escape
-# sequence would control the terminal. Only the free text DESC may have line breaks.
-_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
-_CONTROL_IN_DESC = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+_SWITCHES = {kind: f"DISTILLATION.ENABLE_{kind}" for kind in ("INTER", "LOGIT")}
 _KNOWN = {**DEFAULTS, **DEFAULT_VALUES}  # sections and keys
-_NULL = ("null", "Null", "NULL", "None", "~")
 
 
 def load_config(path: str | os.PathLike[str], opts: Sequence[Any] = ()) -> CfgNode:
@@ -78,7 +70,9 @@ def load_trained_config(weights: str | os.PathLike[str], opts: Sequence[Any] = (
     """
     from lg.checkpoint import read_checkpoint  # imports torch
 
-    text = read_checkpoint(weights).get("cfg")
+    given = dict(zip(map(str, opts[::2]), opts[1::2], strict=False))
+    cache = os.path.expanduser(str(given.get("DOWNLOAD_CACHE", DEFAULT_VALUES["DOWNLOAD_CACHE"])))
+    text = read_checkpoint(weights, cache=cache).get("cfg")
     try:
         tree = yaml.safe_load(text) if isinstance(text, str) else None
     except Exception:  # PyYAML raises many types
@@ -108,12 +102,26 @@ def _assemble(files: Iterable[tuple[str, Mapping[str, Any]]], opts: Sequence[Any
     given = _without_guidance(given)
     cfg = CfgNode(DEFAULTS)  # a deep copy
     for key, (value, where) in given.items():
-        section, _, name = key.rpartition(".")
-        (cfg[section] if section else cfg)[name] = _coerce(key, value, where)
+        _set(cfg, key, coerce(key, value, where))
     _validate(cfg, {key: where for key, (_, where) in given.items()})
     if DEFAULT_VALUES["DATA_LOADER.ROOT"] == cfg.DATA_LOADER.ROOT:
         cfg.DATA_LOADER.ROOT = find_data(cfg.DATA_LOADER.ROOT)
     return cfg
+
+
+def with_values(cfg: CfgNode, values: Mapping[str, Any]) -> CfgNode:
+    """Return a frozen copy of a config with other values, dotted key -> value, unchecked."""
+    cfg = cfg.clone()
+    cfg.defrost()
+    for key, value in values.items():
+        _set(cfg, key, value)
+    cfg.freeze()
+    return cfg
+
+
+def _set(cfg: CfgNode, key: str, value: Any) -> None:
+    section, _, name = key.rpartition(".")
+    (cfg[section] if section else cfg)[name] = value
 
 
 def _without_guidance(given: dict[str, tuple[Any, str]]) -> dict[str, tuple[Any, str]]:
@@ -121,9 +129,8 @@ def _without_guidance(given: dict[str, tuple[Any, str]]) -> dict[str, tuple[Any,
 
     The rest is the config of the plain model, so one file serves both.
     """
-    switches = [f"DISTILLATION.ENABLE_{kind}" for kind in ("INTER", "LOGIT")]
-    off = [given[key] for key in switches if key in given]
-    if not off or any(_parse(str(value)) is not False for value, _ in off):
+    off = [given[key] for key in _SWITCHES.values() if key in given]
+    if not off or any(parse(str(value)) is not False for value, _ in off):
         return given
     sections = ["DISTILLATION."]
     if given.get("MODEL.TYPE", (DEFAULT_VALUES["MODEL.TYPE"], ""))[0] != "ResNet":
@@ -132,7 +139,7 @@ def _without_guidance(given: dict[str, tuple[Any, str]]) -> dict[str, tuple[Any,
     return {
         key: (value, where)
         for key, (value, where) in given.items()
-        if key in switches
+        if key in _SWITCHES.values()
         or where in places
         or where == _COMMAND_LINE
         or not key.startswith(tuple(sections))
@@ -192,21 +199,21 @@ def _parse_overrides(opts: Sequence[Any]) -> Iterator[tuple[str, Any]]:
         raise ConfigError(f"Overrides are pairs KEY VALUE: write {pair} instead of {joined}.")
     if len(opts) % 2:
         raise ConfigError(
-            f"Overrides are pairs KEY VALUE; the last one, {_shown(opts[-1])}, has no value."
+            f"Overrides are pairs KEY VALUE; the last one, {shown(opts[-1])}, has no value."
         )
     for key, value in zip(map(str, opts[::2]), opts[1::2], strict=True):
         _reject_section(key, value, _COMMAND_LINE)
         if isinstance(value, os.PathLike):
             value = os.fspath(value)
         elif isinstance(value, str) and str in accepted_types(key)[0]:
-            value = _parse_text(value)
+            value = parse_text(value)
         yield key, value
 
 
 def _default(key: str, where: str) -> Any:
     """Return the default of a key; a mapping for a section."""
     if key not in _KNOWN:
-        raise ConfigError(f"Unknown config key {_shown(key)} {where}.{_nearest(key)}")
+        raise ConfigError(f"Unknown config key {shown(key)} {where}.{_nearest(key)}")
     return _KNOWN[key]
 
 
@@ -214,7 +221,7 @@ def _reject_section(key: str, value: Any, where: str) -> None:
     default = _default(key, where)
     if isinstance(default, Mapping):
         raise ConfigError(
-            f"{key} is {_shown(value)}, set {where}; it is a section: set its keys, such as "
+            f"{key} is {shown(value)}, set {where}; it is a section: set its keys, such as "
             f"{key}.{next(iter(default))}."
         )
 
@@ -243,79 +250,6 @@ def _nearest(key: str) -> str:
     return f" Nearest known keys: {', '.join(dict.fromkeys(near))}." if near else ""
 
 
-def _parse(text: str) -> Any:
-    """Return the value of a Python or YAML literal, or the text itself if it is neither."""
-    for read in (ast.literal_eval, yaml.safe_load):
-        with contextlib.suppress(Exception):  # both raise many types
-            return read(text)
-    return text
-
-
-def _parse_text(text: str) -> str | None:
-    """Return None for null, the content of a quoted string, or the text itself."""
-    if text in _NULL:
-        return None
-    with contextlib.suppress(Exception):
-        value = ast.literal_eval(text)
-        return value if isinstance(value, str) else text
-    return text
-
-
-def _coerce(key: str, value: Any, where: str) -> Any:
-    """Return the value in the type of its key; make only conversions that lose nothing."""
-    single, elements = accepted_types(key)
-    default = DEFAULT_VALUES[key]
-    if isinstance(value, str) and (elements or str not in single):
-        value = _parse(value)  # also in files: YAML reads 5e-4, without a point, as text
-    if isinstance(value, tuple):
-        value = list(value)
-    if default is None and value in ("", None):
-        return None
-    if isinstance(value, list):
-        complete = bool(value) or default is not None  # lists of one value per stage are not empty
-        fits = bool(elements) and complete and all(_is_one_of(v, elements) for v in value)
-    else:
-        fits = _is_one_of(value, single)
-    if not fits:
-        raise ConfigError(
-            f"{key} is {_shown(value)} ({type(value).__name__}), set {where}; it takes "
-            f"{_described(single, elements, nullable=default is None)}."
-        )
-    pattern = _CONTROL_IN_DESC if key == "DESC" else _CONTROL
-    for text in _items(value):
-        if isinstance(text, str) and pattern.search(text):
-            raise ConfigError(
-                f"{key} is {_shown(value)}, set {where}; it takes text without control characters, "
-                "such as line breaks."
-            )
-    if key in PATHS and isinstance(value, str):
-        return os.path.expanduser(value)
-    return float(value) if isinstance(default, float) else value
-
-
-def _items(value: Any) -> list[Any]:
-    return value if isinstance(value, list) else [value]
-
-
-def _is_one_of(value: Any, types: tuple[type, ...]) -> bool:
-    """Test for exact types (True is no int); an int serves as a float."""
-    return type(value) in types or (type(value) is int and float in types)
-
-
-# Type -> what one value of it, and several, are called.
-_TYPES = {
-    bool: ("True or False", "True or False"),
-    int: ("a whole number", "whole numbers"),
-    float: ("a number", "numbers"),
-    str: ("text", "texts"),
-}
-
-
-def _described(single: tuple[type, ...], elements: tuple[type, ...], *, nullable: bool) -> str:
-    forms = ["null"] * nullable + [_TYPES[t][0] for t in single]
-    return " or ".join(forms + [f"a list of {_TYPES[t][1]}" for t in elements])
-
-
 def _validate(cfg: CfgNode, where: Mapping[str, str]) -> None:
     """Raise for the first choice, range or combination that does not hold.
 
@@ -327,10 +261,10 @@ def _validate(cfg: CfgNode, where: Mapping[str, str]) -> None:
 
     def fault(key: str, advice: str) -> ConfigError:
         place = f", set {where[key]}" if key in where else ""
-        return ConfigError(f"{key} is {_shown(values[key])}{place}; {advice}")
+        return ConfigError(f"{key} is {shown(values[key])}{place}; {advice}")
 
     for key, choices in CHOICES.items():
-        for value in _items(values[key]):
+        for value in items(values[key]):
             is_timm = "timm/NAME" in choices and value.startswith("timm/") and len(value) > 5
             if value not in choices and not is_timm:
                 near = {"gpu": ["cuda"]}.get(value) or difflib.get_close_matches(
@@ -341,21 +275,19 @@ def _validate(cfg: CfgNode, where: Mapping[str, str]) -> None:
                 hint = f" Did you mean {near[0]}?" if near else ""
                 raise fault(key, f"allowed: {', '.join(c or repr(c) for c in choices)}.{hint}")
     for key, (test, allowed) in RANGES.items():
-        for value in _items(values[key]):
+        for value in items(values[key]):
             if value is not None and not test(value):
                 raise fault(key, f"it must be {allowed}.")
     for key, advice in faults(cfg):
         raise fault(key, advice)
     # A file may set guidance up for a command that switches it off, but not forget to switch it on.
-    switches = ("DISTILLATION.ENABLE_INTER", "DISTILLATION.ENABLE_LOGIT")
-    if not any(values[switch] or switch in where for switch in switches):
+    if not any(values[switch] or switch in where for switch in _SWITCHES.values()):
         for key in where:
             if key.startswith("DISTILLATION.") and values[key] != DEFAULT_VALUES[key]:
                 raise fault(
                     key, "it has no effect: set DISTILLATION.ENABLE_INTER or ENABLE_LOGIT True."
                 )
-    for kind in ("INTER", "LOGIT"):
-        switch = f"DISTILLATION.ENABLE_{kind}"
+    for kind, switch in _SWITCHES.items():
         if values[switch] or where.get(switch) == _COMMAND_LINE:  # on, or off on purpose
             continue
         for key, place in where.items():
@@ -363,15 +295,3 @@ def _validate(cfg: CfgNode, where: Mapping[str, str]) -> None:
             is_set = key.startswith(f"DISTILLATION.{kind}_") and values[key] != DEFAULT_VALUES[key]
             if is_set and is_meant:
                 raise fault(key, f"it has no effect: set {switch} True.")
-
-
-_REPR = reprlib.Repr()
-_REPR.maxstring = _REPR.maxother = 100
-_REPR.maxlist = _REPR.maxdict = 12
-_REPR.maxlevel = 3
-
-
-def _shown(value: Any) -> str:
-    """Return a value for a message, cut to a readable length."""
-    text = _REPR.repr(value)
-    return text if len(text) <= 200 else f"{text[:200]}..."

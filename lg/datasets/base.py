@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image
 
 from lg.datasets.image import PixelFormat
-from lg.errors import DataError
+from lg.errors import DataError, first_few
 
 _NUM_FINGERPRINT_IMAGES = 16
 
@@ -88,9 +88,13 @@ class ImageDataset(ABC):
             return
         names, known = set(self.class_names), set(class_names)
         if names != known or len(class_names) != len(known):
+            more, missing = (
+                first_few(sorted(map(repr, names))) or "none"
+                for names in (names - known, known - names)
+            )
             raise DataError(
-                f"{self.name} has other classes than the model: {_few(names - known)} in the data "
-                f"only, {_few(known - names)} in the model only. Use the data set that the model "
+                f"{self.name} has other classes than the model: {more} in the data only, "
+                f"{missing} in the model only. Use the data set that the model "
                 "was trained on, or weights trained on this one."
             )
         new_label = np.array([list(class_names).index(name) for name in self.class_names])
@@ -137,6 +141,11 @@ class DatasetSubset(ImageDataset):
 
     def describe(self, index: int) -> str:
         return self.full.describe(int(self.indices[index]))
+
+
+def evenly_spaced(count: int, number: int) -> list[int]:
+    """Return at most `number` of the positions 0..count-1, evenly spaced."""
+    return np.linspace(0, count - 1, min(number, count)).round().astype(int).tolist()
 
 
 def stratified_subset(dataset: ImageDataset, fraction: float, seed: int) -> ImageDataset:
@@ -200,12 +209,6 @@ def hold_out(
     held_out = DatasetSubset(dataset, others)
     held_out.split = "held-out"
     return kept, held_out
-
-
-def _few(names: set[str]) -> str:
-    """Return at most five names, sorted, as text."""
-    shown = ", ".join(map(repr, sorted(names)[:5]))
-    return f"{shown} and {len(names) - 5} more" if len(names) > 5 else shown or "none"
 
 
 def stratified_order(labels: np.ndarray, seed: int) -> np.ndarray:

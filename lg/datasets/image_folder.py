@@ -173,11 +173,11 @@ def _list(place: Path, notes: list[str]) -> dict[str, list[str]]:
         raise _flat(place, strays)
     images = {name: _images_below(place / name, skipped, others) for name in names}
     if skipped:
-        notes.append(f"{_NAME}: {place} has folders that are skipped: {_few(skipped)}")
+        notes.append(f"{_NAME}: {place} has folders that are skipped: {first_few(skipped, _SHOWN)}")
     if strays:
         notes.append(
             f"{_NAME}: {place} has {len(strays):,} image{'s' * (len(strays) > 1)} outside the "
-            f"class folders, not read: {_few(strays)}"
+            f"class folders, not read: {first_few(strays, _SHOWN)}"
         )
     if others:
         notes.append(
@@ -249,18 +249,12 @@ def _images_below(folder: Path, skipped: list[str], others: list[str]) -> list[s
     return sorted(files)
 
 
-def _few(names: Sequence[str]) -> str:
-    more = len(names) - _SHOWN
-    return ", ".join(names[:_SHOWN]) + (f" and {more:,} more" if more > 0 else "")
-
-
 def _by_suffix(files: Sequence[str]) -> str:
     """Count files by suffix, with an example of each, the most frequent first."""
     suffixes = [os.path.splitext(file)[1].lower() for file in files]
     example = dict(zip(reversed(suffixes), reversed(files), strict=True))  # the first of each
-    return _few(
-        [
-            f"{count:,} {suffix or 'without suffix'} (such as {example[suffix]})"
-            for suffix, count in Counter(suffixes).most_common()
-        ]
-    )
+    counted = [
+        f"{count:,} {suffix or 'without suffix'} (such as {example[suffix]})"
+        for suffix, count in Counter(suffixes).most_common()
+    ]
+    return first_few(counted, _SHOWN)

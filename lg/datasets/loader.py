@@ -135,10 +135,10 @@ class TrainBatches:
         first_step = self.step
         for epoch in range(self.epoch, self.max_epoch):
             order = self._order(epoch)
-            looks = epoch + self.max_epoch * _repeats(order)
+            augment_epochs = epoch + self.max_epoch * _repeats(order)
             for step in range(first_step, self.steps_per_epoch):
                 own = self._share(step)
-                yield list(zip(looks[own].tolist(), order[own].tolist(), strict=True))
+                yield list(zip(augment_epochs[own].tolist(), order[own].tolist(), strict=True))
             first_step = 0
 
     def _share(self, step: int) -> slice:
@@ -223,7 +223,8 @@ class TrainLoader:
 
     def __str__(self) -> str:
         count = self.num_prefetched // 2
-        return f"images are read and augmented by {count or 'no'} worker processes"
+        workers = f"by {count} worker process{'es' * (count > 1)}" if count else "in this process"
+        return f"images are read and augmented {workers}"
 
     @property
     def steps_per_epoch(self) -> int:

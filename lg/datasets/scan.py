@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
+from typing import TypeVar
 
 import numpy as np
 from tqdm.contrib.concurrent import thread_map
@@ -14,6 +15,8 @@ from lg.datasets.base import DatasetSubset, ImageDataset
 from lg.datasets.files import FileDataset
 from lg.datasets.image import GRAY_MODES
 from lg.errors import DataError
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -37,8 +40,30 @@ class ImageFacts:
     natural_modes: tuple[str, ...] = ("RGB",)
 
 
+def map_images(
+    function: Callable[[int], T], positions: Iterable[int], *, num_threads: int, title: str
+) -> list[T]:
+    """Call a function for images of a set, with a progress bar if standard error is a terminal.
+
+    Args:
+        function: Called with each position.
+        positions: In the set.
+        num_threads: Threads that read and decode; 0 counts as 1.
+        title: Of the progress bar.
+    """
+    return thread_map(
+        function,
+        positions,
+        max_workers=max(1, num_threads),
+        desc=title,
+        unit=" images",
+        leave=False,
+        disable=None,  # no bar unless standard error is a terminal
+    )
+
+
 def scan(dataset: ImageDataset, *, num_threads: int) -> list[ImageFacts]:
-    """Decode every image once, with a progress bar if standard error is a terminal.
+    """Decode every image once.
 
     Args:
         dataset: The set.
@@ -47,15 +72,9 @@ def scan(dataset: ImageDataset, *, num_threads: int) -> list[ImageFacts]:
     Returns:
         Facts about the images, in their order.
     """
-    return thread_map(
-        partial(inspect_image, dataset),
-        range(len(dataset)),
-        max_workers=max(1, num_threads),
-        desc=f"checking the images of {dataset.split}",
-        unit=" images",
-        leave=False,
-        disable=None,  # no bar unless standard error is a terminal
-    )
+    title = f"checking the images of {dataset.split}"
+    inspect = partial(inspect_image, dataset)
+    return map_images(inspect, range(len(dataset)), num_threads=num_threads, title=title)
 
 
 def inspect_image(dataset: ImageDataset, position: int) -> ImageFacts:
@@ -84,7 +103,8 @@ def find_unreadable(dataset: ImageDataset, *, num_threads: int) -> dict[int, str
 
 
 def drop_unreadable(dataset: ImageDataset, unreadable: Mapping[int, str]) -> ImageDataset:
-    """Return the set without the unreadable images; indices in the full set do not change.
+    """Return the set without the unreadable images, and a note about them; indices in the full set
+    do not change.
 
     Args:
         dataset: The set.
@@ -95,18 +115,15 @@ def drop_unreadable(dataset: ImageDataset, unreadable: Mapping[int, str]) -> Ima
     """
     if not unreadable:
         return dataset
+    first = next(iter(unreadable.values()))
     if len(unreadable) == len(dataset):
         raise DataError(
-            f"none of the {len(dataset):,} images of {dataset.name}/{dataset.split} can be read. "
-            f"The first: {next(iter(unreadable.values()))}"
+            f"none of the {len(dataset):,} images of {dataset} can be read. The first: {first}"
         )
-    return DatasetSubset(dataset, np.delete(np.arange(len(dataset)), list(unreadable)))
-
-
-def skip_message(dataset: ImageDataset, unreadable: Mapping[int, str]) -> str:
-    """Report how many images are skipped, and why the first is."""
-    return (
-        f"skipped {len(unreadable):,} of the {len(dataset):,} images of {dataset.name}/"
-        f"{dataset.split}, which cannot be read (DATA_LOADER.ON_ERROR skip). The first: "
-        f"{next(iter(unreadable.values()))}."
+    left = DatasetSubset(dataset, np.delete(np.arange(len(dataset)), list(unreadable)))
+    note = (
+        f"skipped {len(unreadable):,} of the {len(dataset):,} images of {dataset}, which cannot be "
+        f"read (DATA_LOADER.ON_ERROR skip). The first: {first}"
     )
+    left.notes = [*dataset.notes, note]
+    return left

@@ -5,11 +5,11 @@ from __future__ import annotations
 from functools import partial
 
 import numpy as np
-from tqdm.contrib.concurrent import thread_map
 
 from lg.datasets.base import ImageDataset
+from lg.datasets.scan import map_images
 
-MAX_IMAGES = 4096  # in a larger set, as many at even distances are read
+MAX_IMAGES = 4096  # of a larger set, this many evenly spaced images are read
 _DECIMALS = 5  # decoders of different machines agree on these
 _SMALLEST = 1e-4  # standard deviation; images of one colour only are not divided by 0
 
@@ -28,14 +28,11 @@ def pixel_statistics(dataset: ImageDataset, *, num_threads: int) -> tuple[list[f
         DataError: An image cannot be read.
     """
     count = min(len(dataset), MAX_IMAGES)
-    moments = thread_map(
+    moments = map_images(
         partial(_moments, dataset),
         np.linspace(0, len(dataset) - 1, count).astype(int).tolist(),
-        max_workers=max(1, num_threads),
-        desc="mean and standard deviation of the training images",
-        unit=" images",
-        leave=False,
-        disable=None,  # no bar unless standard error is a terminal
+        num_threads=num_threads,
+        title="mean and standard deviation of the training images",
     )
     mean, square = np.mean(moments, axis=0) / [[255], [255**2]]
     std = np.sqrt(np.maximum(square - mean**2, _SMALLEST**2))

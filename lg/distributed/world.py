@@ -138,14 +138,14 @@ def _name_start(store: dist.Store, rank: int, size: int) -> str:
     if rank == 0:
         name = uuid.uuid4().hex
         store.set("start", name)
-        words = [store.get(f"{name}/{other}").decode() for other in range(1, size)]
-        store.set(f"{name}/words", " ".join(words))
+        tokens = [store.get(f"{name}/{other}").decode() for other in range(1, size)]
+        store.set(f"{name}/tokens", " ".join(tokens))
         return name
-    word = uuid.uuid4().hex
+    token = uuid.uuid4().hex
     while True:
-        name = store.get("start").decode()  # of an earlier start, unless its list has our word
-        store.set(f"{name}/{rank}", word)
-        if store.check([f"{name}/words"]) and word in store.get(f"{name}/words").decode():
+        name = store.get("start").decode()  # of an earlier start, unless its list has our token
+        store.set(f"{name}/{rank}", token)
+        if store.check([f"{name}/tokens"]) and token in store.get(f"{name}/tokens").decode():
             return name
         time.sleep(0.02)
 
@@ -267,7 +267,7 @@ def any_process(flag: bool, device: torch.device) -> bool:
 
 
 def barrier() -> None:
-    """Wait for all processes, on the host: GPUs go on working, and nothing waits for them."""
+    """Wait for all processes, on the host: GPUs keep working, and nothing waits for them."""
     if dist.is_initialized():
         dist.barrier(group=_host)
 

@@ -140,8 +140,9 @@ class GuidanceLoss:
 
     loss = (1 - logit_weight) * cls + logit_weight * logit + inter_weight * inter
 
-    A `factor` below 1 weakens the guide: the imitation of maps is multiplied by it, and the logits
-    that imitate learn to `factor` from the guide and to 1 - `factor` from the labels.
+    A `factor` below 1 weakens the guide: the imitation of maps is multiplied by it, and the
+    imitating logits are trained on the guide with weight `factor` and on the labels with weight
+    1 - `factor`.
 
     Attributes:
         transform: See `imitation_loss`.

@@ -1,5 +1,5 @@
-"""The weight of guidance over a training: constant, ended after an epoch, faded out, or ended by
-what the imitation loss does."""
+"""The weight of guidance over a training: constant, ended after an epoch, decayed, or ended once
+the imitation loss stops falling."""
 
 from __future__ import annotations
 

@@ -8,7 +8,7 @@ import decimal
 import logging
 import math
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from logging.handlers import WatchedFileHandler
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
@@ -235,6 +235,11 @@ class _LogFile(WatchedFileHandler):
     def close(self) -> None:
         with contextlib.suppress(OSError):  # reported when it was written
             super().close()
+
+
+def epoch_seconds(lines: Iterable[Mapping[str, Any]]) -> float:
+    """Return the time of all epochs of training and tests in the lines of a log."""
+    return sum(line.get("time_epoch") or 0.0 for line in lines)
 
 
 def format_time(seconds: float) -> str:

@@ -18,16 +18,17 @@ if TYPE_CHECKING:
 READABLE_CLASSES = 30  # up to here a confusion matrix shows names and counts
 COLORS = ("#2563eb", "#d97706", "#059669", "#db2777", "#7c3aed", "#64748b")
 INK = "#334155"
+RULE = "#94a3b8"  # of axes and grid
 _RC: Any = {  # any: mypy would want a literal type of every key
     "font.size": 9.5,
     "text.color": INK,
-    "axes.edgecolor": "#94a3b8",
+    "axes.edgecolor": RULE,
     "axes.labelcolor": INK,
     "axes.titlesize": 10.5,
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.grid": True,
-    "grid.color": "#94a3b8",
+    "grid.color": RULE,
     "grid.alpha": 0.25,
     "xtick.color": INK,
     "ytick.color": INK,
@@ -63,21 +64,29 @@ def save_figure(
         figure.savefig(stream, **options)
 
 
-def draw_lines(axes: Axes, series: Series, *, title: str, xlabel: str = "epoch") -> None:
+def draw_lines(
+    axes: Axes,
+    series: Series,
+    *,
+    title: str,
+    xlabel: str = "epoch",
+    colors: Sequence[str] = COLORS,
+    legend: bool = True,
+) -> None:
     """Draw one line per series; a series of few points gets markers."""
     for number, (label, (x, y)) in enumerate(series.items()):
         axes.plot(
             x,
             y,
             label=label,
-            color=COLORS[number % len(COLORS)],
-            linestyle="-" if number < len(COLORS) else "--",
+            color=colors[number % len(colors)],
+            linestyle="-" if number < len(colors) else "--",
             marker="o" if len(x) < 5 else None,
             markersize=3,
         )
     axes.set_title(title, loc="left")
     axes.set_xlabel(xlabel)
-    if len(series) > 1:
+    if legend and len(series) > 1:
         axes.legend()
 
 

@@ -1,8 +1,5 @@
 """Models: backbones with blocks that can be tapped, and weights under published names."""
 
-from __future__ import annotations
-
-from lg.models.attention import attention_maps
 from lg.models.backbone import Backbone, MapLayout, unwrap
 from lg.models.convit import convit
 from lg.models.cvt import cvt

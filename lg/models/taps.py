@@ -16,7 +16,7 @@ from lg.models.backbone import Backbone, evaluating, unwrap
 class PermanentTaps:
     """Hooks that stay on chosen blocks, so that compiled code contains them.
 
-    They record only while `run` runs, and cost next to nothing else.
+    They record only inside `run` and cost next to nothing otherwise.
 
     Args:
         model: The model.

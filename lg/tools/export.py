@@ -10,19 +10,20 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import nn
 from yacs.config import CfgNode
 
 from lg import __version__, builders, trainer
+from lg.config import with_values
+from lg.datasets.base import evenly_spaced
 from lg.errors import DataError, ExportError, UserError, first_line
 from lg.files.atomic import TEMPORARY
 from lg.paths import is_local_file
 from lg.tools.export_formats import FORMATS, Source, check_packages, timm_recipe
 from lg.tools.predict import Predictor, build_predictor, find_images
 
-MIN_IMAGES, MAX_IMAGES = 8, 32  # that an export is checked with
+MIN_IMAGES, MAX_IMAGES = 8, 32  # number of images that an export is checked on
 # Allowed difference of the logits: a part of their spread over the images, which rounding is far
 # below (1e-7 to 1e-5), and of the largest logit, for models whose logits hardly vary.
 TOLERANCE, ROUNDING = 1e-4, 2e-6
@@ -98,7 +99,9 @@ def export(
         ExportError: A package is missing, or an export computes something else.
     """
     check_packages(formats)
-    cfg = _on_cpu(cfg)
+    # Exports are made on a CPU in full precision.
+    values = {"DEVICE": "cpu", "TRAIN.MIXED_PRECISION": False, "DATA_LOADER.DOWNLOAD": False}
+    cfg = with_values(cfg, values)
     recipe = timm_recipe(cfg) if "timm" in formats else None
     predictor = build_predictor(cfg)
     batch = _check_batch(cfg, predictor, images)
@@ -195,7 +198,7 @@ def compare(
 
 
 def describe(cfg: CfgNode, predictor: Predictor) -> dict[str, str]:
-    """Return what the use of an exported model needs, as texts; lists and numbers are JSON."""
+    """Return the metadata that users of the exported model need; lists and numbers as JSON."""
     preparation, channels = predictor.preprocessing, cfg.MODEL.IN_CHANNELS
     color = "RGB / 255" if channels == 3 else "gray from 0 to 1"
     size, num_classes = preparation.image_size, len(predictor.class_names)
@@ -218,16 +221,6 @@ def describe(cfg: CfgNode, predictor: Predictor) -> dict[str, str]:
     }
 
 
-def _on_cpu(cfg: CfgNode) -> CfgNode:
-    """Return the config for a CPU in full precision, where exports are made, without downloads."""
-    cfg = cfg.clone()
-    cfg.defrost()
-    cfg.DEVICE, cfg.TRAIN.MIXED_PRECISION = "cpu", False
-    cfg.DATA_LOADER.DOWNLOAD = False
-    cfg.freeze()
-    return cfg
-
-
 def _default_folder(cfg: CfgNode, weights: str) -> str:
     beside = os.path.dirname(weights) if is_local_file(weights) else cfg.OUT_DIR
     return os.path.join(beside, "export")
@@ -242,11 +235,12 @@ def _check_batch(cfg: CfgNode, predictor: Predictor, places: list[str]) -> torch
     if places:
         paths = find_images(places)
         _check_count(len(paths), "--images names")
-        return predictor.prepare([paths[index] for index in _spread(len(paths))])
+        return predictor.prepare([paths[k] for k in evenly_spaced(len(paths), MAX_IMAGES)])
     try:
         dataset = builders.build_test_data(cfg)
         _check_count(len(dataset), f"{dataset} has")
-        return predictor.prepare_converted([dataset.image(i) for i in _spread(len(dataset))])
+        chosen = evenly_spaced(len(dataset), MAX_IMAGES)
+        return predictor.prepare_converted([dataset.image(index) for index in chosen])
     except (UserError, OSError) as error:
         raise DataError(
             f"An export is checked on real images, but the test images cannot be used: {error} "
@@ -257,7 +251,3 @@ def _check_batch(cfg: CfgNode, predictor: Predictor, places: list[str]) -> torch
 def _check_count(count: int, where: str) -> None:
     if count < MIN_IMAGES:
         raise DataError(f"{where} {count} images; the check needs at least {MIN_IMAGES}.")
-
-
-def _spread(count: int) -> list[int]:
-    return np.linspace(0, count - 1, min(count, MAX_IMAGES)).round().astype(int).tolist()

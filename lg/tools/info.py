@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from yacs.config import CfgNode
 
-from lg.builders.guides import build_teacher, teacher_name
+from lg.builders.guides import build_teacher, model_name
 from lg.builders.models import build_model, tap_indices
 from lg.config import is_guided
 from lg.guidance import MixedHeads
@@ -72,7 +72,7 @@ def describe_config(cfg: CfgNode) -> list[str]:
     student = build_model(cfg, pretrained=False)
     facts = measure_model(student, image_size=model.IMG_SIZE, in_channels=channels)
     if not is_guided(cfg):
-        return describe(model.TYPE, facts, num_classes=model.NUM_CLASSES)
+        return describe(model_name(cfg, model.TYPE), facts, num_classes=model.NUM_CLASSES)
     teacher = build_teacher(cfg, trained=False)
     taps, guide_taps = tap_indices(cfg, student, teacher)
     is_mixed = options.INTER_STUDENT_INDEX == "mix"
@@ -80,7 +80,7 @@ def describe_config(cfg: CfgNode) -> list[str]:
         model.TYPE,
         facts,
         num_classes=model.NUM_CLASSES,
-        guide_name=teacher_name(cfg, options.TEACHER_MODEL),
+        guide_name=model_name(cfg, options.TEACHER_MODEL),
         guide=measure_model(teacher, image_size=options.TEACHER_IMG_SIZE, in_channels=channels),
         taps=[] if is_mixed else [*zip(taps, guide_taps, strict=True)],
         mixed=guide_taps if is_mixed else [],

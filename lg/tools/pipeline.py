@@ -1,7 +1,7 @@
 """`--mode pipeline`: train the guide of a config and the student, and compare them in one table.
 
-Each model trains in a folder whose name ends with a hash of its images and its settings, so a guide
-is trained once for all students, and changed data or settings never meet an old result.
+The name of each model's folder ends with a hash of its images and settings, so students share one
+guide, and no result is reused after its data or settings change.
 """
 
 from __future__ import annotations
@@ -15,18 +15,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from scipy.stats import binomtest
 from yacs.config import CfgNode
 
-from lg.builders import build_model, fetch_data
+from lg.builders import build_model, fetch_data, model_name
 from lg.config import flatten, is_guided, load_config
 from lg.config.defaults import DEFAULT_VALUES, FREE_ON_RESUME
 from lg.datasets.base import fingerprint
 from lg.distributed import World
 from lg.errors import ConfigError
 from lg.files.atomic import write_text
-from lg.logs.log import read_run_lines
+from lg.logs.log import epoch_seconds, read_run_lines
 from lg.paths import local_path, project_folder
+from lg.tools.intervals import wilson_interval
 from lg.tools.seeds import read_result
 
 _GUIDE_MODEL = ("CNN.", "RESNET.")
@@ -39,8 +39,8 @@ _SHARED = (
 )
 # Keys that determine which images are held out.
 _HELD_OUT = ("RNG_SEED", "TRAIN.EXCLUDE", "TRAIN.FRACTION", "TRAIN.VAL_FRACTION")
-# Keys that do not change what a training learns, besides those that may change when it resumes, or
-# name files whose contents are hashed.
+# Keys left out of the hash besides FREE_ON_RESUME: they do not affect the result, or name files
+# whose contents are hashed.
 _PLACES = (
     *("DATA_LOADER.ROOT", "DATA_LOADER.ON_ERROR", "DEVICE", "DIST_BACKEND"),
     *("DISTILLATION.TEACHER_WEIGHTS", "TRAIN.WEIGHTS", "MODEL.PRETRAINED", "TRAIN.EXCLUDE"),
@@ -92,9 +92,11 @@ def pipeline(
     guide_path = guide or find_guide(path, cfg.DISTILLATION.TEACHER_WEIGHTS)
     pairs = [pair for pair in zip(opts[::2], opts[1::2], strict=True) if pair[0] != "OUT_DIR"]
     shared = [part for pair in pairs if pair[0].startswith(_SHARED) for part in pair]
-    if cfg.TRAIN.VAL_FRACTION > 0:  # the guide must not train on images that the student holds out
-        values = dict(flatten(cfg))
-        shared += [part for key in _HELD_OUT for part in (key, values[key])]
+    # The guide must not train on images that the student's file holds out or excludes.
+    if cfg.TRAIN.VAL_FRACTION > 0:
+        shared += [part for key, value in flatten(cfg) if key in _HELD_OUT for part in (key, value)]
+    elif cfg.TRAIN.EXCLUDE:
+        shared += ["TRAIN.EXCLUDE", cfg.TRAIN.EXCLUDE]
     own = [part for pair in pairs for part in pair]
     own_size = cfg.MODEL.TYPE == "ResNet"  # its keys are those of the guide
     of_guide = ("DISTILLATION.", *(() if own_size else _GUIDE_MODEL))
@@ -127,11 +129,16 @@ def find_guide(path: str, weights: str | None) -> str:
     Raises:
         ConfigError: There is none.
     """
-    name = f"{Path(weights or '').parent.name}.yaml"
+    if not weights:
+        raise ConfigError(
+            f"DISTILLATION.TEACHER_WEIGHTS of {path} is null: give the config of the guide with "
+            "--guide."
+        )
+    name = f"{Path(weights).parent.name}.yaml"
     beside = Path(path).with_name(name)
     own = sorted((project_folder() / "configs").glob(f"*/{name}"))
     for found in (beside, *own):
-        if weights and found.is_file():
+        if found.is_file():
             return str(found)
     raise ConfigError(
         f"DISTILLATION.TEACHER_WEIGHTS of {path} is {weights!r}, and there is no config {name} "
@@ -222,14 +229,13 @@ def run_part(part: Part, train: Callable[[CfgNode], None]) -> dict[str, Any]:
     print(f"Training the {part.name} model: {part.folder}", flush=True)
     cfg = load_config(part.path, [*part.opts, "OUT_DIR", part.folder])
     train(cfg)
-    log = read_run_lines(os.path.join(part.folder, "log.txt"))
-    seconds = sum(line["time_epoch"] for line in log if "time_epoch" in line)
+    seconds = epoch_seconds(read_run_lines(os.path.join(part.folder, "log.txt")))
     model = build_model(cfg, pretrained=False)
     data = fetch_data(cfg, World())
     found = read_result(part.folder, validated=cfg.TRAIN.VAL_FRACTION > 0)
     result = {
         "folder": part.folder,
-        "model": cfg.MODEL.TYPE if cfg.MODEL.TYPE != "ResNet" else f"ResNet-{cfg.CNN.DEPTH}",
+        "model": model_name(cfg, cfg.MODEL.TYPE),
         "parameters": sum(p.numel() for p in model.parameters()),
         "count": len(data.final or data.test),
         "minutes": round(seconds / 60, 2),
@@ -248,8 +254,7 @@ def table(results: dict[str, dict[str, Any]]) -> list[str]:
     ]
     for name, result in results.items():
         hits = round(result["count"] * (1 - result["top1_err"] / 100))
-        interval = binomtest(hits, result["count"]).proportion_ci(method="wilson")
-        shown = f"{100 * interval.low:.1f} to {100 * interval.high:.1f} %"
+        shown = "{:.1f} to {:.1f} %".format(*wilson_interval(hits, result["count"]))
         lines.append(
             f"{result['model'] + ', ' + name:<24}{100 - result['top1_err']:>7.2f} %  {shown:<16}"
             f"{result['parameters']:>12,}{result['minutes']:>9.1f}"

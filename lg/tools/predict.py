@@ -32,6 +32,7 @@ from lg.device import Precision
 from lg.distributed import World
 from lg.errors import ConfigError, DataError
 from lg.files.atomic import write_text
+from lg.metrics import EvalResult, TestMeter
 
 AnyImage = str | os.PathLike[str] | Image.Image
 
@@ -94,10 +95,10 @@ class Predictor:
         class_names: Sequence[str],
         *,
         preprocessing: Preprocessing,
-        pixel_format: PixelFormat | None = None,
+        pixel_format: PixelFormat,
         precision: Precision,
-        batch_size: int = 64,
-        flip: bool = False,
+        batch_size: int,
+        flip: bool,
     ) -> None:
         """Put the model into evaluation mode.
 
@@ -105,7 +106,7 @@ class Predictor:
             model: On the device of `precision`.
             class_names: K names, in the order of the logits.
             preprocessing: Of the images.
-            pixel_format: What images are converted to, by default RGB.
+            pixel_format: What images are converted to.
             precision: Of the model.
             batch_size: Images that are classified at once.
             flip: Average the probabilities of each image and its mirror image.
@@ -114,7 +115,7 @@ class Predictor:
         self.class_names = list(class_names)
         self.preprocessing = preprocessing
         self.precision, self.batch_size, self.flip = precision, batch_size, flip
-        self._pixel_format = pixel_format or PixelFormat()
+        self._pixel_format = pixel_format
         self._transform = BatchTestTransform(**vars(preprocessing))
 
     def __call__(self, images: AnyImage | Sequence[AnyImage]) -> Prediction | list[Prediction]:
@@ -216,28 +217,32 @@ def evaluate(cfg: CfgNode) -> Predictions:
         ConfigError: There are no weights.
         DataError: The images cannot be read, or have classes that the model does not know.
     """
-    return evaluate_loaded(*trainer.load_tested(cfg, World()))
+    return evaluate_loaded(*trainer.load_tested(cfg, World()))[0]
 
 
 @torch.no_grad()
 def evaluate_loaded(
     cfg: CfgNode, model: nn.Module, dataset: ImageDataset, precision: Precision
-) -> Predictions:
-    """Return what a model, on its device and left in evaluation mode, predicts for a set."""
+) -> tuple[Predictions, EvalResult]:
+    """Return what a model, on its device and left in evaluation mode, predicts for a set, and the
+    result that `--mode test` prints."""
     model.eval()
-    rows = []
+    rows, meter = [], TestMeter(cfg.MODEL.NUM_CLASSES, precision.device)
     with closing(builders.build_test_loader(cfg, dataset, World(), precision.device)) as loader:
         for batch in loader:
+            batch = batch.to(precision.device)
             with precision.autocast():
-                logits = model(batch.to(precision.device).images)
+                logits = model(batch.images)
+            meter.add(logits, batch.labels)
             rows.append(logits.float().softmax(dim=1).cpu())
-    return Predictions(
+    predictions = Predictions(
         probabilities=torch.cat(rows).numpy(),
         labels=dataset.labels,
         images=[dataset.describe(index) for index in range(len(dataset))],
         class_names=dataset.class_names,
         split=str(dataset),
     )
+    return predictions, meter.result()
 
 
 def predict(cfg: CfgNode, *, images: list[str], out: str | None, top: int, flip: bool) -> None:
@@ -254,8 +259,9 @@ def predict(cfg: CfgNode, *, images: list[str], out: str | None, top: int, flip:
         ConfigError: `out` has another suffix, or `top` is not positive.
         DataError: There are no images, or none can be read.
     """
-    if out is not None and Path(out).suffix not in _FORMATS:
-        raise ConfigError(f"--out is {out}: use a name that ends in {' or '.join(_FORMATS)}.")
+    suffix = Path(out or "").suffix
+    if out is not None and suffix not in (".csv", ".jsonl"):
+        raise ConfigError(f"--out is {out}: use a name that ends in .csv or .jsonl.")
     if top < 1:
         raise ConfigError(f"--top is {top}: set it to 1 or more.")
     paths = find_images(images)
@@ -275,8 +281,7 @@ def predict(cfg: CfgNode, *, images: list[str], out: str | None, top: int, flip:
     if not found:
         raise DataError(f"none of the {len(paths)} images can be read")
     if out is not None:
-        text = _FORMATS[Path(out).suffix](found, top)
-        write_text(out, text)
+        write_text(out, _csv_text(found, top) if suffix == ".csv" else _json_lines(found))
     rest = f", {skipped:,} skipped" if skipped else ""
     print(f"{len(found):,} images classified{rest}.{f' Written to {out}.' if out else ''}")
 
@@ -332,15 +337,16 @@ def _predict_readable(predictor: Predictor, paths: list[str]) -> Iterator[Predic
 def _csv_text(found: Sequence[Prediction], top: int) -> str:
     stream = io.StringIO()
     writer = csv.writer(stream, lineterminator="\n")
-    writer.writerow(["image", *(f"{c}_{k}" for k in range(1, top + 1) for c in _COLUMNS)])
+    writer.writerow(
+        ["image", *(f"{c}_{k}" for k in range(1, top + 1) for c in ("class", "probability"))]
+    )
     for each in found:
         cells = [cell for name, p in each.top(top) for cell in (name, f"{p:.6f}")]
         writer.writerow([each.image, *cells])
     return stream.getvalue()
 
 
-def _json_lines(found: Sequence[Prediction], top: int) -> str:
-    del top  # all classes are written
+def _json_lines(found: Sequence[Prediction]) -> str:
     rows = (
         {
             "image": each.image,
@@ -351,7 +357,3 @@ def _json_lines(found: Sequence[Prediction], top: int) -> str:
         for each in found
     )
     return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-
-
-_COLUMNS = ("class", "probability")
-_FORMATS = {".csv": _csv_text, ".jsonl": _json_lines}

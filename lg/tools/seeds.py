@@ -7,14 +7,13 @@ import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import numpy as np
-from scipy import stats
 from yacs.config import CfgNode
 
 from lg.config import is_guided, load_config
 from lg.errors import ConfigError
 from lg.files.atomic import write_text
 from lg.logs.log import read_run_lines
+from lg.tools.intervals import mean_interval
 
 # Rows of the table: key of a result, its title, and whether the table shows 100 minus the value.
 ROWS = {
@@ -92,18 +91,9 @@ def summarize(results: Sequence[dict[str, Any]]) -> dict[str, dict[str, float | 
     """Return the mean of each number, and half its 95 % interval (Student t); None for one run."""
     summary = {}
     for key in ROWS:
-        mean, half = interval([float(result[key]) for result in results])
+        mean, half = mean_interval([float(result[key]) for result in results])
         summary[key] = {"mean": mean, "interval95": half}
     return summary
-
-
-def interval(values: Sequence[float]) -> tuple[float, float | None]:
-    """Return a mean and half its 95 % interval (Student t); None for one value."""
-    if len(values) == 1:
-        return values[0], None
-    return float(np.mean(values)), float(
-        stats.t.ppf(0.975, len(values) - 1) * stats.sem(np.array(values))
-    )
 
 
 def table(

@@ -19,8 +19,8 @@ from lg.logs.log import RunLog
 from lg.run import Run
 from lg.step import (
     accumulate_gradients,
-    averaging,
     forward,
+    gradient_sync,
     micro_batches,
     train_step,
     update_weights,
@@ -116,7 +116,7 @@ def time_passes(run: Run, batch: Batch, targets: Tensor) -> tuple[float, float]:
     parts = micro_batches(run, batch, targets)
     for number, part in enumerate(parts, start=1):
         started = _now(run)
-        with averaging(run.module, number == len(parts)):
+        with gradient_sync(run.module, number == len(parts)):
             loss = forward(run, *part)[0]["loss"] / len(parts)
             between = _now(run)
             run.precision.scaler.scale(loss).backward()

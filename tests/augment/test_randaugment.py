@@ -255,19 +255,3 @@ def test_a_sample_does_not_depend_on_its_batch() -> None:
     strided = images.contiguous(memory_format=torch.channels_last)
     assert torch.equal(randaugment(strided, draws), whole)
     assert randaugment(images[:0], draw(0, rng=np.random.default_rng())).numel() == 0
-
-
-@pytest.mark.parametrize(
-    ("images", "count", "message"),
-    [
-        (torch.zeros(2, 3, 8, 8), 2, "uint8"),
-        (torch.zeros(2, 3, 8, 9, dtype=torch.uint8), 2, r"\(2, 3, 8, 9\)"),
-        (torch.zeros(3, 8, 8, dtype=torch.uint8), 3, r"\[N, 3, S, S\]"),
-        (torch.zeros(2, 3, 8, 8, dtype=torch.uint8), 3, "for 2 images"),
-    ],
-)
-def test_wrong_images_and_draws_are_rejected(
-    images: torch.Tensor, count: int, message: str
-) -> None:
-    with pytest.raises(ValueError, match=message):
-        randaugment(images, draw(count, rng=np.random.default_rng(0)))

@@ -43,7 +43,7 @@ def compiled_pair(guided: GuidedStudent, guide: Any, said: list[str], mode: str)
     precision = Precision(torch.device("cpu"))
     images = torch.randn(4, 3, 16, 16)
     return compile_student(
-        guided, guide, mode, example=images, precision=precision, say=said.append, warn=said.append
+        guided, guide, mode, example=images, precision=precision, info=said.append, warn=said.append
     )
 
 
@@ -176,7 +176,7 @@ def test_the_end_of_guidance_is_compiled_and_tried_in_advance(
         example=example,
         precision=precision,
         ends=ends,
-        say=str,
+        info=str,
         warn=pytest.fail,
     )
     assert len(compilations) == 1 + ends
@@ -205,7 +205,7 @@ def test_an_end_of_guidance_that_cannot_be_compiled_falls_back(
         example=torch.randn(4, 3, 16, 16),
         precision=Precision(torch.device("cpu")),
         ends=True,
-        say=said.append,
+        info=said.append,
         warn=said.append,
     )
     assert module is guided and "no such kernel" in said[0]

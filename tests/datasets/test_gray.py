@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,9 @@ from lg.distributed import World
 from lg.errors import CheckpointError, ConfigError, DataError
 from lg.tools.export import _check_batch, export
 from lg.tools.predict import build_predictor
+from lg.tools.report import mistakes
+from lg.tools.report.runs import read_runs
+from lg.tools.report.subject import test_runs as evaluate_runs
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 GUIDE, GUIDED = CONFIGS / "digits/r-8_digits.yaml", CONFIGS / "digits/vit_digits_ours.yaml"
@@ -165,6 +169,14 @@ def test_a_guide_and_a_student_learn_from_gray_images(root: Path, guide: Path) -
         build_predictor(own)(result.images), result.probabilities, strict=True
     ):  # type: ignore[arg-type]
         np.testing.assert_allclose(image.probabilities, wanted, atol=1e-5)
+    # The report shows gray images, too.
+    (subject,) = evaluate_runs(read_runs([str(weights.parent)]), ["DEVICE", "cpu"])
+    tested = subject.tested
+    assert tested is not None and tested.dataset.image(0).mode == "F"
+    found = replace(tested.predictions, labels=1 - tested.predictions.labels)
+    assert (
+        mistakes._gallery(found, tested.dataset, np.arange(2)).count("data:image/png;base64") == 2
+    )
 
 
 def test_other_channels_are_refused(root: Path, guide: Path, tmp_path: Path) -> None:

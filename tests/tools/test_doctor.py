@@ -106,7 +106,7 @@ def test_checkpoint_sizes_are_estimated_and_checkpoints_are_reported(tmp_path: P
     assert texts(found, PROBLEM)[0].startswith("TRAIN.AUTO_RESUME is False, but ")
     wider = digits(tmp_path / "run", guide, TRANSFORMER__HIDDEN_DIM=32)
     (problem,) = texts(check_config(wider), PROBLEM)
-    assert problem.startswith("Cannot resume from the last checkpoint in ")
+    assert "TRANSFORMER.HIDDEN_DIM: 96 -> 32" in problem
 
 
 def test_all_problems_are_found_at_once(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

@@ -183,7 +183,7 @@ def test_time_and_memory_are_estimated(monkeypatch: pytest.MonkeyPatch) -> None:
         "about 0.5 s per step of 32 images: 7m 30s for the 900 steps of 10 epochs, 40s for the "
         "tests, 8m 10s in total. Measured in one of 2 processes, without the exchange of "
         "gradients.",
-        "peak memory: 900 of 4,000 MiB (cpu).",
+        "peak memory: 900 of 4,000 MB (cpu).",
         "DATA_LOADER.BACKEND auto: images are read.",
     ]
     contended = dataclasses.replace(taken, core_wait=0.21)

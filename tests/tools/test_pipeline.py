@@ -188,11 +188,11 @@ def test_settings_of_the_images_reach_the_guide(tmp_path: Path) -> None:
         "MODEL.IN_CHANNELS": 1,
         "RNG_SEED": 7,
     }
-    seen: list[dict[str, Any]] = []
+    keys, seen = list(changes), []
 
     def train(cfg: Any) -> None:
         values = dict(flatten(cfg))
-        seen.append({key: values[key] for key in changes})
+        seen.append({key: values[key] for key in keys})
         raise KeyboardInterrupt
 
     more = [
@@ -202,6 +202,16 @@ def test_settings_of_the_images_reach_the_guide(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         pipeline.pipeline(CONFIG, more, str(guide), False, train)
     assert seen == [changes]
+    # The list of excluded images counts in the student's file, too.
+    student = tmp_path / "s.yaml"
+    student.write_text(
+        f"_BASE_: {Path(CONFIG).resolve()}\nTRAIN: {{EXCLUDE: {changes['TRAIN.EXCLUDE']}}}"
+    )
+    place = more.index("TRAIN.EXCLUDE")
+    del more[place : place + 2]
+    with pytest.raises(KeyboardInterrupt):
+        pipeline.pipeline(str(student), more, str(guide), False, train)
+    assert seen[1] == seen[0]
 
 
 def test_the_guide_is_found_by_the_name_of_its_weights(tmp_path: Path) -> None:

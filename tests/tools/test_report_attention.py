@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from lg.augment.preprocessing import Preprocessing
+from lg.datasets.base import evenly_spaced
 from lg.models import resnet, timm_model
 from lg.tools.report.activation import class_activation
 from lg.tools.report.attention import (
@@ -17,7 +18,7 @@ from lg.tools.report.attention import (
     image_attention,
     mean_distances,
 )
-from lg.tools.report.samples import heated, one_per_class, pictures, spread
+from lg.tools.report.samples import one_per_class, overlay, pictures
 from tests.models.test_families import SMALL, build
 
 CLASS_TOKEN = {"t2t", "pit", "pvt", "convit", "cvt", "deit"}  # classified by a token
@@ -37,7 +38,7 @@ def test_mean_distance_weights_places_and_ignores_the_class_token() -> None:
     next_door[:, 0] = 0.5  # ... and the class token, which has no place
     weights = torch.stack([to_itself, next_door, everywhere])[None]
     found = mean_distances(SpatialAttention(weights, 1, (2, 2), (2, 2)), 32)
-    assert found.tolist() == pytest.approx([0, 16, (16 + 16 + 16 * 2**0.5) / 4])
+    assert found[0].tolist() == pytest.approx([0, 16, (16 + 16 + 16 * 2**0.5) / 4])
 
 
 @pytest.mark.parametrize("name", SMALL)
@@ -118,11 +119,11 @@ def test_pictures_of_heat() -> None:
     assert picture.size == (128, 128)
     hot = torch.zeros(4, 4)
     hot[0, 0] = 1.0
-    found = heated(picture, hot)
+    found = overlay(picture, hot)
     red = [found.getpixel(place)[0] for place in ((4, 4), (120, 120))]
     assert red[0] > 200 and red[1] < 130
 
 
-def test_samples_are_spread() -> None:
-    assert spread(5, 9) == [0, 1, 2, 3, 4] and spread(101, 3) == [0, 50, 100]
+def test_positions_are_evenly_spaced() -> None:
+    assert evenly_spaced(5, 9) == [0, 1, 2, 3, 4] and evenly_spaced(101, 3) == [0, 50, 100]
     assert one_per_class(np.array([2, 2, 0, 1, 0]), 2) == [0, 2]

@@ -44,7 +44,7 @@ from lg.builders.training import (
     precision_note,
 )
 from lg.checkpoint import CheckpointFolder, load_weights, read_checkpoint
-from lg.config import flatten, is_guided, stored_config
+from lg.config import flatten, is_guided, stored_config, with_values
 from lg.datasets.base import EMPTY_CLASS, MISSING, UNTRAINED_CLASS, ImageDataset
 from lg.datasets.exclusion import image_names
 from lg.datasets.loader import usable_workers
@@ -57,7 +57,7 @@ from lg.guidance import FeatureBank
 from lg.guidance.bank_file import bank_path
 from lg.logs.log import RunLog
 from lg.paths import is_local_file, is_url
-from lg.run import Run, check_fresh, find_differences, restore_last
+from lg.run import Run, check_fresh, restore_last
 from lg.tools.doctor import images, trial
 from lg.tools.doctor.findings import (
     COST,
@@ -221,7 +221,7 @@ def _check_guide(cfg: CfgNode, path: str, found: Findings) -> None:
 
 
 def _check_data(cfg: CfgNode, found: Findings) -> dict[str, ImageDataset]:
-    """Check the images; return the sets that training can use, under TRAIN and TEST."""
+    """Check the images; return the sets that training can use, under TRAIN, VAL and TEST."""
     listed: dict[str, ImageDataset] = {}
     if not cfg.TRAIN.DATASET:
         return listed  # already a problem
@@ -337,10 +337,9 @@ def _check_bank(cfg: CfgNode, train: ImageDataset, found: Findings) -> None:
 
 def _check_run(cfg: CfgNode, data: Splits, found: Findings) -> None:
     """Build one process's share of the training and take its first steps."""
-    share = cfg.clone()
-    share.defrost()
-    share.TRAIN.BATCH_SIZE //= cfg.NUM_GPUS
-    share.TEST.BATCH_SIZE //= cfg.NUM_GPUS
+    sections = ("TRAIN", "TEST")
+    sizes = {f"{name}.BATCH_SIZE": cfg[name].BATCH_SIZE // cfg.NUM_GPUS for name in sections}
+    share = with_values(cfg, sizes)
     run = None
     try:
         with found.catch(COST, "taking the first training steps"):
@@ -364,11 +363,12 @@ def _check_resume(cfg: CfgNode, run: Run, found: Findings) -> None:
     """Load the checkpoint that training would resume from."""
     folder, max_epoch = run.checkpoints.folder, cfg.OPTIM.MAX_EPOCH
     with found.catch(OUTPUT, f"reading the checkpoints in {folder}"):
-        state = restore_last(run, lambda text: found.add(Finding(NOTE, OUTPUT, text)))
-        if state is None:
-            return
-        for text in find_differences(run, state, allowed=cfg.TRAIN.RESUME_CHANGED):
+
+        def warn(text: str) -> None:
             found.add(Finding(NOTE, OUTPUT, text))
+
+        if not restore_last(run, warn, changed=cfg.TRAIN.RESUME_CHANGED):
+            return
         if run.progress.epoch >= max_epoch:
             text = (
                 f"{folder} has all {max_epoch} epochs of OPTIM.MAX_EPOCH, so there is nothing left "

@@ -32,7 +32,8 @@ from lg.step import train_step
 from lg.tools.doctor.findings import COST, FACT, NOTE, OUTPUT, PROBLEM, Finding, format_size
 
 _STEPS = 3  # training steps; the first one warms up
-_CLEARLY = 0.7  # duration of a step, relative to now, from which other threads are recommended
+# Another number of threads is recommended if a step takes at most this fraction of the time.
+_CLEARLY = 0.7
 
 
 @dataclass(frozen=True)
@@ -43,8 +44,8 @@ class Trial:
         losses: Of the steps.
         step_seconds: Of a step and its batch, without the first.
         test_seconds: Of a test batch, without the first.
-        peak_mb: Peak memory in MiB: of torch on a GPU, of this process elsewhere.
-        total_mb: Available memory in MiB.
+        peak_mb: Peak memory in MB (1024^2 bytes): of torch on a GPU, of this process elsewhere.
+        total_mb: Available memory in MB.
         checkpoint_bytes: Size of a checkpoint.
         core_wait: Share of the training steps spent waiting for a core of the CPU.
         thread_seconds: Number of threads -> seconds of the fastest step with them; empty on a GPU.
@@ -98,7 +99,7 @@ def estimate_cost(
         trial: Its first steps.
         run: The run that took them, for one process.
         num_train: Training images.
-        num_test: Test images.
+        num_test: Images that are tested every TEST.PERIOD epochs.
     """
     num_processes, num_epochs = cfg.NUM_GPUS, cfg.OPTIM.MAX_EPOCH
     num_steps = num_epochs * (num_train // cfg.TRAIN.BATCH_SIZE)
@@ -111,7 +112,7 @@ def estimate_cost(
         f"images: {format_time(training)} for the {num_steps:,} steps of {num_epochs:,} epochs, "
         f"{format_time(testing)} for the tests, {format_time(training + testing)} in total."
         f"{one_of if num_processes > 1 else ''}",
-        f"peak memory: {trial.peak_mb:,} of {trial.total_mb:,} MiB ({run.device}).",
+        f"peak memory: {trial.peak_mb:,} of {trial.total_mb:,} MB ({run.device}).",
         f"DATA_LOADER.BACKEND {cfg.DATA_LOADER.BACKEND}: {run.loader}.",
     ]
     found = [Finding(FACT, COST, line) for line in lines]

@@ -12,21 +12,21 @@ from torch import Tensor
 
 from lg.models.backbone import Backbone
 from lg.models.taps import map_shapes
-from lg.tools.report.attention import FINE
+from lg.tools.report.attention import MIN_SIDE
 
 
 def class_activation(model: Backbone, images: Tensor) -> tuple[int, Tensor] | None:
-    """Return Grad-CAM of the predicted classes at the last block whose map decides about them.
+    """Return Grad-CAM maps of the predicted classes, from the last block that affects them.
 
-    Where a class token is classified, the map of the last block has no part in it. Maps of at least
-    FINE x FINE places come first.
+    Where a class token is classified, the patches of the last block do not affect the logits. Maps
+    of at least MIN_SIDE x MIN_SIDE positions are preferred.
 
     Args:
         model: In evaluation mode.
         images: [B, C, S, S], on the model's device.
 
     Returns:
-        (block, [B, S, S], each map from 0 to 1), or None if no map decides.
+        (block, [B, S, S], each map from 0 to 1), or None if no map affects them.
 
     Raises:
         ImportError: pytorch-grad-cam is not installed.
@@ -43,7 +43,7 @@ def class_activation(model: Backbone, images: Tensor) -> tuple[int, Tensor] | No
         image_size=images.shape[-1],
         in_channels=images.shape[1],
     )
-    for index in sorted(range(len(shapes)), key=lambda k: (min(shapes[k][1:]) < FINE, -k)):
+    for index in sorted(range(len(shapes)), key=lambda k: (min(shapes[k][1:]) < MIN_SIDE, -k)):
         layout = model.layouts[index]
         if layout.item is not None:  # the package reads single outputs
             continue

@@ -1,4 +1,4 @@
-"""Where attention goes: its mean distance in each block and head, and its map for an image.
+"""Mean attention distance of each block and head, and attention maps of images.
 
 Shapes: B images, M heads, Q queries, K keys, P prefix tokens, H x W map, S image side in pixels.
 """
@@ -15,13 +15,13 @@ from lg.models.attention import attention_maps
 from lg.models.backbone import Backbone
 from lg.models.taps import map_shapes
 
-FINE = 4  # places in a row of the coarsest map that is worth looking at
+MIN_SIDE = 4  # maps with fewer positions per side are shown only if there is none finer
 _BATCH = 8  # images at once; attention weights are large
 
 
 @dataclass(frozen=True)
 class SpatialAttention:
-    """The attention of one block between places of the image.
+    """The attention of one block between image positions.
 
     Attributes:
         weights: [B, M, P + H * W, P + h * w]; rows sum to 1. Keys may lie on a coarser grid.
@@ -37,9 +37,9 @@ class SpatialAttention:
 
 
 def spatial_attention(model: Backbone, images: Tensor, index: int) -> SpatialAttention | None:
-    """Return the attention of a block; None if it is not between places of the image.
+    """Return a block's attention between image positions; None if it has none.
 
-    That is so for convolutions, attention inside windows, and attention between channels.
+    Convolutions, attention inside windows, and attention between channels have none.
 
     Args:
         model: The model.
@@ -73,14 +73,14 @@ def _centres(size: tuple[int, int], image_size: int) -> Tensor:
 
 
 def mean_distances(attention: SpatialAttention, image_size: int) -> Tensor:
-    """Return the mean distance in pixels between query and key for each head, [M].
+    """Return the mean distance in pixels between query and key, [B, M].
 
-    Keys count with their attention weights; prefix tokens, which have no place, are left out.
+    Keys count with their attention weights; prefix tokens, which have no position, are left out.
     """
-    places = attention.weights[:, :, attention.prefix :, attention.prefix :]
-    places = places / places.sum(dim=-1, keepdim=True).clamp_min(1e-12)
-    far = distances(attention.size, attention.key_size, image_size).to(places.device)
-    return (places * far).sum(dim=-1).mean(dim=(0, 2)).cpu()
+    weights = attention.weights[:, :, attention.prefix :, attention.prefix :]
+    weights = weights / weights.sum(dim=-1, keepdim=True).clamp_min(1e-12)
+    far = distances(attention.size, attention.key_size, image_size).to(weights.device)
+    return (weights * far).sum(dim=-1).mean(dim=2).cpu()
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ class BlockDistance:
     Attributes:
         block: Number of the block.
         heads: Mean distance of each head in pixels.
-        uniform: What it would be if every query attended to all keys alike, pixels.
+        uniform: The same if every query attended to all keys equally, pixels.
     """
 
     block: int
@@ -104,7 +104,7 @@ class BlockDistance:
 
 
 def block_distances(model: Backbone, images: Tensor) -> list[BlockDistance]:
-    """Return the mean attention distance of each block that attends to places.
+    """Return the mean attention distance of each block with attention between positions.
 
     Args:
         model: In evaluation mode.
@@ -117,28 +117,25 @@ def block_distances(model: Backbone, images: Tensor) -> list[BlockDistance]:
         known = [part for part in parts if part is not None]
         if len(known) < len(parts):
             continue
-        counts = torch.tensor([float(len(part.weights)) for part in known])
-        heads = torch.stack([mean_distances(part, size) for part in known])
-        mean = (heads * counts[:, None]).sum(dim=0) / counts.sum()
+        mean = torch.cat([mean_distances(part, size) for part in known]).mean(dim=0)
         uniform = float(distances(known[0].size, known[0].key_size, size).mean())
         found.append(BlockDistance(index, mean.tolist(), uniform))
     return found
 
 
 def image_attention(model: Backbone, images: Tensor) -> tuple[int, Tensor] | None:
-    """Return where the last block looks that attends to places, the mean over its heads.
+    """Return the attention map of the last block that has one, averaged over heads.
 
-    Blocks with at least FINE x FINE keys come first: less is too coarse to look at.
-
-    With a class token, this is what that token attends to; otherwise what all places together do.
+    Blocks whose keys form a grid of at least MIN_SIDE x MIN_SIDE are preferred. The map is that of
+    the class token, where there is one; otherwise the mean over all positions.
 
     Returns:
-        (block, [B, h, w], each map from 0 to 1), or None if no block attends to places.
+        (block, [B, h, w], each map from 0 to 1), or None if no block has such attention.
     """
     chosen: tuple[int, SpatialAttention] | None = None
     for index in reversed(range(len(model.blocks))):
         found = spatial_attention(model, images, index)
-        is_fine = found is not None and min(found.key_size) >= FINE
+        is_fine = found is not None and min(found.key_size) >= MIN_SIDE
         if found is not None and (is_fine or chosen is None):
             chosen = index, found
         if is_fine:
@@ -146,8 +143,8 @@ def image_attention(model: Backbone, images: Tensor) -> tuple[int, Tensor] | Non
     if chosen is None:
         return None
     index, found = chosen
-    places = found.weights.mean(dim=1)[:, :, found.prefix :]
-    seen = places[:, 0] if found.prefix else places.mean(dim=1)
+    weights = found.weights.mean(dim=1)[:, :, found.prefix :]
+    seen = weights[:, 0] if found.prefix else weights.mean(dim=1)
     return index, _to_unit(seen.unflatten(1, found.key_size)).cpu()
 
 

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Mapping, Sequence
+from html import escape
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -17,29 +18,15 @@ from lg.tools.report.attention import BlockDistance
 from lg.tools.report.results import Reliability
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 WIDTH, HEIGHT = 4.5, 2.8  # inches of a chart; the page scales it
-_RULE = "#94a3b8"  # of axes and grid in lg.logs.plots
 # Colours of lg.logs.plots -> properties of the page's style.
-_PROPERTIES = {plots.INK: "var(--ink-2)", _RULE: "var(--rule)"} | {
+_PROPERTIES = {plots.INK: "var(--ink-2)", plots.RULE: "var(--rule)"} | {
     color: f"var(--run-{number})" for number, color in enumerate(plots.COLORS)
 }
 
-
-class Line(NamedTuple):
-    """A line of a chart.
-
-    Attributes:
-        run: Number of the run, which sets the colour.
-        x: Positions.
-        y: Values.
-    """
-
-    run: int
-    x: Sequence[float]
-    y: Sequence[float]
+Lines = Mapping[int, tuple[Sequence[float], Sequence[float]]]  # number of the run -> x and y
 
 
 def color(run: int) -> str:
@@ -57,8 +44,6 @@ def svg(label: str, draw: Any, *args: Any, width: float = WIDTH, height: float =
         width: Inches.
         height: Inches.
     """
-    from html import escape
-
     stream = io.BytesIO()
     options: dict[str, Any] = {"format": "svg", "transparent": True, "metadata": {"Date": None}}
     if width != WIDTH:  # charts of other shapes have no neighbours to line up with
@@ -82,24 +67,15 @@ def svg(label: str, draw: Any, *args: Any, width: float = WIDTH, height: float =
     return opening + text[head.end() :].strip()
 
 
-def lines(title: str, series: Sequence[Line], *, percent: bool = False) -> str:
+def lines(title: str, series: Lines, *, percent: bool = False) -> str:
     """Return a chart of lines over epochs."""
     return svg(title, _draw_lines, title, series, percent)
 
 
-def _draw_lines(figure: Figure, title: str, series: Sequence[Line], percent: bool) -> None:
-    axes: Axes = figure.subplots()
-    for line in series:
-        axes.plot(
-            line.x,
-            line.y,
-            color=color(line.run),
-            linewidth=1.6,
-            marker="o" if len(line.x) < 5 else None,
-            markersize=3.5,
-        )
-    axes.set_title(title, loc="left")
-    axes.set_xlabel("epoch")
+def _draw_lines(figure: Figure, title: str, series: Lines, percent: bool) -> None:
+    axes = figure.subplots()
+    named = {str(run): line for run, line in series.items()}
+    plots.draw_lines(axes, named, title=title, colors=[*map(color, series)], legend=False)
     if percent:
         axes.set_ylim(0, 100)
 
@@ -112,7 +88,7 @@ def reliability_plot(runs: Sequence[tuple[int, Reliability]]) -> str:
 
 def _draw_reliability(figure: Figure, title: str, runs: Sequence[tuple[int, Reliability]]) -> None:
     axes = figure.subplots()
-    axes.plot([0, 100], [0, 100], color=_RULE, linestyle="--", linewidth=1)
+    axes.plot([0, 100], [0, 100], color=plots.RULE, linestyle="--", linewidth=1)
     for run, bins in runs:
         area = 12 + 140 * bins.counts / bins.counts.sum()
         axes.plot(bins.confidence, bins.accuracy, color=color(run), linewidth=1.2)
@@ -153,7 +129,7 @@ def _draw_distances(
     for place, (run, found) in enumerate(runs):
         shift = width * (place - (len(runs) - 1) / 2)
         blocks = [each.block for each in found]
-        axes.plot(blocks, [each.uniform for each in found], color=_RULE, linestyle=":")
+        axes.plot(blocks, [each.uniform for each in found], color=plots.RULE, linestyle=":")
         dots = [(each.block + shift, head) for each in found for head in each.heads]
         x, y = zip(*dots, strict=True)
         axes.scatter(x, y, 14, color=color(run), alpha=0.45, linewidths=0)

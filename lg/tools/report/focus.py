@@ -9,15 +9,15 @@ import torch
 from PIL import Image
 
 from lg.builders import build_preprocessing
+from lg.datasets.base import evenly_spaced
 from lg.tools.report import figures, page
 from lg.tools.report.activation import class_activation
-from lg.tools.report.attention import FINE, BlockDistance, block_distances, image_attention
-from lg.tools.report.samples import heated, load_images, one_per_class, pictures, spread
+from lg.tools.report.attention import MIN_SIDE, BlockDistance, block_distances, image_attention
+from lg.tools.report.samples import load_images, one_per_class, overlay, pictures
 from lg.tools.report.subject import Subject, Tested, by_images, with_tests
 
 _NUM_MEASURED = 32  # images whose attention is measured
 _NUM_SHOWN = 6
-_HINT = "pip install -e '.[report]'"
 
 
 def distances(subjects: Sequence[Subject]) -> str:
@@ -25,7 +25,7 @@ def distances(subjects: Sequence[Subject]) -> str:
     measured: list[tuple[Subject, list[BlockDistance]]] = []
     notes = ""
     for subject, tested in with_tests(subjects):
-        images = load_images(tested, spread(len(tested.dataset), _NUM_MEASURED))
+        images = load_images(tested, evenly_spaced(len(tested.dataset), _NUM_MEASURED))
         found = block_distances(tested.model, images)
         if found:
             measured.append((subject, found))
@@ -74,8 +74,8 @@ def maps(subjects: Sequence[Subject]) -> str:
     text = (
         "Attention: what the class token of the last block attends to (without a class token: what "
         "all positions attend to), mean over heads. Grad-CAM: the regions that support the "
-        f"predicted class, given below. Maps of at least {FINE} x {FINE} positions are preferred "
-        "to later, coarser ones. Brighter means more; each map has its own scale."
+        f"predicted class, given below. Maps of at least {MIN_SIDE} x {MIN_SIDE} positions are "
+        "preferred to later, coarser ones. Brighter means more; each map has its own scale."
     )
     return page.paragraph(text) + html if html else ""
 
@@ -96,23 +96,23 @@ def _map_table(group: Sequence[tuple[Subject, Tested]]) -> str:
             notes.append(f"{subject.run.name} has no attention map ({tested.model.family}).")
         else:
             row = [f"{title}<br>attention, block {attention[0]}"]
-            rows.append(row + [_heated(*pair) for pair in zip(shown, attention[1], strict=True)])
+            rows.append(row + [_overlay(*pair) for pair in zip(shown, attention[1], strict=True)])
         try:
             activation = class_activation(tested.model, images)
         except ImportError:
-            notes.append(f"Grad-CAM needs the package grad-cam: {_HINT}")
+            notes.append(f"Grad-CAM needs the package grad-cam: {page.INSTALL}")
             continue
         if activation is not None:
             captions = [_prediction(tested, k) for k in indices]
             row = [f"{title}<br>Grad-CAM, block {activation[0]}"]
             cells = zip(shown, activation[1], captions, strict=True)
-            rows.append(row + [_heated(*cell) for cell in cells])
+            rows.append(row + [_overlay(*cell) for cell in cells])
     table = page.table(["", *map(escape, names)], rows, kind="maps")
     return table + "".join(map(page.note, dict.fromkeys(notes)))
 
 
-def _heated(image: Image.Image, heat: torch.Tensor, caption: str = "") -> str:
-    return page.thumbnail(heated(image, heat), caption)
+def _overlay(image: Image.Image, heat: torch.Tensor, caption: str = "") -> str:
+    return page.thumbnail(overlay(image, heat), caption)
 
 
 def _prediction(tested: Tested, index: int) -> str:

@@ -18,7 +18,6 @@ from lg.tools.report import page, results
 from lg.tools.report.subject import Subject, by_images, with_tests
 
 NUM_PICTURES = 12
-_HINT = "pip install -e '.[report]'"
 
 
 def worst(subjects: Sequence[Subject]) -> str:
@@ -58,8 +57,8 @@ def suspects(subjects: Sequence[Subject]) -> str:
             html += page.paragraph(f"Mean of the predictions of {names}.")
         if is_ranking:
             html += page.note(
-                f"cleanlab is not installed ({_HINT}), so these are simply the images whose labels "
-                "the models find least probable."
+                f"cleanlab is not installed ({page.INSTALL}), so these are simply the images whose "
+                "labels the models find least probable."
             )
         elif not len(indices):
             html += page.note("cleanlab suspects no label.")
@@ -111,7 +110,7 @@ def _gallery(result: Predictions, dataset: ImageDataset, indices: np.ndarray) ->
     pictures = []
     for index in indices.tolist():
         try:
-            image = dataset.image(index)
+            image = dataset.image(index).convert("RGB")  # browsers show no float images
         except DataError:
             continue
         row = result.probabilities[index]

@@ -27,11 +27,12 @@ def _table(weights: Sequence[Sequence[float]], run: int) -> str:
     """Return weights [stages][blocks] as a table whose cells are shaded by weight."""
     heads = ["guide stage", *(f"block {block}" for block in range(len(weights[0])))]
     largest = max(max(row) for row in weights)
+    shade = f"shade {page.run_class(run)}"
     rows = [
         [
             str(stage),
             *(
-                f'<span class="shade r{run % 6}" style="--share:{100 * w / largest:.0f}%">'
+                f'<span class="{shade}" style="--share:{100 * w / largest:.0f}%">'
                 f"{100 * w:.1f}</span>"
                 for w in row
             ),

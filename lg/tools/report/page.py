@@ -15,7 +15,10 @@ from typing import NamedTuple
 
 from PIL import Image
 
+from lg.logs.plots import COLORS
+
 MISSING = "&ndash;"  # shown in place of a missing value
+INSTALL = "pip install -e '.[report]'"  # the optional packages
 _STYLE = Path(__file__).with_name("style.css").read_text(encoding="utf-8")
 _SMALL = 64  # pixels; smaller images are shown with sharp pixels
 _LARGE = 224  # pixels; larger images are reduced
@@ -71,10 +74,15 @@ def note(text: str) -> str:
     return f'<p class="note">{escape(text)}</p>'
 
 
+def run_class(number: int) -> str:
+    """Return the CSS class of a run (counted from 0), which sets its colour."""
+    return f"r{number % len(COLORS)}"
+
+
 def run_name(number: int, name: str) -> str:
     """Return a run's name behind a dot in its colour."""
     text = escape(name)
-    return f'<span class="run" title="{text}"><i class="dot r{number % 6}"></i>{text}</span>'
+    return f'<span class="run" title="{text}"><i class="dot {run_class(number)}"></i>{text}</span>'
 
 
 def key(name: str) -> str:

@@ -8,6 +8,7 @@ from html import escape
 import numpy as np
 
 from lg.logs.plots import READABLE_CLASSES
+from lg.tools.intervals import wilson_interval
 from lg.tools.report import figures, page, results
 from lg.tools.report.runs import RunRecord
 from lg.tools.report.subject import Subject, with_tests
@@ -22,25 +23,25 @@ def accuracy(subjects: Sequence[Subject]) -> str:
     rows = []
     choices: dict[str, list[str]] = {}  # how weights were chosen -> runs
     for subject, tested in with_tests(subjects):
-        result = tested.predictions
-        count = len(result.labels)
-        low, high = results.wilson_interval(int(results.hits(result).sum()), count)
-        classes = [row for row in results.class_rows(result) if row.count]
-        last = [t for t in [*subject.run.tests.values()][-1:] if t["split"] == result.split]
+        predictions, result = tested.predictions, tested.result
+        num_hits = int(results.hits(predictions).sum())
+        low, high = wilson_interval(num_hits, result.count)
+        last = [t for t in [*subject.run.tests.values()][-1:] if t["split"] == predictions.split]
+        has_top5 = len(predictions.class_names) > 5
         rows.append(
             [
                 page.run_name(subject.number, subject.run.name),
-                f"{count:,}",
-                f"<b>{results.accuracy(result):.2f} %</b>",
+                f"{result.count:,}",
+                f"<b>{100 - result.top1_err:.2f} %</b>",
                 f"{low:.2f} to {high:.2f}",
-                f"{results.top5(result):.2f} %" if len(result.class_names) > 5 else page.MISSING,
-                f"{np.mean([row.recall for row in classes]):.2f} %",
-                f"{results.macro_f1(result):.2f} %",
-                f"{results.reliability(result).error:.2f} %",
+                f"{100 - result.top5_err:.2f} %" if has_top5 else page.MISSING,
+                f"{result.balanced_acc:.2f} %",
+                f"{result.macro_f1:.2f} %",
+                f"{result.calibration_err:.2f} %",
                 f"{100 - last[0]['top1_err']:.2f} %" if last else page.MISSING,
             ]
         )
-        choices.setdefault(_choice(subject.run, result.split), []).append(subject.run.name)
+        choices.setdefault(_choice(subject.run, predictions.split), []).append(subject.run.name)
     notes = "".join(page.note(f"{', '.join(names)}: {text}") for text, names in choices.items())
     for subject in subjects:
         if subject.problem:
@@ -75,7 +76,7 @@ def confusions(subjects: Sequence[Subject]) -> str:
     charts = []
     for subject, tested in with_tests(subjects):
         names = tested.predictions.class_names
-        counts = results.confusion_matrix(tested.predictions)
+        counts = np.array(tested.result.confusion)[:, : len(names)]
         plot = figures.confusion_plot(counts, names, subject.number)
         html = plot if len(names) <= READABLE_CLASSES else plot + _pairs(counts, names)
         caption = page.run_name(subject.number, subject.run.name)
@@ -116,19 +117,17 @@ def classes(subjects: Sequence[Subject]) -> str:
 
 
 def _class_table(group: Sequence[tuple[Subject, list[results.ClassRow]]]) -> str:
-    heads, columns = ["class", "images"], []
-    for subject, rows in group:
+    heads = ["class", "images"]
+    for subject, _ in group:
         name = page.run_name(subject.number, subject.run.name) + "<br>" if len(group) > 1 else ""
         heads += [f"{name}precision", "recall", "F1"]
-        columns.append(rows)
-    order = sorted(range(len(columns[0])), key=lambda k: columns[0][k].f1)
+    first = group[0][1]
     table = []
-    for k in order:
-        first = columns[0][k]
-        cells = [escape(first.name), str(first.count)]
-        for (subject, _), rows in zip(group, columns, strict=True):
-            row = rows[k]
-            bar = f'<i class="bar r{subject.number % 6}" style="--share:{row.f1:.0f}%"></i>'
+    for k in sorted(range(len(first)), key=lambda k: first[k].f1):
+        cells = [escape(first[k].name), str(first[k].count)]
+        for subject, rows in group:
+            row, run = rows[k], page.run_class(subject.number)
+            bar = f'<i class="bar {run}" style="--share:{row.f1:.0f}%"></i>'
             cells += [f"{row.precision:.1f}", f"{row.recall:.1f}", f"{row.f1:.1f}{bar}"]
         table.append(cells)
     return page.table(heads, table, kind="tall")
@@ -136,11 +135,13 @@ def _class_table(group: Sequence[tuple[Subject, list[results.ClassRow]]]) -> str
 
 def calibration(subjects: Sequence[Subject]) -> str:
     """Return the reliability plot and what it shows."""
-    tested = [(s, results.reliability(t.predictions)) for s, t in with_tests(subjects)]
+    tested = with_tests(subjects)
     if not tested:
         return ""
-    rows = []
-    for subject, bins in tested:
+    rows, plotted = [], []
+    for subject, each in tested:
+        bins = results.reliability(each.predictions)
+        plotted.append((subject.number, bins))
         mean = np.average(bins.confidence, weights=bins.counts)
         hit = np.average(bins.accuracy, weights=bins.counts)
         rows.append(
@@ -148,16 +149,16 @@ def calibration(subjects: Sequence[Subject]) -> str:
                 page.run_name(subject.number, subject.run.name),
                 f"{mean:.2f} %",
                 f"{hit:.2f} %",
-                f"{bins.error:.2f} %",
-                "too sure" if mean > hit else "too careful",
+                f"{each.result.calibration_err:.2f} %",
+                "overconfident" if mean > hit else "underconfident",
             ]
         )
     text = (
         "A well calibrated model is right in 80 % of the images that it classifies with 80 % "
-        f"confidence: its points lie on the dashed line. Below it, the model is too sure. The "
+        "confidence: its points lie on the dashed line. Points below it mean overconfidence. The "
         f"expected calibration error is the mean distance over {results.NUM_BINS} bins of equal "
         "width, weighted by their images; larger points stand for more images."
     )
     heads = ["run", "mean confidence", "accuracy", "calibration error", "on average"]
-    plot = page.chart(figures.reliability_plot([(s.number, bins) for s, bins in tested]))
+    plot = page.chart(figures.reliability_plot(plotted))
     return page.paragraph(text) + page.beside(plot, page.table(heads, rows))

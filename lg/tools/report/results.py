@@ -1,4 +1,4 @@
-"""The numbers of a test: accuracy with its interval, per class, calibration, differences of runs.
+"""The numbers of a test beside those of `EvalResult`: per class, calibration, differences of runs.
 
 N counts images, K classes.
 """
@@ -48,12 +48,6 @@ class Reliability:
     accuracy: np.ndarray
     counts: np.ndarray
 
-    @property
-    def error(self) -> float:
-        """The expected calibration error in percent (arXiv 1706.04599)."""
-        gaps = np.abs(self.confidence - self.accuracy)
-        return float((gaps * self.counts).sum() / self.counts.sum())
-
 
 @dataclass(frozen=True)
 class Difference:
@@ -81,42 +75,9 @@ def hits(result: Predictions) -> np.ndarray:
     return result.probabilities.argmax(axis=1) == result.labels
 
 
-def accuracy(result: Predictions) -> float:
-    """Return top-1 accuracy in percent."""
-    return 100 * float(hits(result).mean())
-
-
-def top5(result: Predictions) -> float:
-    """Return top-5 accuracy in percent."""
-    best = np.argsort(-result.probabilities, axis=1)[:, :5]
-    return 100 * float((best == result.labels[:, None]).any(axis=1).mean())
-
-
-def macro_f1(result: Predictions) -> float:
-    """Return the mean F1 in percent of the classes that have images or are predicted."""
-    from sklearn.metrics import f1_score
-
-    predicted = result.probabilities.argmax(axis=1)
-    return 100 * float(f1_score(result.labels, predicted, average="macro", zero_division=0))
-
-
-def wilson_interval(num_hits: int, count: int) -> tuple[float, float]:
-    """Return the 95 % Wilson interval of an accuracy in percent."""
-    interval = stats.binomtest(num_hits, count).proportion_ci(0.95, method="wilson")
-    return 100 * float(interval.low), 100 * float(interval.high)
-
-
-def confusion_matrix(result: Predictions) -> np.ndarray:
-    """Return counts [K, K]; rows are labels, columns predicted classes."""
-    from sklearn.metrics import confusion_matrix as count_pairs  # slow to import
-
-    predicted = result.probabilities.argmax(axis=1)
-    return count_pairs(result.labels, predicted, labels=range(len(result.class_names)))
-
-
 def class_rows(result: Predictions) -> list[ClassRow]:
     """Return precision, recall and F1 of each class; 0 where there is nothing to divide by."""
-    from sklearn.metrics import precision_recall_fscore_support
+    from sklearn.metrics import precision_recall_fscore_support  # slow to import
 
     rates = precision_recall_fscore_support(
         result.labels,

@@ -12,7 +12,7 @@ import yaml
 
 from lg.config.defaults import DEFAULT_VALUES, FREE_ON_RESUME, flatten
 from lg.errors import DataError
-from lg.logs.log import epoch_number, read_run_lines
+from lg.logs.log import epoch_number, epoch_seconds, read_run_lines
 
 Line = dict[str, Any]
 
@@ -52,7 +52,7 @@ class RunRecord:
     def hours(self) -> float:
         """Hours of training and of its tests; 0 if no epoch was finished."""
         lines = (*self.training.values(), *self.tests.values(), *self.average_tests.values())
-        return sum(line.get("time_epoch") or 0.0 for line in lines) / 3600
+        return epoch_seconds(lines) / 3600
 
     @property
     def length(self) -> int:

@@ -1,4 +1,4 @@
-"""Test images as the model sees them, and pictures of them under a map of heat.
+"""Test images as the model sees them, and heat-map overlays.
 
 Shapes: B images, S image side in pixels, h x w heat map.
 """
@@ -16,7 +16,7 @@ from torch import Tensor
 from lg import builders
 from lg.augment.batched import to_pixels
 from lg.augment.preprocessing import Preprocessing
-from lg.datasets.base import DatasetSubset
+from lg.datasets.base import DatasetSubset, evenly_spaced
 from lg.distributed import World
 from lg.tools.report.subject import Tested
 
@@ -24,15 +24,10 @@ _SIDE = 128  # pixels of a picture
 _FAINT, _STRONG = 0.15, 0.85  # opacity of the least and the greatest heat
 
 
-def spread(count: int, number: int) -> list[int]:
-    """Return at most `number` of the positions 0..count-1, evenly spaced."""
-    return sorted(set(np.linspace(0, count - 1, min(number, count)).round().astype(int).tolist()))
-
-
 def one_per_class(labels: np.ndarray, number: int) -> list[int]:
     """Return the positions of the first images of at most `number` classes, evenly spaced."""
     known, first = np.unique(labels, return_index=True)
-    return sorted(int(first[k]) for k in spread(len(known), number))
+    return sorted(int(first[k]) for k in evenly_spaced(len(known), number))
 
 
 def load_images(tested: Tested, indices: Sequence[int]) -> Tensor:
@@ -54,8 +49,8 @@ def _enlarged(image: Image.Image) -> Image.Image:
     return image.resize((side, side), rule)
 
 
-def heated(picture: Image.Image, heat: Tensor) -> Image.Image:
-    """Return a picture under a heat map [h, w] of values from 0 to 1."""
+def overlay(picture: Image.Image, heat: Tensor) -> Image.Image:
+    """Return a picture with a heat map [h, w] of values from 0 to 1 laid over it."""
     import matplotlib  # slow to import
 
     mask = Image.fromarray((255 * heat.numpy()).round().astype(np.uint8))

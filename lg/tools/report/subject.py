@@ -13,6 +13,7 @@ from lg.config import load_trained_config
 from lg.datasets.base import ImageDataset
 from lg.distributed import World
 from lg.errors import ConfigError, UserError
+from lg.metrics import EvalResult
 from lg.models.backbone import Backbone, unwrap
 from lg.tools.predict import Predictions, evaluate_loaded
 from lg.tools.report.results import same_images
@@ -29,6 +30,7 @@ class Tested:
         device: Of the test.
         dataset: The images.
         predictions: For each of them.
+        result: Of the test.
     """
 
     cfg: CfgNode
@@ -36,6 +38,7 @@ class Tested:
     device: torch.device
     dataset: ImageDataset
     predictions: Predictions
+    result: EvalResult
 
 
 @dataclass(frozen=True)
@@ -88,8 +91,8 @@ def _test(run: RunRecord, opts: Sequence[str]) -> Tested:
         own += ["TEST.SPLIT", run.final["split"].rpartition("/")[2]]
     cfg = load_trained_config(run.weights, [*own, *opts])
     cfg, model, dataset, precision = trainer.load_tested(cfg, World())
-    predictions = evaluate_loaded(cfg, model, dataset, precision)
-    return Tested(cfg, unwrap(model), precision.device, dataset, predictions)
+    predictions, result = evaluate_loaded(cfg, model, dataset, precision)
+    return Tested(cfg, unwrap(model), precision.device, dataset, predictions, result)
 
 
 def with_tests(subjects: Sequence[Subject]) -> list[tuple[Subject, Tested]]:

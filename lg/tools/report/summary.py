@@ -6,6 +6,8 @@ import itertools
 from collections.abc import Sequence
 from html import escape
 
+from lg.logs.log import format_time
+from lg.tools.intervals import wilson_interval
 from lg.tools.report import figures, page, results
 from lg.tools.report.runs import RunRecord, changed_settings, own_settings
 from lg.tools.report.subject import Subject
@@ -43,20 +45,21 @@ def _card(subject: Subject) -> str:
     run = subject.run
     facts = []
     if subject.tested is not None:
-        result = subject.tested.predictions
-        value = results.accuracy(result)
-        low, high = results.wilson_interval(int(results.hits(result).sum()), len(result.labels))
-        under = f"top-1, 95 % interval {low:.1f} to {high:.1f}, {len(result.labels):,} images"
+        result = subject.tested.result
+        value = 100 - result.top1_err
+        num_hits = int(results.hits(subject.tested.predictions).sum())
+        low, high = wilson_interval(num_hits, result.count)
+        under = f"top-1, 95 % interval {low:.1f} to {high:.1f}, {result.count:,} images"
         facts += [
-            ("macro-F1", f"{results.macro_f1(result):.1f} %"),
-            ("calibration error", f"{results.reliability(result).error:.1f} %"),
+            ("macro-F1", f"{result.macro_f1:.1f} %"),
+            ("calibration error", f"{result.calibration_err:.1f} %"),
         ]
     else:
         tests = [*run.tests.values()]
         value = 100 - tests[-1]["top1_err"] if tests else float("nan")
         under = "top-1 of the last epoch, from the log" if tests else "no test in the log"
     if run.hours:
-        facts.append(("training", duration(run.hours)))
+        facts.append(("training", format_time(3600 * run.hours)))
     if run.cost:
         facts += [
             ("parameters", f"{run.cost['params'] / 1e6:.2f} M"),
@@ -67,7 +70,8 @@ def _card(subject: Subject) -> str:
     rows = "".join(f"<div><dt>{name}</dt><dd>{text}</dd></div>" for name, text in facts)
     big = f"{value:.1f}<small>%</small>" if value == value else page.MISSING
     return (
-        f'<article class="card r{subject.number % 6}"><p class="name">{escape(run.name)}</p>'
+        f'<article class="card {page.run_class(subject.number)}">'
+        f'<p class="name">{escape(run.name)}</p>'
         f'<p class="what">{escape(describe_model(run))}</p><p class="big">{big}</p>'
         f'<p class="under">{escape(under)}</p><dl>{rows}</dl></article>'
     )
@@ -76,11 +80,6 @@ def _card(subject: Subject) -> str:
 def amount(macs: float) -> str:
     """Format multiply-adds as G, or M below 0.1 G."""
     return f"{macs / 1e9:.2f} G" if macs >= 1e8 else f"{macs / 1e6:.1f} M"
-
-
-def duration(hours: float) -> str:
-    """Format hours; below a tenth as minutes."""
-    return f"{hours:.2f} h" if hours >= 0.1 else f"{60 * hours:.1f} min"
 
 
 def differences(subjects: Sequence[Subject]) -> str:
@@ -122,13 +121,13 @@ def curves(subjects: Sequence[Subject]) -> str:
     """Return the curves of all terms, one chart a term and one line a run."""
     charts = []
     for title, group, key in _PANELS:
-        series = []
+        series = {}
         for subject in subjects:
             change = (lambda error: 100 - error) if key == "top1_err" else float
             x, y = subject.run.series(group, key, change)
             if x:
-                series.append(figures.Line(subject.number, x, y))
-        is_idle = key == "guidance_factor" and all(set(line.y) == {1.0} for line in series)
+                series[subject.number] = x, y
+        is_idle = key == "guidance_factor" and all(set(y) == {1.0} for _, y in series.values())
         if series and not is_idle:
             percent = key == "top1_err"
             charts.append(page.chart(figures.lines(title, series, percent=percent)))
@@ -153,7 +152,7 @@ def cost(subjects: Sequence[Subject]) -> str:
                 f"{run.cost['params']:,}" if run.cost else page.MISSING,
                 amount(run.cost["macs"]) if run.cost else page.MISSING,
                 f"{len(epochs)} of {run.length}",
-                duration(run.hours),
+                format_time(3600 * run.hours),
                 f"{3600 * run.hours / len(epochs):.1f} s" if epochs else page.MISSING,
                 f"{memory:,} MB" if memory else page.MISSING,
                 *([hardware(run)] * has_machine),

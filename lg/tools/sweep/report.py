@@ -13,7 +13,7 @@ from typing import Any
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 
-from lg.config.load import dump_config
+from lg.config import dump_config
 from lg.errors import ConfigError
 from lg.files.atomic import write_atomically, write_text
 from lg.tools.sweep.space import Space, Sweep, flat, trial_config, trial_folder

@@ -28,8 +28,7 @@ from yacs.config import CfgNode
 from lg import trainer
 from lg.builders import check_training
 from lg.builders.splits import check_validation, has_val_split
-from lg.config import changed_keys
-from lg.config.load import dump_config
+from lg.config import changed_keys, dump_config
 from lg.errors import ConfigError, NonFiniteLossError, first_line, is_out_of_memory
 from lg.files.lock import check_writable
 from lg.run import Progress

@@ -26,7 +26,7 @@ from typing import Any
 import yaml
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from benchmarks.report import make_parser
+from benchmarks.report import make_parser, markdown
 from lg.config.defaults import DEFAULT_VALUES, flatten
 from lg.logs.log import epoch_seconds, read_run_lines
 from lg.logs.plots import draw_lines, save_figure
@@ -119,23 +119,15 @@ def gain(runs: list[dict[str, Any]], reference: list[dict[str, Any]]) -> str:
 
 def table(rows: list[dict[str, Any]]) -> str:
     """Return a Markdown table of `{"label": ..., "runs": [...]}` rows, some with `"minus"`."""
-    head = [
-        "",
-        "parameters",
-        "GMACs",
-        "epochs",
-        "seeds",
-        "top-1, %",
-        "macro-F1",
-        "calibration error",
-    ]
-    lines = [[*head, "hours a run"], ["---"] * (len(head) + 1)]
+    head = ["", "parameters", "GMACs", "epochs", "seeds", "top-1, %", "macro-F1"]
+    head += ["calibration error", "hours a run"]
+    lines = []
     for entry in rows:
         if "minus" in entry:
             lines.append(difference(**entry))
         else:
             lines.append(row(entry["label"], load(entry["runs"])))
-    return markdown(lines)
+    return "\n".join(markdown(head, lines))
 
 
 def gains(
@@ -145,17 +137,14 @@ def gains(
 
     Without `timed`, the table has no times, because the machine did other work as well.
     """
-    lines = [["", "seeds", "top-1, %", "gain", "seconds a run"], ["---"] * 5]
+    lines = []
     for label, runs in rows.items():
         gained = "" if runs == reference else gain(runs, reference[: len(runs)])
         seconds = f"{3600 * median(run['hours'] for run in runs):.0f}"
         lines.append([label, f"{len(runs)}", spread(top1(runs)), gained, seconds])
-    return markdown([line if timed else line[:-1] for line in lines])
-
-
-def markdown(lines: list[list[str]]) -> str:
-    """Return rows of cells as Markdown."""
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+    head = ["", "seeds", "top-1, %", "gain", "seconds a run"]
+    head, *lines = (line if timed else line[:-1] for line in (head, *lines))
+    return "\n".join(markdown(head, lines))
 
 
 def load(names: list[str]) -> list[dict[str, Any]]:
@@ -171,10 +160,10 @@ def top1(runs: list[dict[str, Any]]) -> list[float]:
 def curve_table(entry: dict[str, Any]) -> str:
     """Return a learning curve as a Markdown table: a row per series, a column per set size."""
     head = ["top-1, %, of training images:", *(f"{count:,}" for count in entry["images"])]
-    lines = [head, ["---"] * len(head)]
+    lines = []
     for label, points in entry["series"].items():
         lines.append([label, *(spread(top1(load(names))) for names in points)])
-    return markdown(lines)
+    return "\n".join(markdown(head, lines))
 
 
 def draw_curve(figure: Any, entry: dict[str, Any]) -> None:

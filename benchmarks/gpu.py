@@ -28,7 +28,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from benchmarks.accuracy import compact  # noqa: E402
-from benchmarks.report import TRANSFORMERS, config_path, make_parser  # noqa: E402
+from benchmarks.report import TRANSFORMERS, config_path, make_parser, markdown  # noqa: E402
 from lg.files.atomic import write_text  # noqa: E402
 from lg.logs.log import read_run_lines  # noqa: E402
 
@@ -300,10 +300,6 @@ def write_table(out: Path) -> None:
     text = "\n".join(lines)
     write_text(out / "table.md", text)
     print(f"\n{text}\nWritten to {out / 'table.md'}.")
-
-
-def markdown(head: list[str], rows: list[list[str]]) -> list[str]:
-    return ["| " + " | ".join(cells) + " |" for cells in (head, ["---"] * len(head), *rows)]
 
 
 def correctness_rows(results: list[dict]) -> list[str]:

@@ -180,17 +180,16 @@ def test_rejected_weights_change_nothing(tmp_path: Path, model: torch.nn.Module)
     other = {k: v + 1 for k, v in before.items()}
     key = next(reversed(other))
     broken = [
-        {k: v for k, v in other.items() if k != key},
-        {**other, "teacher.w": torch.ones(1)},
-        {**other, key: torch.ones(3, 3)},
-        {**other, key: "text"},
+        (key, {k: v for k, v in other.items() if k != key}),
+        ("teacher.w", {**other, "teacher.w": torch.ones(1)}),
+        (key, {**other, key: torch.ones(3, 3)}),
+        (key, {**other, key: "text"}),
     ]
-    for state in broken:
+    for name, state in broken:
         path = saved(tmp_path / "a.pyth", {"model_state": state})
         with pytest.raises(CheckpointError) as caught:
             load_weights(model, path)
-        assert str(path) in str(caught.value)
-        assert key in str(caught.value) or "teacher.w" in str(caught.value)
+        assert str(path) in str(caught.value) and name in str(caught.value)
         assert same_state(lg.published_state_dict(model), before)
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 import run_net
-from tests.test_trainer import TINY
+from tests.run_cases import TINY
 
 ROOT = Path(__file__).parents[1]
 DIGITS = "configs/digits/vit_digits_base.yaml"
@@ -53,6 +53,7 @@ def test_codes_of_errors_and_usage(code: int, command: str, said: str) -> None:
     out, err = process.communicate()
     assert process.returncode == code and code in DOCUMENTED
     assert said in (out if code == 0 else err)
+    assert code != 1 or len(err.strip().splitlines()) == 1
 
 
 def test_doctor_fails_on_a_problem() -> None:

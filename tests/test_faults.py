@@ -18,9 +18,7 @@ from typing import Any
 from unittest.mock import Mock
 
 import pytest
-import torch
 
-import lg
 import run_net
 from lg.checkpoint import CheckpointFolder, read_checkpoint
 from lg.errors import CheckpointError
@@ -136,16 +134,6 @@ def test_full_disk_is_not_taken_for_a_read_only_folder(
 
 
 # --- Runs --------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def guide_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Weights of an untrained guide, saved as training saves them."""
-    torch.manual_seed(0)
-    path = tmp_path_factory.mktemp("guide") / "model.pyth"
-    model = lg.build_model(lg.load_config(ROOT / "configs/digits/r-8_digits.yaml"))
-    torch.save(lg.published_state_dict(model), path)
-    return path
 
 
 @pytest.fixture

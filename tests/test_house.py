@@ -104,11 +104,3 @@ def test_help_is_fast(script: str) -> None:
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert "--cfg FILE" in out
     assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 0.5
-
-
-def test_an_error_is_one_line_without_a_traceback(tmp_path: Path) -> None:
-    command = [sys.executable, "run_net.py", "--mode", "train", "--cfg", "configs/none.yaml"]
-    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert run.returncode == 1
-    assert run.stderr.startswith("Error: Cannot read the config configs/none.yaml")
-    assert len(run.stderr.strip().splitlines()) == 1

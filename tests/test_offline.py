@@ -19,37 +19,33 @@ from lg.datasets.loader import Samples
 from lg.errors import BankError, ConfigError
 from lg.guidance import FeatureBank
 from lg.signals import Interrupted
-from tests.test_trainer import CONFIGS, TINY, assert_same, final_state, stats, stop_after
+from tests.run_cases import (
+    CONFIGS,
+    TINY,
+    assert_same,
+    dotted,
+    final_state,
+    key_values,
+    stats,
+    stop_after,
+)
 
 ROOT = Path(__file__).parents[1]
 GUIDE, GUIDED = CONFIGS / "digits/r-8_digits.yaml", CONFIGS / "digits/vit_digits_ours_offline.yaml"
 DATA = {"TRAIN.FRACTION": 0.1, "DATA_LOADER.NUM_WORKERS": 0, "DEVICE": "cpu"}
 
 
-@pytest.fixture(name="teacher", scope="module")
-def teacher_fixture(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A teacher's file as training writes it, with initial weights."""
-    torch.manual_seed(0)
-    path = tmp_path_factory.mktemp("teacher") / "model.pyth"
-    torch.save(lg.published_state_dict(lg.build_model(lg.load_config(GUIDE))), path)
-    return path
-
-
-def options(values: dict[str, Any]) -> list[str]:
-    return [text for key, value in values.items() for text in (key, str(value))]
-
-
 def compute(*arguments: str, **changes: Any) -> None:
     """Run precompute_feature.py in this process."""
-    opts = options(DATA | {k.replace("__", "."): v for k, v in changes.items()})
+    opts = key_values(DATA | dotted(changes))
     args = precompute_feature.parse_args([*arguments, *opts])
     precompute_feature.run(args, lg.load_config(args.cfg, args.opts))
 
 
 @pytest.fixture(name="bank", scope="module")
-def bank_fixture(tmp_path_factory: pytest.TempPathFactory, teacher: Path) -> Path:
+def bank_fixture(tmp_path_factory: pytest.TempPathFactory, guide_file: Path) -> Path:
     path = tmp_path_factory.mktemp("bank") / "bank"
-    arguments = ["--cfg", str(GUIDE), "--ckpt", str(teacher), "--out", str(path)]
+    arguments = ["--cfg", str(GUIDE), "--ckpt", str(guide_file), "--out", str(path)]
     compute(*arguments, "--image-size", "16")
     return path
 
@@ -58,29 +54,29 @@ def content(folder: Path) -> dict[str, bytes]:
     return {file.name: file.read_bytes() for file in folder.iterdir()}
 
 
-def config(out_dir: Path, bank: Path, teacher: Path | None, **changes: Any) -> Any:
+def config(out_dir: Path, bank: Path, guide_file: Path | None, **changes: Any) -> Any:
     values = TINY | {
         "OUT_DIR": str(out_dir),
         "TRAIN.MIXUP_ALPHA": 0.0,
         "TRAIN.CUTMIX_ALPHA": 0.0,
         "DISTILLATION.FEATURE_FILE": str(bank),
-        "DISTILLATION.TEACHER_WEIGHTS": teacher or "null",
+        "DISTILLATION.TEACHER_WEIGHTS": guide_file or "null",
         "DISTILLATION.INTER_STUDENT_INDEX": [0, 1],
         "DISTILLATION.INTER_TEACHER_INDEX": [0, 2],
     }
-    values |= {k.replace("__", "."): v for k, v in changes.items()}
-    return lg.load_config(GUIDED, options(values))
+    values |= dotted(changes)
+    return lg.load_config(GUIDED, key_values(values))
 
 
 def test_the_bank_of_a_guided_config_holds_the_same_maps(
-    bank: Path, teacher: Path, tmp_path: Path
+    bank: Path, guide_file: Path, tmp_path: Path
 ) -> None:
     path = tmp_path / "guided"
     compute(
         "--cfg",
         str(GUIDED),
         "--ckpt",
-        str(teacher),
+        str(guide_file),
         DISTILLATION__FEATURE_FILE=path,
         DISTILLATION__INTER_TEACHER_INDEX="[0,2]",
         DISTILLATION__INTER_STUDENT_INDEX="[0,1]",
@@ -96,11 +92,11 @@ def test_the_bank_of_a_guided_config_holds_the_same_maps(
 
 
 def test_whole_images_have_the_same_loss_offline_as_online(
-    bank: Path, teacher: Path, tmp_path: Path
+    bank: Path, guide_file: Path, tmp_path: Path
 ) -> None:
     losses = []
     for offline in (True, False):
-        cfg = config(tmp_path, bank, teacher, DISTILLATION__OFFLINE=offline)
+        cfg = config(tmp_path, bank, guide_file, DISTILLATION__OFFLINE=offline)
         torch.manual_seed(3)
         guided, guide, loss = lg.build_guided(cfg)
         dataset = builders.build_train_data(cfg)
@@ -114,16 +110,16 @@ def test_whole_images_have_the_same_loss_offline_as_online(
 
 
 def test_training_is_equal_when_interrupted_and_with_resident_maps(
-    bank: Path, teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    bank: Path, guide_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     straight, stopped, resident = (tmp_path / name for name in ("straight", "stopped", "resident"))
-    trainer.train(config(straight, bank, teacher))
+    trainer.train(config(straight, bank, guide_file))
     with monkeypatch.context() as patch:
         stop_after(patch, 6)
         with pytest.raises(Interrupted):
-            trainer.train(config(stopped, bank, teacher))
-    trainer.train(config(stopped, bank, teacher, DATA_LOADER__NUM_WORKERS=2))
-    trainer.train(config(resident, bank, teacher, DISTILLATION__FEATURE_PLACE="device"))
+            trainer.train(config(stopped, bank, guide_file))
+    trainer.train(config(stopped, bank, guide_file, DATA_LOADER__NUM_WORKERS=2))
+    trainer.train(config(resident, bank, guide_file, DISTILLATION__FEATURE_PLACE="device"))
     expected = final_state(straight)
     expected.pop("cfg")
     for other in (stopped, resident):
@@ -154,16 +150,18 @@ def test_training_does_not_need_the_teachers_file(bank: Path, tmp_path: Path) ->
     ],
 )
 def test_a_bank_of_another_training_is_rejected(
-    bank: Path, teacher: Path, tmp_path: Path, changes: dict[str, Any], message: str
+    bank: Path, guide_file: Path, tmp_path: Path, changes: dict[str, Any], message: str
 ) -> None:
     renamed = {k.replace(".", "__"): v for k, v in changes.items()}
     with pytest.raises(BankError, match=f"does not match this training: .*{message}"):
-        trainer.train(config(tmp_path / "out", bank, teacher, **renamed))
+        trainer.train(config(tmp_path / "out", bank, guide_file, **renamed))
     assert not (tmp_path / "out" / "checkpoints").exists()
 
 
-def test_a_teacher_trained_further_is_rejected(bank: Path, teacher: Path, tmp_path: Path) -> None:
-    state = torch.load(teacher, weights_only=True)
+def test_a_teacher_trained_further_is_rejected(
+    bank: Path, guide_file: Path, tmp_path: Path
+) -> None:
+    state = torch.load(guide_file, weights_only=True)
     state["s3.b1.f.b.weight"][0, 0, 0, 0] += 1e-3
     torch.save(state, tmp_path / "model.pyth")
     with pytest.raises(BankError, match=r"weights \w+... \(expected"):
@@ -186,10 +184,10 @@ def test_a_missing_bank_is_reported_with_the_fix(tmp_path: Path) -> None:
 
 
 def test_the_plain_recipe_is_equal_offline_and_online_when_all_views_are_stored(
-    teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    guide_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     bank = tmp_path / "bank"
-    arguments = ["--cfg", str(GUIDED), "--ckpt", str(teacher), "--out", str(bank)]
+    arguments = ["--cfg", str(GUIDED), "--ckpt", str(guide_file), "--out", str(bank)]
     compute(*arguments)
     with pytest.raises(ConfigError, match=r"^--shifts is 4: .* odd number from 1 to 5"):
         compute(*arguments, "--shifts", "4")
@@ -203,7 +201,7 @@ def test_the_plain_recipe_is_equal_offline_and_online_when_all_views_are_stored(
         out_dir = tmp_path / str(offline)
         plain = {"TRAIN__STRONG_AUGMENTATION": False, "TRAIN__LABEL_SMOOTHING": 0.0}
         plain |= {"OPTIM__MAX_EPOCH": 1, "OPTIM__WARMUP_EPOCHS": 0, "LOG_PERIOD": 1}
-        trainer.train(config(out_dir, bank, teacher, DISTILLATION__OFFLINE=offline, **plain))
+        trainer.train(config(out_dir, bank, guide_file, DISTILLATION__OFFLINE=offline, **plain))
         steps = [line for line in stats(out_dir) if line["_type"] == "train_iter"]
         inter.append([line["inter_distill_loss"] for line in steps])
     assert len(inter[0]) == 4 and inter[0] == pytest.approx(inter[1], rel=2e-3)
@@ -228,17 +226,17 @@ def test_errors_are_one_line(
     assert "\n" not in str(stop.value)
 
 
-def test_layers_that_the_teacher_lacks_are_rejected(teacher: Path, tmp_path: Path) -> None:
-    arguments = ["--cfg", str(GUIDE), "--ckpt", str(teacher), "--out", str(tmp_path / "bank")]
+def test_layers_that_the_teacher_lacks_are_rejected(guide_file: Path, tmp_path: Path) -> None:
+    arguments = ["--cfg", str(GUIDE), "--ckpt", str(guide_file), "--out", str(tmp_path / "bank")]
     with pytest.raises(ConfigError, match=r"--layers \[0, 3\]: the guide has blocks 0 to 2"):
         compute(*arguments, "--layers", "0,3")
 
 
-def test_a_killed_computation_ends_with_the_same_bytes(teacher: Path, tmp_path: Path) -> None:
+def test_a_killed_computation_ends_with_the_same_bytes(guide_file: Path, tmp_path: Path) -> None:
     path = tmp_path / "bank"
     command = [sys.executable, str(ROOT / "precompute_feature.py"), "--cfg", str(GUIDE)]
-    command += ["--ckpt", str(teacher), "--out", str(path), "--image-size", "16"]
-    command += options(DATA | {"TEST.BATCH_SIZE": 2})
+    command += ["--ckpt", str(guide_file), "--out", str(path), "--image-size", "16"]
+    command += key_values(DATA | {"TEST.BATCH_SIZE": 2})
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT) as process:
         for line in process.stdout or ():
             if line.startswith("24 of 120"):

@@ -20,9 +20,8 @@ from lg.tools.doctor.checkup import check_config
 from lg.tools.doctor.findings import DATA, FACT, NOTE, PROBLEM
 from lg.tools.report import report
 from tests.datasets import test_scan
-from tests.test_trainer import assert_same, config, final_state, guide_file, stats
+from tests.run_cases import assert_same, config, final_state, stats
 
-__all__ = ["guide_file"]
 HELD_OUT = {"TRAIN__VAL_FRACTION": 0.25}  # 30 of 120 digits
 
 

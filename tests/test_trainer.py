@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 import signal
 from pathlib import Path
@@ -18,107 +17,16 @@ from lg.checkpoint import read_checkpoint
 from lg.distributed import World
 from lg.errors import CheckpointError, ConfigError, NonFiniteLossError
 from lg.guidance import FrozenTeacher
-from lg.logs.log import read_json_lines
 from lg.signals import Interrupted
-
-CONFIGS = Path(__file__).parents[1] / "configs"
-STEPS = 4  # per epoch
-TINY = {
-    "DEVICE": "cpu",
-    "TRANSFORMER.HIDDEN_DIM": 24,
-    "TRANSFORMER.DEPTH": 2,
-    "TRANSFORMER.NUM_HEADS": 2,
-    "TRANSFORMER.DROP_RATE": 0.1,
-    "OPTIM.MAX_EPOCH": 3,
-    "OPTIM.WARMUP_EPOCHS": 1,
-    "OPTIM.EMA_UPDATE_PERIOD": 1,
-    "OPTIM.EMA_ALPHA": 0.01,
-    "OPTIM.CLIP_GRAD_NORM": 5.0,
-    "TRAIN.FRACTION": 0.1,
-    "TRAIN.BATCH_SIZE": 30,
-    "TRAIN.STRONG_AUGMENTATION": True,
-    "TRAIN.MIXUP_ALPHA": 0.4,
-    "TRAIN.CUTMIX_ALPHA": 1.0,
-    "TRAIN.LABEL_SMOOTHING": 0.1,
-    "TRAIN.KEEP_CHECKPOINTS": 2,
-    "TEST.PERIOD": 1,
-    "TEST.BATCH_SIZE": 200,
-    "DATA_LOADER.NUM_WORKERS": 0,
-    "LOG_PERIOD": 3,
-    "LOG_PICTURES": False,  # drawing takes longer than training here
-}
-TIMES = {"time_avg", "time_diff", "time_epoch", "eta", "mem", "images_per_second"}
-
-
-@pytest.fixture(scope="session")
-def guide_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Weights of an untrained guide, saved as training saves them."""
-    cfg = lg.load_config(CONFIGS / "digits/r-8_digits.yaml")
-    torch.manual_seed(0)
-    path = tmp_path_factory.mktemp("guide") / "model.pyth"
-    torch.save(lg.published_state_dict(lg.build_model(cfg)), path)
-    return path
-
-
-def config(out_dir: Path, guide_file: Path | None, **changes: Any) -> Any:
-    values = {
-        **TINY,
-        "OUT_DIR": str(out_dir),
-        **{k.replace("__", "."): v for k, v in changes.items()},
-    }
-    name = "vit_digits_ours" if guide_file else "vit_digits_base"
-    if guide_file:
-        values["DISTILLATION.TEACHER_WEIGHTS"] = str(guide_file)
-        values.setdefault("DISTILLATION.INTER_STUDENT_INDEX", [0, 1])
-        values.setdefault("DISTILLATION.INTER_TEACHER_INDEX", [0, 2])
-    opts = [text for key, value in values.items() for text in (key, str(value))]
-    return lg.load_config(CONFIGS / f"digits/{name}.yaml", opts)
-
-
-def stop_after(monkeypatch: pytest.MonkeyPatch, steps: int) -> None:
-    """Send this process SIGTERM after that many training steps."""
-    train_step, done = trainer.train_step, []
-
-    def counted(*args: Any, **kwargs: Any) -> Any:
-        result = train_step(*args, **kwargs)
-        done.append(1)
-        if len(done) == steps:
-            signal.raise_signal(signal.SIGTERM)
-        return result
-
-    monkeypatch.setattr(trainer, "train_step", counted)
-
-
-def final_state(out_dir: Path, epoch: int = 3) -> dict[str, Any]:
-    state = read_checkpoint(out_dir / f"checkpoints/model_epoch_{epoch:04d}.pyth")
-    state["cfg"] = state["cfg"].replace(str(out_dir), "")
-    return state
-
-
-def stats(out_dir: Path) -> list[dict[str, Any]]:
-    lines = read_json_lines(out_dir / "log.txt")
-    return [
-        {k: v for k, v in line.items() if k not in TIMES}
-        for line in lines
-        if line["_type"] not in ("cfg", "complexity", "machine")
-    ]
-
-
-def assert_same(left: Any, right: Any, where: str = "") -> None:
-    """Assert that two values are equal to the bit, through dicts and lists."""
-    assert type(left) is type(right), where
-    if isinstance(left, dict):
-        assert left.keys() == right.keys(), where
-        for key in left:
-            assert_same(left[key], right[key], f"{where}.{key}")
-    elif isinstance(left, (list, tuple)):
-        assert len(left) == len(right), where
-        for i, pair in enumerate(zip(left, right, strict=True)):
-            assert_same(*pair, f"{where}[{i}]")
-    elif isinstance(left, torch.Tensor):
-        assert left.dtype == right.dtype and torch.equal(left, right), where
-    else:
-        assert left == right or (math.isnan(left) and math.isnan(right)), where
+from tests.run_cases import (
+    CONFIGS,
+    STEPS,
+    assert_same,
+    config,
+    final_state,
+    stats,
+    stop_after,
+)
 
 
 @pytest.fixture(scope="module")
@@ -129,9 +37,16 @@ def straight(tmp_path_factory: pytest.TempPathFactory, guide_file: Path) -> Path
 
 
 # After the first step, within an epoch, before and at its end, before the last step.
-@pytest.mark.parametrize(("steps", "workers"), [(1, 0), (2, 2), (3, 0), (4, 2), (6, 0), (11, 2)])
 @pytest.mark.parametrize(
-    "backends", [("device", "device"), ("device", "workers"), ("workers", "auto")]
+    ("steps", "workers", "backends"),
+    [
+        (1, 0, ("device", "device")),
+        (2, 2, ("device", "workers")),
+        (3, 0, ("workers", "auto")),
+        (4, 2, ("workers", "auto")),
+        (6, 0, ("device", "device")),
+        (11, 2, ("device", "workers")),
+    ],
 )
 def test_resume_is_exact(
     steps: int,

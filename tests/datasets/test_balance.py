@@ -19,7 +19,7 @@ from lg.guidance import classification_loss
 from lg.signals import Interrupted
 from tests.datasets.test_scan import config, picture
 from tests.datasets.test_stratified_subset import numbers
-from tests.test_trainer import assert_same, final_state, stats, stop_after
+from tests.run_cases import assert_same, final_state, stats, stop_after
 
 
 def unequal(root: Path) -> Path:

@@ -35,7 +35,7 @@ from lg.datasets.scan import (
 from lg.distributed import World
 from lg.errors import DataError
 from lg.guidance import FeatureBank
-from tests.test_trainer import CONFIGS, TINY
+from tests.run_cases import CONFIGS, TINY, dotted, key_values
 
 EXIF = Image.Exif()
 EXIF[0x0112] = 6  # rotated by 90 degrees
@@ -78,10 +78,8 @@ def config(root: Path, out_dir: Path, **changes: Any) -> Any:
         "TRAIN.FRACTION": 1.0,
         "TRAIN.BATCH_SIZE": 4,
         "OPTIM.MAX_EPOCH": 2,
-        **{key.replace("__", "."): value for key, value in changes.items()},
-    }
-    opts = [text for key, value in values.items() for text in (key, str(value))]
-    return lg.load_config(CONFIGS / "digits/vit_digits_base.yaml", opts)
+    } | dotted(changes)
+    return lg.load_config(CONFIGS / "digits/vit_digits_base.yaml", key_values(values))
 
 
 def test_the_mode_of_stored_images(tmp_path: Path) -> None:

@@ -28,6 +28,7 @@ from lg.models import resnet
 from lg.optim import WeightAverage
 from lg.run import Progress
 from lg.step import accumulate_gradients, update_weights
+from tests.run_cases import dotted, key_values
 from tests.test_metrics import SAMPLES, logits_of
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -57,9 +58,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 
 def config(**changes: Any) -> Any:
-    values = SIZES | {key.replace("__", "."): value for key, value in changes.items()}
-    opts = [text for key, value in values.items() for text in (key, str(value))]
-    return lg.load_config(CONFIGS / "deit/deit-ti_c100_ours.yaml", opts)
+    values = SIZES | dotted(changes)
+    return lg.load_config(CONFIGS / "deit/deit-ti_c100_ours.yaml", key_values(values))
 
 
 def guided_run(world: distributed.World, *, precision: Precision, **changes: Any) -> Any:

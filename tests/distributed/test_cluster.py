@@ -10,7 +10,6 @@ import sys
 import time
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -50,11 +49,6 @@ def submit_to_slurm(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, *opts: str)
     )
     assert said == f"Submitted job 4711. Its output: {tmp_path}/jobs/4711_0_log.out"
     return (tmp_path / "batch").read_text()
-
-
-def submit_print(cfg: Any, folder: Path) -> None:
-    resources = build_resources(cfg)
-    submit(print, mode="slurm", folder=str(folder), resources=resources, max_retries=3)
 
 
 def test_slurm_gets_the_resources_of_the_config(

@@ -25,7 +25,7 @@ from lg.guidance import FrozenTeacher
 from lg.run import Progress
 from lg.signals import Interrupted
 from lg.step import train_step
-from tests.test_trainer import CONFIGS, assert_same, config, final_state, stats, stop_after
+from tests.run_cases import CONFIGS, assert_same, config, final_state, stats, stop_after
 
 DEVICE = os.environ.get("LG_TEST_DEVICE", "cuda")
 ROOT = CONFIGS.parent
@@ -35,15 +35,6 @@ pytestmark = [
 ]
 FAMILIES = ("deit/deit-ti", "t2t/t2t-7", "pit/pit-ti", "pvt/pvt-ti", "pvtv2/pvtv2-b0")
 FAMILIES += ("convit/convit-ti", "cvt/cvt-13")
-
-
-@pytest.fixture(scope="module")
-def guide_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    torch.manual_seed(0)
-    path = tmp_path_factory.mktemp("guide") / "model.pyth"
-    model = lg.build_model(lg.load_config(CONFIGS / "digits/r-8_digits.yaml"))
-    torch.save(lg.published_state_dict(model), path)
-    return path
 
 
 @pytest.fixture(autouse=True)

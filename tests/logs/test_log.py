@@ -197,18 +197,6 @@ def test_line_after_a_cut_line_starts_a_new_one(tmp_path: Path) -> None:
     assert len((tmp_path / "log.txt").read_text().splitlines()) == 4
 
 
-def test_environment_is_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("LG_TEST_TOKEN", "a-secret-of-the-user")
-    log = RunLog(tmp_path, console=False)
-    log.open_curves(0)
-    log.info("start"), log.warn("w"), log.stats("cfg", {"a": {"b": 1}}), log.scalars(1, {"x": 1.0})
-    log.close()
-    files = [p for p in tmp_path.rglob("*") if p.is_file()]
-    assert len(files) == 2
-    for path in files:
-        assert b"LG_TEST" not in path.read_bytes() and b"a-secret" not in path.read_bytes()
-
-
 def scalars(out_dir: Path, tag: str) -> list[tuple[int, float]]:
     """Return the points of a curve, as TensorBoard reads them."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator

@@ -17,9 +17,8 @@ from lg.augment.batched import normalise, to_pixels
 from lg.logs import plots
 from lg.logs.pictures import Pictures
 from lg.signals import Interrupted
-from tests.test_trainer import assert_same, config, final_state, guide_file, stats, stop_after
+from tests.run_cases import assert_same, config, final_state, stats, stop_after
 
-__all__ = ["guide_file"]  # the fixture
 NAMES = ("results.csv", "curves.png", "train_batch.jpg", "confusion_matrix.png")
 
 

@@ -15,7 +15,7 @@ from lg import trainer
 from lg.errors import ConfigError
 from lg.logs.log import RunLog
 from lg.logs.tracker import BACKENDS, Tracker, public_config
-from tests.test_trainer import CONFIGS, TINY
+from tests.run_cases import CONFIGS, TINY
 
 CONFIG = CONFIGS / "digits/vit_digits_base.yaml"
 

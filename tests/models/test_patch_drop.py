@@ -16,9 +16,7 @@ from lg.models import Backbone, deit, timm_model
 from lg.models.patch_drop import drop_patches
 from lg.signals import Interrupted
 from tests.models.test_families import PLAIN, build
-from tests.test_trainer import assert_same, config, final_state, guide_file, stats, stop_after
-
-__all__ = ["guide_file"]  # the fixture
+from tests.run_cases import assert_same, config, final_state, stats, stop_after
 
 MODELS = {
     "DeiT": lambda: deit(img_size=32, num_classes=10, patch_size=8, distilled=True, **PLAIN),

@@ -15,9 +15,8 @@ from lg import trainer
 from lg.models import Backbone, deit, load_published_state_dict, published_state_dict
 from lg.tools.info import describe_config
 from tests.models.test_families import build
-from tests.test_trainer import config, guide_file
+from tests.run_cases import config
 
-__all__ = ["guide_file"]  # the fixture
 C, W, K, RATIO, HEADS = 32, 64, 10, 3, 2
 
 

@@ -17,16 +17,15 @@ from lg.tools.doctor import doctor, findings
 from lg.tools.doctor.checkup import check_config
 from lg.tools.doctor.findings import COST, DATA, FACT, MODEL, NOTE, OUTPUT, PROBLEM, Finding
 from tests.datasets.test_scan import config, make_folder, picture, spoil
-from tests.test_trainer import CONFIGS, TINY
+from tests.run_cases import CONFIGS, TINY, dotted, key_values
 
 
 def digits(out_dir: Path, guide: str | Path = "", **changes: Any) -> Any:
     values = {**TINY, "OUT_DIR": out_dir, "DISTILLATION.INTER_STUDENT_INDEX": [0, 1]}
     values |= {"DISTILLATION.INTER_TEACHER_INDEX": [0, 2]}
     values |= {"DISTILLATION.TEACHER_WEIGHTS": guide} if guide else {}
-    values |= {key.replace("__", "."): value for key, value in changes.items()}
-    opts = [text for key, value in values.items() for text in (key, str(value))]
-    return lg.load_config(CONFIGS / "digits/vit_digits_ours.yaml", opts)
+    values |= dotted(changes)
+    return lg.load_config(CONFIGS / "digits/vit_digits_ours.yaml", key_values(values))
 
 
 def guide_file(path: Path, *, num_classes: int = 10, **facts: Any) -> Path:

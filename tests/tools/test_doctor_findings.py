@@ -29,7 +29,7 @@ from lg.tools.doctor.findings import (
 from lg.tools.doctor.images import Split
 from lg.tools.doctor.recipe import check_recipe
 from lg.tools.doctor.trial import Trial
-from tests.test_trainer import CONFIGS
+from tests.run_cases import CONFIGS
 
 ALIKE = b"alike"
 

@@ -20,7 +20,7 @@ from lg.config import flatten
 from lg.distributed import World
 from lg.errors import ConfigError
 from lg.tools import pipeline
-from tests.test_trainer import TINY
+from tests.run_cases import TINY, dotted, key_values
 
 CONFIG = "configs/digits/vit_digits_ours.yaml"
 
@@ -30,8 +30,8 @@ def opts(**changes: Any) -> list[str]:
     values = {key: TINY[key] for key in keys if key in TINY}
     values |= {"TRAIN.FRACTION": 0.1, "LOG_PICTURES": False, "VERBOSE": False}
     values |= {"DEVICE": "cpu", "DATA_LOADER.NUM_WORKERS": 0}
-    values |= {key.replace("__", "."): value for key, value in changes.items()}
-    return [str(part) for pair in values.items() for part in pair]
+    values |= dotted(changes)
+    return key_values(values)
 
 
 @pytest.fixture(name="guide")

@@ -14,15 +14,15 @@ from lg import trainer
 from lg.errors import ConfigError
 from lg.logs.log import json_line
 from lg.tools import seeds
-from tests.test_trainer import CONFIGS, TINY
+from tests.run_cases import CONFIGS, TINY, dotted, key_values
 
 CONFIG = str(CONFIGS / "digits/vit_digits_base.yaml")
 
 
 def opts(out_dir: Path, **changes: Any) -> list[str]:
     values = {**TINY, "OPTIM.MAX_EPOCH": 1, "OPTIM.EMA_UPDATE_PERIOD": 0, "OUT_DIR": out_dir}
-    values |= {key.replace("__", "."): value for key, value in changes.items()}
-    return [str(part) for pair in values.items() for part in pair]
+    values |= dotted(changes)
+    return key_values(values)
 
 
 def test_the_command_line_separates_seeds_from_overrides() -> None:

@@ -23,7 +23,7 @@ from lg.errors import ConfigError, DataError, NonFiniteLossError
 from lg.run import Progress
 from lg.tools.sweep import trials as sweep_trials
 from lg.tools.sweep.space import read_space
-from tests.test_trainer import CONFIGS, TINY
+from tests.run_cases import CONFIGS, TINY, dotted, key_values
 
 CONFIG = str(CONFIGS / "digits/vit_digits_base.yaml")
 RATES = "OPTIM.BASE_LR", "log:1e-4:1e-2"
@@ -32,8 +32,8 @@ EPOCHS = 6
 
 def opts(out_dir: Path, *varied: str, **changes: Any) -> list[str]:
     values = {**TINY, "OPTIM.MAX_EPOCH": EPOCHS, "TRAIN.VAL_FRACTION": 0.25, "OUT_DIR": out_dir}
-    values |= {key.replace("__", "."): value for key, value in changes.items()}
-    return [*(str(part) for pair in values.items() for part in pair), *varied]
+    values |= dotted(changes)
+    return [*key_values(values), *varied]
 
 
 def sweep(out_dir: Path, *varied: str, trials: str | None = None, **changes: Any) -> None:

@@ -64,11 +64,14 @@ def compact(stats: list[dict[str, Any]]) -> dict[str, Any]:
 def add(folder: Path) -> None:
     """Write docs/evidence/RUN/run.json from the log of a run."""
     lines = read_run_lines(str(folder / "log.txt"))
-    machine = [line for line in lines if line["_type"] == "machine"][-1]
+    machines = [line for line in lines if line["_type"] == "machine"]
+    if not machines:
+        sys.exit(f"{folder}/log.txt does not name the machine: train with VERBOSE True.")
+    facts = machines[-1]
     run = compact(lines) | {
-        "commit": machine["commit"][:7],
-        "machine": machine["hardware"],
-        "torch": machine["torch"],
+        "commit": facts["commit"][:7],
+        "machine": facts["hardware"],
+        "torch": facts["torch"],
     }
     target = EVIDENCE / folder.resolve().name / "run.json"
     target.parent.mkdir(parents=True, exist_ok=True)

@@ -290,7 +290,7 @@ def write_table(out: Path) -> None:
 
     facts = machine_facts(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     lines = [
-        f"{facts['hardware']}, torch {facts['torch']}, {os.cpu_count()} CPU cores. {GOAL}.",
+        f"{facts['hardware']}, torch {facts['torch']}, {os.cpu_count()} cores in all. {GOAL}.",
         "",
     ]
     for part in PARTS:

@@ -292,7 +292,7 @@ def _read_own(path: Path) -> dict[str, Any]:
     checkpoints between the two."""
     state = read_checkpoint(path)
     position = state.get("sampler_state")
-    if isinstance(position, Mapping):  # files of other software are rejected by `Run.restore`
+    if isinstance(position, Mapping):  # files of other software are rejected by `restore_last`
         epoch = position.get("epoch", 0) + (position.get("step", 0) > 0)
         if epoch != _epoch_in_name(path):
             raise CheckpointError(

@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import os
 import platform
+import re
 import resource
 import sys
 from collections.abc import Sequence
@@ -203,12 +204,22 @@ def machine_facts(device: torch.device) -> dict[str, str]:
         hardware = torch.cuda.get_device_name(device)
     else:
         kind = torch.backends.cpu.get_cpu_capability() if device.type == "cpu" else "GPU"
-        hardware = f"{device.type} {platform.machine()} {kind}, {usable_cores()} cores"
+        count = usable_cores()
+        cores = f"{count} core{'s' * (count > 1)}"
+        hardware = f"{device.type} {_cpu_name()} {kind}, {cores}"
     return {
         "hardware": hardware,
         "torch": torch.__version__,
         "python": platform.python_version(),
     }
+
+
+def _cpu_name() -> str:
+    """Return the model of the CPU, or its architecture where the system does not tell."""
+    with contextlib.suppress(OSError):
+        names = re.findall(r"model name\s*: (.+)", Path("/proc/cpuinfo").read_text())
+        return names[0] if names else platform.machine()
+    return platform.machine()
 
 
 def synchronize(device: torch.device) -> None:

@@ -32,6 +32,9 @@ _NEEDED = (
 )
 
 
+_START = " (TRAIN.WEIGHTS in a new OUT_DIR starts from its weights)"
+
+
 @dataclass(frozen=True)
 class Settings:
     """The numbers of the training loop."""
@@ -206,7 +209,7 @@ class Run:
         )
         if theirs not in (None, mine):
             raise ValueError(
-                f"OPTIM.OPTIMIZER is {mine}, but its optimiser state is that of {theirs}"
+                f"OPTIM.OPTIMIZER is {mine}, but its optimiser state is that of {theirs}{_START}"
             )
         saved = state["optimizer_state"]
         settings = [
@@ -279,12 +282,14 @@ def restore_last(run: Run, warn: Callable[[str], None], *, changed: bool) -> boo
     folder = run.checkpoints.folder
     missing = [key for key in _NEEDED if key not in state]
     if missing:
-        raise CheckpointError(_cannot_resume(folder, f"it has no {', '.join(missing)}"))
-    for text in find_differences(run, state, allowed=changed):
-        warn(text)
+        raise CheckpointError(_cannot_resume(folder, f"it has no {', '.join(missing)}{_START}"))
     try:
+        for text in find_differences(run, state, allowed=changed):
+            warn(text)
         run.restore(state)
-    except (ValueError, RuntimeError, KeyError, TypeError) as error:
+    except ConfigError:
+        raise
+    except (ValueError, RuntimeError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(_cannot_resume(folder, str(error))) from None
     return True
 
@@ -292,8 +297,7 @@ def restore_last(run: Run, warn: Callable[[str], None], *, changed: bool) -> boo
 def _cannot_resume(folder: Path, reason: str) -> str:
     return (
         f"Cannot resume from the last checkpoint in {folder}: {reason}. Use the settings it was "
-        "saved with, or start from its weights: set TRAIN.WEIGHTS to it and OUT_DIR to a new "
-        "folder."
+        "saved with, or set OUT_DIR to a new folder."
     )
 
 
@@ -314,7 +318,7 @@ def find_differences(run: Run, state: Mapping[str, Any], *, allowed: bool) -> It
         raise ConfigError(
             f"{run.checkpoints.folder} has checkpoints of a run with other settings: "
             f"{'; '.join(refused)}. Set OUT_DIR to a new folder, or TRAIN.RESUME_CHANGED True to "
-            "continue that run with these settings."
+            "continue that run with these settings if model and optimiser are the same."
         )
     if reported or refused:
         yield f"Resuming with other settings than before: {'; '.join([*reported, *refused])}."

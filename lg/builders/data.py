@@ -106,9 +106,10 @@ def check_num_classes(cfg: CfgNode, dataset: ImageDataset, section: str) -> None
 def check_batch_size(cfg: CfgNode, dataset: ImageDataset) -> None:
     """Reject a training set that is smaller than a batch."""
     if len(dataset) < cfg.TRAIN.BATCH_SIZE:
+        why = f" ({'; '.join(dataset.notes)})" if dataset.notes else ""
         raise ConfigError(
             f"TRAIN.BATCH_SIZE is {cfg.TRAIN.BATCH_SIZE}, but there are only {len(dataset)} "
-            f"training images; lower it to {len(dataset)} or less."
+            f"training images{why}; lower it to {len(dataset)} or less."
         )
 
 

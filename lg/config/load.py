@@ -70,8 +70,8 @@ def load_trained_config(weights: str | os.PathLike[str], opts: Sequence[Any] = (
     """
     from lg.checkpoint import read_checkpoint  # imports torch
 
-    given = dict(zip(map(str, opts[::2]), opts[1::2], strict=False))
-    cache = os.path.expanduser(str(given.get("DOWNLOAD_CACHE", DEFAULT_VALUES["DOWNLOAD_CACHE"])))
+    given = dict(_parse_overrides(opts))
+    cache = os.path.expanduser(given.get("DOWNLOAD_CACHE") or DEFAULT_VALUES["DOWNLOAD_CACHE"])
     text = read_checkpoint(weights, cache=cache).get("cfg")
     try:
         tree = yaml.safe_load(text) if isinstance(text, str) else None
@@ -80,6 +80,7 @@ def load_trained_config(weights: str | os.PathLike[str], opts: Sequence[Any] = (
     if not isinstance(tree, dict):
         raise ConfigError(f"{weights} holds no config: pass the one it was trained with as --cfg.")
     cfg = _assemble([(os.fspath(weights), tree)], opts)
+    cfg.DOWNLOAD_CACHE = cache  # not that of the machine that trained them
     cfg.freeze()
     return cfg
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -238,6 +239,8 @@ def _check_batch(cfg: CfgNode, predictor: Predictor, places: list[str]) -> torch
         return predictor.prepare([paths[k] for k in evenly_spaced(len(paths), MAX_IMAGES)])
     try:
         dataset = builders.build_test_data(cfg)
+        for note in builders.data_notes(dataset):
+            print(f"Warning: {note}.", file=sys.stderr, flush=True)
         _check_count(len(dataset), f"{dataset} has")
         chosen = evenly_spaced(len(dataset), MAX_IMAGES)
         return predictor.prepare_converted([dataset.image(index) for index in chosen])

@@ -77,7 +77,7 @@ def describe_config(cfg: CfgNode) -> list[str]:
     taps, guide_taps = tap_indices(cfg, student, teacher)
     is_mixed = options.INTER_STUDENT_INDEX == "mix"
     return describe(
-        model.TYPE,
+        model_name(cfg, model.TYPE),
         facts,
         num_classes=model.NUM_CLASSES,
         guide_name=model_name(cfg, options.TEACHER_MODEL),

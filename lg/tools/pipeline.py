@@ -95,7 +95,7 @@ def pipeline(
     # The guide must not train on images that the student's file holds out or excludes.
     if cfg.TRAIN.VAL_FRACTION > 0:
         shared += [part for key, value in flatten(cfg) if key in _HELD_OUT for part in (key, value)]
-    elif cfg.TRAIN.EXCLUDE:
+    elif cfg.TRAIN.EXCLUDE and _can_exclude(load_config(guide_path, shared), cfg):
         shared += ["TRAIN.EXCLUDE", cfg.TRAIN.EXCLUDE]
     own = [part for pair in pairs for part in pair]
     own_size = cfg.MODEL.TYPE == "ResNet"  # its keys are those of the guide
@@ -120,6 +120,14 @@ def pipeline(
     print("\n".join(["", *table(results), "", *places, "", last]))
     target = os.path.join(parent, f"{Path(path).stem}_pipeline.json")
     write_text(target, json.dumps(results, indent=1))
+
+
+def _can_exclude(guide: CfgNode, student: CfgNode) -> bool:
+    """Return whether a guide without a list of excluded images trains on those of the student."""
+    places = {
+        (cfg.TRAIN.DATASET, os.path.realpath(cfg.DATA_LOADER.ROOT)) for cfg in (guide, student)
+    }
+    return len(places) == 1 and not guide.TRAIN.EXCLUDE
 
 
 def find_guide(path: str, weights: str | None) -> str:

@@ -32,7 +32,7 @@ from lg.device import Precision
 from lg.distributed import World
 from lg.errors import ConfigError, DataError
 from lg.files.atomic import write_text
-from lg.metrics import EvalResult, TestMeter
+from lg.metrics import EvalResult, TestMeter, top_classes
 
 AnyImage = str | os.PathLike[str] | Image.Image
 
@@ -73,6 +73,7 @@ class Predictions:
 
     Attributes:
         probabilities: [N, K] float32.
+        predicted: [N] int64, the class that counts as predicted; -1 if logits are not finite.
         labels: [N] int64, in 0..K-1.
         images: N paths or other names.
         class_names: K names.
@@ -80,6 +81,7 @@ class Predictions:
     """
 
     probabilities: np.ndarray
+    predicted: np.ndarray
     labels: np.ndarray
     images: list[str]
     class_names: list[str]
@@ -227,7 +229,7 @@ def evaluate_loaded(
     """Return what a model, on its device and left in evaluation mode, predicts for a set, and the
     result that `--mode test` prints."""
     model.eval()
-    rows, meter = [], TestMeter(cfg.MODEL.NUM_CLASSES, precision.device)
+    rows, predicted, meter = [], [], TestMeter(cfg.MODEL.NUM_CLASSES, precision.device)
     with closing(builders.build_test_loader(cfg, dataset, World(), precision.device)) as loader:
         for batch in loader:
             batch = batch.to(precision.device)
@@ -235,8 +237,10 @@ def evaluate_loaded(
                 logits = model(batch.images)
             meter.add(logits, batch.labels)
             rows.append(logits.float().softmax(dim=1).cpu())
+            predicted.append(top_classes(logits, 5)[:, 0].cpu())  # as the meter breaks ties
     predictions = Predictions(
         probabilities=torch.cat(rows).numpy(),
+        predicted=torch.cat(predicted).numpy(),
         labels=dataset.labels,
         images=[dataset.describe(index) for index in range(len(dataset))],
         class_names=dataset.class_names,

@@ -212,6 +212,16 @@ def test_settings_of_the_images_reach_the_guide(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         pipeline.pipeline(str(student), more, str(guide), False, train)
     assert seen[1] == seen[0]
+    # A guide with a list of its own, or of other images, keeps what it has.
+    cfg = pipeline.load_config(str(student), more)
+    bare = pipeline.load_config(str(guide), more)
+    listed = pipeline.load_config(str(guide), [*more, "TRAIN.EXCLUDE", "own.txt"])
+    other = pipeline.load_config(str(guide), [*more, "DATA_LOADER.ROOT", str(tmp_path / "other")])
+    assert [pipeline._can_exclude(each, cfg) for each in (bare, listed, other)] == [
+        True,
+        False,
+        False,
+    ]
 
 
 def test_the_guide_is_found_by_the_name_of_its_weights(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from lg.errors import ConfigError, DataError
 from lg.logs.log import json_line
 from lg.tools.intervals import wilson_interval
 from lg.tools.predict import Predictions
-from lg.tools.report import focus, mistakes, mixing, report, results, samples
+from lg.tools.report import focus, mistakes, mixing, quality, report, results, samples
 from lg.tools.report.runs import changed_settings, read_runs
 from lg.tools.report.subject import Subject
 from lg.tools.report.subject import test_runs as evaluate_runs
@@ -70,7 +70,8 @@ def predictions(count: int = 400, num_classes: int = 7, seed: int = 0) -> Predic
     logits = random.normal(size=(count, num_classes)) + 2.0 * np.eye(num_classes)[labels]
     probabilities = torch.tensor(logits).float().softmax(dim=1).numpy()
     names = [f"class {k}" for k in range(num_classes)]
-    return Predictions(probabilities, labels, [str(k) for k in range(count)], names, "set/test")
+    images, predicted = [str(k) for k in range(count)], probabilities.argmax(axis=1)
+    return Predictions(probabilities, predicted, labels, images, names, "set/test")
 
 
 def test_the_numbers_of_a_test() -> None:
@@ -92,6 +93,20 @@ def test_the_numbers_of_a_test() -> None:
     error = np.average(np.abs(bins.confidence - bins.accuracy), weights=bins.counts)
     assert error == pytest.approx(100 * float(expected), abs=1e-3)
     assert bins.counts.sum() == 400
+
+
+@pytest.mark.parametrize("opts", [[], ["TRAIN.MIXED_PRECISION", "True", "TRAIN.AMP_DTYPE", "bf16"]])
+def test_the_page_has_the_result_of_a_test(runs: list[str], opts: list[str]) -> None:
+    """Logits in bf16 often tie; the page must break ties as the test does."""
+    (subject,) = evaluate_runs(read_runs(runs[:1]), opts)
+    assert subject.tested is not None
+    expected = trainer.test(subject.tested.cfg)
+    assert subject.tested.result.rates == expected.rates
+    assert np.trace(np.array(expected.confusion)) == results.hits(subject.tested.predictions).sum()
+    shown = (100 - expected.top1_err, 100 - expected.top5_err, expected.balanced_acc)
+    cells = [f"{value:.2f} %" for value in (*shown, expected.macro_f1, expected.calibration_err)]
+    row = quality.accuracy([subject])
+    assert [cell for cell in re.findall(r"[\d.]+ %", row) if cell in cells][:5] == cells
 
 
 def test_runs_are_compared_on_the_same_images() -> None:
@@ -122,7 +137,8 @@ def test_wrong_labels_are_suspected(monkeypatch: pytest.MonkeyPatch) -> None:
     labels[swapped] = (labels[swapped] + 1) % 3
     names = [str(k) for k in range(300)]
     padded = np.pad(probabilities, ((0, 0), (0, 1)))  # a class that the test images lack
-    result = Predictions(padded, labels, names, ["a", "b", "c", "d"], "set/test")
+    predicted = padded.argmax(axis=1)
+    result = Predictions(padded, predicted, labels, names, ["a", "b", "c", "d"], "set/test")
     pytest.importorskip("cleanlab")
     found, is_ranking = mistakes.suspected_labels(result)
     assert sorted(found.tolist()) == swapped and not is_ranking

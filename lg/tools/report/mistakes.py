@@ -6,6 +6,7 @@ N counts images, K classes.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from html import escape
 from pathlib import PurePath
 
@@ -102,7 +103,7 @@ def _average(tests: Sequence[Predictions]) -> Predictions:
     """Return the mean of the predictions for the same images."""
     first = tests[0]
     mean = np.mean([test.probabilities for test in tests], axis=0)
-    return Predictions(mean, first.labels, first.images, first.class_names, first.split)
+    return replace(first, probabilities=mean, predicted=mean.argmax(axis=1))
 
 
 def _gallery(result: Predictions, dataset: ImageDataset, indices: np.ndarray) -> str:
@@ -114,8 +115,10 @@ def _gallery(result: Predictions, dataset: ImageDataset, indices: np.ndarray) ->
         except DataError:
             continue
         row = result.probabilities[index]
-        label, predicted = int(result.labels[index]), int(row.argmax())
-        names = [result.class_names[k] for k in (label, predicted)]
+        label, predicted = int(result.labels[index]), int(result.predicted[index])
+        names = [result.class_names[label], "not finite"]
+        if predicted >= 0:
+            names[1] = result.class_names[predicted]
         place = result.images[index]
         short = "/".join(PurePath(place).parts[-2:])
         caption = (

@@ -72,7 +72,7 @@ class Difference:
 
 def hits(result: Predictions) -> np.ndarray:
     """Return whether each image was classified correctly, [N] bool."""
-    return result.probabilities.argmax(axis=1) == result.labels
+    return result.predicted == result.labels
 
 
 def class_rows(result: Predictions) -> list[ClassRow]:
@@ -81,7 +81,7 @@ def class_rows(result: Predictions) -> list[ClassRow]:
 
     rates = precision_recall_fscore_support(
         result.labels,
-        result.probabilities.argmax(axis=1),
+        result.predicted,
         labels=range(len(result.class_names)),
         zero_division=0,
     )

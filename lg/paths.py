@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from pathlib import Path
 
@@ -83,7 +84,9 @@ def local_path(path: str, *, cache: str) -> str:
 
     manager = PathManager()
     manager.register_handler(HTTPURLHandler())
+    # iopath names the file after the path of the URL alone, without its host.
+    folder = os.path.join(cache, hashlib.sha256(path.encode()).hexdigest()[:16])
     try:
-        return manager.get_local_path(path, cache_dir=cache)
+        return manager.get_local_path(path, cache_dir=folder)
     except Exception as error:  # iopath passes on the errors of its transports
         raise OSError(f"Cannot download {path}: {error}") from error

@@ -270,7 +270,8 @@ def test_saved_checkpoint_is_read_back(tmp_path: Path) -> None:
 def test_missing_file_and_folder_are_reported(tmp_path: Path) -> None:
     assert "does not exist" in fault(tmp_path / "none.pyth")
     assert "cannot be read" in fault(tmp_path)
-    fault("http://127.0.0.1:1/model.pyth")
+    with pytest.raises(CheckpointError, match="Cannot download"):
+        read_checkpoint("http://127.0.0.1:1/model.pyth", cache=str(tmp_path))
 
 
 def test_file_truncated_anywhere_is_rejected(tmp_path: Path) -> None:

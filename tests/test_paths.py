@@ -69,6 +69,9 @@ def test_a_url_is_downloaded_once_into_the_cache(server: str, tmp_path: Path) ->
     assert Path(first).read_text() == "RNG_SEED: 5\nLOG_PERIOD: 3\n"
     assert local_path(url, cache=str(tmp_path / "cache")) == first
     assert Handler.num_requests == 1
+    other_host = url.replace("127.0.0.1", "localhost")
+    assert local_path(other_host, cache=str(tmp_path / "cache")) != first
+    assert Handler.num_requests == 2
 
 
 def test_a_failed_download_names_the_url(server: str, tmp_path: Path) -> None:

@@ -67,20 +67,20 @@ def single(kind: str, transformer: Settings, name: str) -> Any:
     Raises:
         ConfigError: It is a list, or not set.
     """
-    value = _set_value(transformer, name)
+    value = _value_of(transformer, name)
     if isinstance(value, list) or (value is None and (kind, name) not in _OPTIONAL):
         raise ConfigError(f"TRANSFORMER.{name} is {value!r}; MODEL.TYPE {kind} takes one number.")
     return value
 
 
-def _set_value(transformer: Settings, name: str) -> Any:
+def _value_of(transformer: Settings, name: str) -> Any:
     """Return TRANSFORMER.<name>, or what stands for null."""
     return _UNSET.get(name) if transformer[name] is None else transformer[name]
 
 
 def _per_stage(kind: str, transformer: Settings, name: str, num_stages: int) -> list[Any]:
     """Return TRANSFORMER.<name> for each stage; a single number applies to every stage."""
-    value = _set_value(transformer, name)
+    value = _value_of(transformer, name)
     if isinstance(value, (int, float)) and num_stages:
         return [value] * num_stages
     if not isinstance(value, list) or not value:

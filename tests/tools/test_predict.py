@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -159,3 +160,20 @@ def test_another_run_in_the_folder_is_refused(trained: Path) -> None:
         trainer.train(load_trained_config(weights, ["RNG_SEED", "5"]))
     cfg = load_trained_config(weights, ["RNG_SEED", "5", "TRAIN.RESUME_CHANGED", "True"])
     trainer.train(cfg)  # finished: reports the result
+
+
+def test_weights_are_downloaded_into_the_cache_of_this_machine(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    seen = []
+
+    def read(path: str, *, cache: str) -> dict[str, Any]:
+        seen.append(cache)
+        return {"cfg": "DOWNLOAD_CACHE: /of/the/trainer"}
+
+    monkeypatch.setattr("lg.checkpoint.read_checkpoint", read)
+    found = [
+        load_trained_config("http://a/b.pyth", opts).DOWNLOAD_CACHE
+        for opts in ([], ["DOWNLOAD_CACHE", "'/big disk'"])
+    ]
+    assert found == seen == ["/tmp/pycls-download-cache", "/big disk"]

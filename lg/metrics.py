@@ -81,14 +81,19 @@ class TestMeter:
         self._top5 = torch.zeros((), dtype=torch.int64, device=device)
         self._confidences = [torch.zeros(0, 2, device=device)]  # confidence and hit of each sample
 
-    def add(self, logits: Tensor, labels: Tensor) -> None:
-        """Add a batch: logits [N, K] and labels [N]."""
+    def add(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Add a batch: logits [N, K] and labels [N].
+
+        Returns:
+            The predicted classes [N]; -1 where logits are not finite.
+        """
         top = top_classes(logits, 5)
         hits = top == labels[:, None]
         self._confusion.index_put_((labels, top[:, 0]), torch.ones_like(labels), accumulate=True)
         self._top5 += hits.any(dim=1).sum()
         confidence = logits.float().softmax(dim=1).amax(dim=1).nan_to_num()
         self._confidences.append(torch.stack([confidence, hits[:, 0].float()], dim=1))
+        return top[:, 0]
 
     def result(self) -> EvalResult:
         """Return the result over all processes; every process calls this."""

@@ -32,7 +32,8 @@ _NEEDED = (
 )
 
 
-_START = " (TRAIN.WEIGHTS in a new OUT_DIR starts from its weights)"
+# Of messages about checkpoints whose weights can be used.
+_HINT = " (TRAIN.WEIGHTS in a new OUT_DIR starts from its weights)"
 
 
 @dataclass(frozen=True)
@@ -209,7 +210,7 @@ class Run:
         )
         if theirs not in (None, mine):
             raise ValueError(
-                f"OPTIM.OPTIMIZER is {mine}, but its optimiser state is that of {theirs}{_START}"
+                f"OPTIM.OPTIMIZER is {mine}, but its optimiser state is that of {theirs}{_HINT}"
             )
         saved = state["optimizer_state"]
         settings = [
@@ -282,7 +283,7 @@ def restore_last(run: Run, warn: Callable[[str], None], *, changed: bool) -> boo
     folder = run.checkpoints.folder
     missing = [key for key in _NEEDED if key not in state]
     if missing:
-        raise CheckpointError(_cannot_resume(folder, f"it has no {', '.join(missing)}{_START}"))
+        raise CheckpointError(_cannot_resume(folder, f"it has no {', '.join(missing)}{_HINT}"))
     try:
         for text in find_differences(run, state, allowed=changed):
             warn(text)

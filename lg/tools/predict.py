@@ -32,7 +32,7 @@ from lg.device import Precision
 from lg.distributed import World
 from lg.errors import ConfigError, DataError
 from lg.files.atomic import write_text
-from lg.metrics import EvalResult, TestMeter, top_classes
+from lg.metrics import EvalResult, TestMeter
 
 AnyImage = str | os.PathLike[str] | Image.Image
 
@@ -235,9 +235,8 @@ def evaluate_loaded(
             batch = batch.to(precision.device)
             with precision.autocast():
                 logits = model(batch.images)
-            meter.add(logits, batch.labels)
+            predicted.append(meter.add(logits, batch.labels).cpu())
             rows.append(logits.float().softmax(dim=1).cpu())
-            predicted.append(top_classes(logits, 5)[:, 0].cpu())  # as the meter breaks ties
     predictions = Predictions(
         probabilities=torch.cat(rows).numpy(),
         predicted=torch.cat(predicted).numpy(),

@@ -15,6 +15,7 @@ import lg
 from lg import trainer
 from lg.checkpoint import read_checkpoint
 from lg.logs.log import read_json_lines
+from lg.signals import Interrupted
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 STEPS = 4  # per epoch
@@ -66,8 +67,8 @@ def config(out_dir: Path, guide_file: Path | None, **changes: Any) -> Any:
     return lg.load_config(CONFIGS / f"digits/{name}.yaml", key_values(values))
 
 
-def stop_after(monkeypatch: pytest.MonkeyPatch, steps: int) -> None:
-    """Send this process SIGTERM after that many training steps."""
+def train_and_stop(cfg: Any, steps: int) -> Interrupted:
+    """Train, with SIGTERM for this process after that many steps; return how training ended."""
     train_step, done = trainer.train_step, []
 
     def counted(*args: Any, **kwargs: Any) -> Any:
@@ -77,7 +78,11 @@ def stop_after(monkeypatch: pytest.MonkeyPatch, steps: int) -> None:
             signal.raise_signal(signal.SIGTERM)
         return result
 
-    monkeypatch.setattr(trainer, "train_step", counted)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainer, "train_step", counted)
+        with pytest.raises(Interrupted) as stop:
+            trainer.train(cfg)
+    return stop.value
 
 
 def final_state(out_dir: Path, epoch: int = 3) -> dict[str, Any]:

@@ -18,7 +18,6 @@ from lg.augment.batched import BatchTestTransform
 from lg.datasets.loader import Samples
 from lg.errors import BankError, ConfigError
 from lg.guidance import FeatureBank
-from lg.signals import Interrupted
 from tests.run_cases import (
     CONFIGS,
     TINY,
@@ -27,7 +26,7 @@ from tests.run_cases import (
     final_state,
     key_values,
     stats,
-    stop_after,
+    train_and_stop,
 )
 
 ROOT = Path(__file__).parents[1]
@@ -110,14 +109,11 @@ def test_whole_images_have_the_same_loss_offline_as_online(
 
 
 def test_training_is_equal_when_interrupted_and_with_resident_maps(
-    bank: Path, guide_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    bank: Path, guide_file: Path, tmp_path: Path
 ) -> None:
     straight, stopped, resident = (tmp_path / name for name in ("straight", "stopped", "resident"))
     trainer.train(config(straight, bank, guide_file))
-    with monkeypatch.context() as patch:
-        stop_after(patch, 6)
-        with pytest.raises(Interrupted):
-            trainer.train(config(stopped, bank, guide_file))
+    train_and_stop(config(stopped, bank, guide_file), 6)
     trainer.train(config(stopped, bank, guide_file, DATA_LOADER__NUM_WORKERS=2))
     trainer.train(config(resident, bank, guide_file, DISTILLATION__FEATURE_PLACE="device"))
     expected = final_state(straight)

@@ -25,7 +25,7 @@ from tests.run_cases import (
     config,
     final_state,
     stats,
-    stop_after,
+    train_and_stop,
 )
 
 
@@ -55,18 +55,14 @@ def test_resume_is_exact(
     straight: Path,
     tmp_path: Path,
     guide_file: Path,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """A resumed run may also read its images in another way."""
     first, second = (
         config(tmp_path, guide_file, DATA_LOADER__NUM_WORKERS=workers, DATA_LOADER__BACKEND=backend)
         for backend in backends
     )
-    with monkeypatch.context() as patch:
-        stop_after(patch, steps)
-        with pytest.raises(Interrupted) as stop:
-            trainer.train(first)
-    assert stop.value.code == 128 + signal.SIGTERM
+    stop = train_and_stop(first, steps)
+    assert stop.code == 128 + signal.SIGTERM
     torch.manual_seed(99)  # another process has another random state
     trainer.train(second)
     expected, state = final_state(straight), final_state(tmp_path)
@@ -77,9 +73,7 @@ def test_resume_is_exact(
     assert_same(stats(tmp_path), stats(straight))
 
 
-def test_resume_in_channels_last_is_exact(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
-) -> None:
+def test_resume_in_channels_last_is_exact(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     """Also from a checkpoint whose momentum has the other memory layout."""
     opts = ["DEVICE", "cpu", "TRAIN.BATCH_SIZE", "60", "OPTIM.MAX_EPOCH", "2"]
     opts += ["DATA_LOADER.NUM_WORKERS", "0", "LOG_PICTURES", "False", "OUT_DIR"]
@@ -89,10 +83,7 @@ def test_resume_in_channels_last_is_exact(
     ]
     trainer.train(cfgs[0])
     assert "channels_last" in capsys.readouterr().out
-    with monkeypatch.context() as patch:
-        stop_after(patch, 3)
-        with pytest.raises(Interrupted):
-            trainer.train(cfgs[1])
+    train_and_stop(cfgs[1], 3)
     (path,) = (tmp_path / "resumed/checkpoints").glob("*.pyth")
     state = read_checkpoint(path)
     momenta = [each["momentum_buffer"] for each in state["optimizer_state"]["state"].values()]
@@ -105,14 +96,11 @@ def test_resume_in_channels_last_is_exact(
 
 
 def test_resume_after_repeated_interruptions_is_exact(
-    straight: Path, tmp_path: Path, guide_file: Path, monkeypatch: pytest.MonkeyPatch
+    straight: Path, tmp_path: Path, guide_file: Path
 ) -> None:
     cfg = config(tmp_path, guide_file)
     for _ in range(5):
-        with monkeypatch.context() as patch:
-            stop_after(patch, 2)
-            with pytest.raises(Interrupted):
-                trainer.train(cfg)
+        train_and_stop(cfg, 2)
     trainer.train(cfg)
     assert_same(final_state(tmp_path), final_state(straight))
     assert_same(stats(tmp_path), stats(straight))
@@ -246,30 +234,19 @@ def test_an_average_switched_on_later_starts_from_the_weights(tmp_path: Path) ->
 
 
 def test_a_run_shortened_before_its_first_test_is_tested(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with monkeypatch.context() as patch:
-        stop_after(patch, STEPS)
-        with pytest.raises(Interrupted):
-            trainer.train(config(tmp_path, None, TEST__PERIOD=3))
+    train_and_stop(config(tmp_path, None, TEST__PERIOD=3), STEPS)
     assert not (tmp_path / "model.pyth").exists()
     trainer.train(config(tmp_path, None, TEST__PERIOD=3, OPTIM__MAX_EPOCH=1))
     assert "Finished 1 epoch." in capsys.readouterr().out
     assert read_checkpoint(tmp_path / "model.pyth")["test_err"] < 100
 
 
-def test_a_run_shortened_after_a_test_is_tested_at_its_end(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with monkeypatch.context() as patch:
-        stop_after(patch, 2 * STEPS)
-        with pytest.raises(Interrupted):
-            trainer.train(config(tmp_path, None, TEST__PERIOD=1))
+def test_a_run_shortened_after_a_test_is_tested_at_its_end(tmp_path: Path) -> None:
+    train_and_stop(config(tmp_path, None, TEST__PERIOD=1), 2 * STEPS)
     changes = {"TEST__PERIOD": 2, "OPTIM__MAX_EPOCH": 4}
-    with monkeypatch.context() as patch:
-        stop_after(patch, STEPS)
-        with pytest.raises(Interrupted):
-            trainer.train(config(tmp_path, None, **changes))
+    train_and_stop(config(tmp_path, None, **changes), STEPS)
     progress = trainer.train(config(tmp_path, None, **{**changes, "OPTIM__MAX_EPOCH": 3}))
     tested = [line["epoch"] for line in stats(tmp_path) if line["_type"] == "test_epoch"]
     assert tested == ["1/3", "2/4", "3/3"] and progress.tested_epoch == 3
@@ -408,18 +385,13 @@ def test_bf16_trains_in_bf16(tmp_path: Path, guide_file: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["muon", "nadamuon"])
-def test_resume_with_muon_is_exact(
-    kind: str, tmp_path: Path, guide_file: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_resume_with_muon_is_exact(kind: str, tmp_path: Path, guide_file: Path) -> None:
     straight, resumed = (
         config(tmp_path / name, guide_file, OPTIM__OPTIMIZER=kind, OPTIM__MAX_EPOCH=2)
         for name in ("straight", "resumed")
     )
     trainer.train(straight)
-    with monkeypatch.context() as patch:
-        stop_after(patch, 2)
-        with pytest.raises(Interrupted):
-            trainer.train(resumed)
+    train_and_stop(resumed, 2)
     torch.manual_seed(99)
     trainer.train(resumed)
     left, right = (final_state(tmp_path / name, epoch=2) for name in ("straight", "resumed"))
@@ -487,13 +459,10 @@ def test_the_guide_does_not_run_after_the_end(
 # Within the second epoch, at its end, and within the third, after guidance has ended.
 @pytest.mark.parametrize("steps", [6, 8, 10])
 def test_resume_with_an_adaptive_schedule_is_exact(
-    steps: int, ended: Path, tmp_path: Path, guide_file: Path, monkeypatch: pytest.MonkeyPatch
+    steps: int, ended: Path, tmp_path: Path, guide_file: Path
 ) -> None:
     cfg = config(tmp_path, guide_file, **ADAPTIVE)
-    with monkeypatch.context() as patch:
-        stop_after(patch, steps)
-        with pytest.raises(Interrupted):
-            trainer.train(cfg)
+    train_and_stop(cfg, steps)
     torch.manual_seed(99)
     trainer.train(cfg)
     assert_same(final_state(tmp_path), final_state(ended))

@@ -20,6 +20,22 @@ def one_graph(module: Any, **_: Any) -> Any:
     return COMPILE(module, backend="aot_eager", fullgraph=True)
 
 
+@pytest.fixture
+def compilations(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Has an entry for each graph that is compiled, in one graph or not at all."""
+    compiled: list[int] = []
+
+    def backend(graph: Any, _: Any) -> Any:
+        compiled.append(1)
+        return graph
+
+    def counted(module: Any, **_: Any) -> Any:
+        return COMPILE(module, backend=backend, fullgraph=True)
+
+    monkeypatch.setattr(torch, "compile", counted)
+    return compiled
+
+
 def student() -> GuidedStudent:
     torch.manual_seed(0)
     model = resnet(depth=8, img_size=16, num_classes=5)
@@ -130,19 +146,7 @@ def test_a_capture_that_fails_in_the_third_call_falls_back(monkeypatch: pytest.M
         assert ("capture failed" in said[0]) == (failing != "none")
 
 
-def test_a_compiled_guide_gives_the_same_maps_and_compiles_once(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    compilations: list[int] = []
-
-    def counted(module: Any, **_: Any) -> Any:
-        def backend(graph: Any, _: Any) -> Any:
-            compilations.append(1)
-            return graph
-
-        return COMPILE(module, backend=backend, fullgraph=True)
-
-    monkeypatch.setattr(torch, "compile", counted)
+def test_a_compiled_guide_gives_the_same_maps_and_compiles_once(compilations: list[int]) -> None:
     guide = teacher()
     images, index, view = torch.randn(4, 3, 16, 16), torch.arange(4), torch.rand(4, 5)
     expected, _ = guide(images, index, view)
@@ -156,18 +160,8 @@ def test_a_compiled_guide_gives_the_same_maps_and_compiles_once(
 
 @pytest.mark.parametrize("ends", [False, True])
 def test_the_end_of_guidance_is_compiled_and_tried_in_advance(
-    ends: bool, monkeypatch: pytest.MonkeyPatch
+    ends: bool, compilations: list[int]
 ) -> None:
-    compilations: list[int] = []
-
-    def counted(module: Any, **_: Any) -> Any:
-        def backend(graph: Any, _: Any) -> Any:
-            compilations.append(1)
-            return graph
-
-        return COMPILE(module, backend=backend, fullgraph=True)
-
-    monkeypatch.setattr(torch, "compile", counted)
     example, precision = torch.randn(4, 3, 16, 16), Precision(torch.device("cpu"))
     module, _ = compile_student(
         student(),

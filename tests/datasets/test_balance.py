@@ -16,10 +16,9 @@ from lg.datasets.loader import TrainBatches
 from lg.distributed import World
 from lg.errors import ConfigError
 from lg.guidance import classification_loss
-from lg.signals import Interrupted
 from tests.datasets.test_scan import config, picture
 from tests.datasets.test_stratified_subset import numbers
-from tests.run_cases import assert_same, final_state, stats, stop_after
+from tests.run_cases import assert_same, final_state, stats, train_and_stop
 
 
 def unequal(root: Path) -> Path:
@@ -87,19 +86,14 @@ def test_balanced_sampling_resumes_and_is_shared() -> None:
 
 
 @pytest.mark.parametrize("backend", ["device", "workers"])
-def test_resume_with_balanced_sampling_is_exact(
-    tmp_path: Path, backend: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_resume_with_balanced_sampling_is_exact(tmp_path: Path, backend: str) -> None:
     unequal(tmp_path / "set")
     changes = {"TRAIN__BALANCE": "sampling", "DATA_LOADER__BACKEND": backend}
     straight, stopped = (
         config(tmp_path / "set", tmp_path / name, **changes) for name in ("straight", "stopped")
     )
     trainer.train(straight)
-    with monkeypatch.context() as patch:
-        stop_after(patch, 3)
-        with pytest.raises(Interrupted):
-            trainer.train(stopped)
+    train_and_stop(stopped, 3)
     trainer.train(stopped)
     last = straight.OPTIM.MAX_EPOCH
     assert_same(*(final_state(tmp_path / name, last) for name in ("straight", "stopped")))

@@ -23,9 +23,8 @@ from lg.device import Precision
 from lg.distributed import World
 from lg.guidance import FrozenTeacher
 from lg.run import Progress
-from lg.signals import Interrupted
 from lg.step import train_step
-from tests.run_cases import CONFIGS, assert_same, config, final_state, stats, stop_after
+from tests.run_cases import CONFIGS, assert_same, config, final_state, stats, train_and_stop
 
 DEVICE = os.environ.get("LG_TEST_DEVICE", "cuda")
 ROOT = CONFIGS.parent
@@ -91,18 +90,13 @@ def test_digits_end_to_end(
     assert losses(tmp_path) == pytest.approx(expected, rel=1e-3 if dtype == "fp32" else 0.1)
 
 
-def test_resume_is_exact_if_deterministic(
-    tmp_path: Path, guide_file: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_resume_is_exact_if_deterministic(tmp_path: Path, guide_file: Path) -> None:
     changes = {"TRAIN__DETERMINISTIC": True, "CUDNN__BENCHMARK": False}
     straight, resumed = (
         on_device(tmp_path / name, guide_file, **changes) for name in ("straight", "resumed")
     )
     trainer.train(straight)
-    with monkeypatch.context() as patch:
-        stop_after(patch, 6)
-        with pytest.raises(Interrupted):
-            trainer.train(resumed)
+    train_and_stop(resumed, 6)
     trainer.train(resumed)
     left, right = (final_state(tmp_path / name) for name in ("straight", "resumed"))
     assert_same(left, right)

@@ -17,7 +17,7 @@ from lg.augment.batched import normalise, to_pixels
 from lg.logs import plots
 from lg.logs.pictures import Pictures
 from lg.signals import Interrupted
-from tests.run_cases import assert_same, config, final_state, stats, stop_after
+from tests.run_cases import assert_same, config, final_state, stats, train_and_stop
 
 NAMES = ("results.csv", "curves.png", "train_batch.jpg", "confusion_matrix.png")
 
@@ -62,7 +62,7 @@ def test_the_pictures_are_images(drawn: Path) -> None:
 
 
 def test_pictures_change_neither_training_nor_resume(
-    drawn: Path, tmp_path: Path, guide_file: Path, monkeypatch: pytest.MonkeyPatch
+    drawn: Path, tmp_path: Path, guide_file: Path
 ) -> None:
     plain = tmp_path / "plain"
     trainer.train(config(plain, guide_file))
@@ -71,10 +71,7 @@ def test_pictures_change_neither_training_nor_resume(
     for state in states:
         state.pop("cfg")
     assert_same(*states)
-    with monkeypatch.context() as patch:
-        stop_after(patch, 6)
-        with pytest.raises(Interrupted):
-            trainer.train(config(tmp_path, guide_file, LOG_PICTURES=True))
+    train_and_stop(config(tmp_path, guide_file, LOG_PICTURES=True), 6)
     assert len(rows(tmp_path)) == 1
     trainer.train(config(tmp_path, guide_file, LOG_PICTURES=True))
     assert rows(tmp_path) == rows(drawn)

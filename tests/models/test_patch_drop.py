@@ -14,9 +14,8 @@ from lg import trainer
 from lg.errors import ConfigError
 from lg.models import Backbone, deit, timm_model
 from lg.models.patch_drop import drop_patches
-from lg.signals import Interrupted
 from tests.models.test_families import PLAIN, build
-from tests.run_cases import assert_same, config, final_state, stats, stop_after
+from tests.run_cases import assert_same, config, final_state, stats, train_and_stop
 
 MODELS = {
     "DeiT": lambda: deit(img_size=32, num_classes=10, patch_size=8, distilled=True, **PLAIN),
@@ -111,19 +110,14 @@ def test_guidance_compares_the_positions_that_are_left(transform: str, blocks: s
     assert all(p.grad is not None for p in guided.heads.parameters())
 
 
-def test_dropping_trains_and_resumes_exactly(
-    tmp_path: Path, guide_file: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_dropping_trains_and_resumes_exactly(tmp_path: Path, guide_file: Path) -> None:
     changes = {"TRAIN__PATCH_DROP": 0.5, "OPTIM__MAX_EPOCH": 2}
     straight, resumed, plain = (
         config(tmp_path / name, guide_file, **{**changes, **others})
         for name, others in [("a", {}), ("b", {}), ("c", {"TRAIN__PATCH_DROP": 0.0})]
     )
     trainer.train(straight)
-    with monkeypatch.context() as patch:
-        stop_after(patch, 2)
-        with pytest.raises(Interrupted):
-            trainer.train(resumed)
+    train_and_stop(resumed, 2)
     torch.manual_seed(99)
     trainer.train(resumed)
     left, right = (final_state(tmp_path / name, epoch=2) for name in "ab")

@@ -63,6 +63,7 @@ def train(name: str, *, seed: int, out: Path) -> dict[str, Any]:
     folder = (out / f"seed{seed}").resolve()
     guide = str(folder / "r-8_digits" / "model.pyth")
     settings = ["OUT_DIR", str(folder / name), "RNG_SEED", str(seed), "DEVICE", "cpu"]
+    settings += ["TRAIN.SPLIT_SEED", str(seed)]  # other digits with each seed
     config = ["--cfg", f"configs/digits/{name}.yaml"]
     if name.startswith("vit_digits_ours"):
         settings += ["DISTILLATION.TEACHER_WEIGHTS", guide]

@@ -108,6 +108,8 @@ def train(config: str, options: list[str], seed: int, folder: Path) -> dict[str,
     log = folder / "log.txt"
     if not is_finished(log):
         options = [*options, "RNG_SEED", str(seed), "OUT_DIR", str(folder.resolve())]
+        if lg.load_config(config, options).TRAIN.FRACTION < 1:
+            options += ["TRAIN.SPLIT_SEED", str(seed)]  # other images with each seed
         command = [sys.executable, "run_net.py", "--mode", "train", "--cfg", config, *options]
         command += ["LOG_PICTURES", "False"]
         subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)

@@ -135,7 +135,7 @@ def test_training_does_not_need_the_teachers_file(bank: Path, tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"RNG_SEED": 5}, "it lacks .* of the 120 training images .*RNG_SEED"),
+        ({"TRAIN.SPLIT_SEED": 5}, "it lacks .* of the 120 training images .*SPLIT_SEED"),
         ({"TRAIN.FRACTION": 0.2}, "it lacks 120 of the 240 training images"),
         ({"MODEL.IMG_SIZE": 32}, r"image size 16 \(expected 32\)"),
         ({"DISTILLATION.TEACHER_IMG_SIZE": 8}, r"teacher image size 16 \(expected 8\)"),

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 import lg
@@ -52,6 +53,9 @@ def test_splits_are_disjoint_and_stratified(tmp_path: Path) -> None:
     assert sorted([*train.indices, *held_out.indices]) == everything.indices.tolist()
     assert (len(everything), str(test), none) == (120, "digits/test", None)
     assert [(held_out.labels == k).sum() for k in range(10)] == [3] * 10
+    for seed, is_same in ({"RNG_SEED": 2}, True), ({"TRAIN__SPLIT_SEED": 2}, False):
+        other = builders.fetch_data(config(tmp_path, None, **HELD_OUT, **seed), World()).test
+        assert np.array_equal(other.indices, held_out.indices) == is_same
 
 
 def test_the_test_set_is_tested_once_with_the_best_weights(

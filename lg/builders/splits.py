@@ -86,14 +86,14 @@ def list_train_data(cfg: CfgNode, tolerate: Iterable[str] = ()) -> ImageDataset:
     dataset = _list_train_split(cfg, tolerate)
     if cfg.TRAIN.VAL_FRACTION == 0:
         return dataset
-    return hold_out(dataset, cfg.TRAIN.VAL_FRACTION, cfg.RNG_SEED)[0]
+    return hold_out(dataset, cfg.TRAIN.VAL_FRACTION, cfg.TRAIN.SPLIT_SEED)[0]
 
 
 def list_val_data(cfg: CfgNode, tolerate: Iterable[str] = ()) -> ImageDataset:
     """List the images other than the test set that choose the best epoch; see `has_val_split`."""
     if cfg.TRAIN.VAL_FRACTION > 0:
         dataset = _list_train_split(cfg, tolerate)
-        return hold_out(dataset, cfg.TRAIN.VAL_FRACTION, cfg.RNG_SEED)[1]
+        return hold_out(dataset, cfg.TRAIN.VAL_FRACTION, cfg.TRAIN.SPLIT_SEED)[1]
     dataset = list_test_data(cfg, "val", tolerate)
     if cfg.TEST.SPLIT == "test" and not has_test_split(cfg):
         dataset.notes.append(
@@ -119,7 +119,7 @@ def _list_train_split(cfg: CfgNode, tolerate: Iterable[str]) -> ImageDataset:
     dataset = list_split(cfg, cfg.TRAIN.DATASET, cfg.TRAIN.SPLIT, tolerate)
     if cfg.TRAIN.EXCLUDE:
         dataset = leave_out(dataset, cfg.TRAIN.EXCLUDE, cfg.DATA_LOADER.ROOT)
-    return stratified_subset(dataset, cfg.TRAIN.FRACTION, cfg.RNG_SEED)
+    return stratified_subset(dataset, cfg.TRAIN.FRACTION, cfg.TRAIN.SPLIT_SEED)
 
 
 def list_split(

@@ -185,13 +185,15 @@ DEFAULTS: dict[str, Any] = {
         # (+) file that lists training images to leave out: CSV with the column image, or a path per
         # line, relative to DATA_LOADER.ROOT; --mode doctor --copies writes one. Empty: none
         "EXCLUDE": "",
-        # (+) fraction of the training set to use, stratified by class and fixed by RNG_SEED, (0, 1]
+        # (+) fraction of the training set to use, stratified by class, (0, 1]
         "FRACTION": 1.0,
-        # (+) fraction of the training images (after FRACTION) to hold out, stratified by class and
-        # fixed by RNG_SEED, [0, 1). They choose the best epoch, and the test set is tested once, at
-        # the end. 0: the test set chooses the best epoch, as in the published runs
+        # (+) fraction of the training images (after FRACTION) to hold out, stratified by class,
+        # [0, 1). They choose the best epoch, and the test set is tested once, at the end. 0: the
+        # test set chooses the best epoch, as in the published runs
         # (of an image_folder with val/ and test/, val/ chooses and test/ is tested at the end)
         "VAL_FRACTION": 0.0,
+        # (+) selects the images of FRACTION and VAL_FRACTION, the same for every RNG_SEED; >= 0
+        "SPLIT_SEED": 1,
         # (+) tests in a row without a lower error after which training stops, >= 0; 0: never. Needs
         # VAL_FRACTION, or an image_folder with val/ and test/
         "EARLY_STOP": 0,

@@ -192,7 +192,9 @@ RANGES: dict[str, Range] = {
     "DISTILLATION.ADAPTIVE_THRESHOLD": (lambda v: -math.inf < v < 0, "below 0 and finite"),
     # The Performer has half as many random features as token channels.
     "T2T.TOKEN_DIM": (lambda v: v >= 2, "at least 2"),
-    "RNG_SEED": (lambda v: 0 <= v < 2**32, "at least 0 and below 2^32"),
+    **dict.fromkeys(
+        ("RNG_SEED", "TRAIN.SPLIT_SEED"), (lambda v: 0 <= v < 2**32, "at least 0 and below 2^32")
+    ),
     "PORT_RANGE": (lambda v: 1 <= v <= 65535, "two ports between 1 and 65535"),
     "CFG_DEST": (
         lambda v: v.endswith((".yaml", ".yml")) and "/" not in v and "\\" not in v,

@@ -33,12 +33,13 @@ _GUIDE_MODEL = ("CNN.", "RESNET.")
 # Overrides of these keys and sections apply to the guide as well.
 _SHARED = (
     *("DATA_LOADER.", "DEVICE", "RNG_SEED", "NUM_GPUS", "LOG_", "VERBOSE", "DIST_BACKEND"),
-    *("TRAIN.DATASET", "TRAIN.FRACTION", "TRAIN.VAL_FRACTION", "TRAIN.EXCLUDE", "TRAIN.BALANCE"),
-    *("TRAIN.RESIZE", "TRAIN.HFLIP", "TEST.", "MODEL.NUM_CLASSES", "MODEL.IN_CHANNELS"),
+    *("TRAIN.DATASET", "TRAIN.FRACTION", "TRAIN.VAL_FRACTION", "TRAIN.SPLIT_SEED"),
+    *("TRAIN.EXCLUDE", "TRAIN.BALANCE", "TRAIN.RESIZE", "TRAIN.HFLIP"),
+    *("TEST.", "MODEL.NUM_CLASSES", "MODEL.IN_CHANNELS"),
     *_GUIDE_MODEL,
 )
 # Keys that determine which images are held out.
-_HELD_OUT = ("RNG_SEED", "TRAIN.EXCLUDE", "TRAIN.FRACTION", "TRAIN.VAL_FRACTION")
+_HELD_OUT = ("TRAIN.EXCLUDE", "TRAIN.FRACTION", "TRAIN.VAL_FRACTION", "TRAIN.SPLIT_SEED")
 # Keys left out of the hash besides FREE_ON_RESUME: they do not affect the result, or name files
 # whose contents are hashed.
 _PLACES = (

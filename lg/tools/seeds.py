@@ -9,7 +9,7 @@ from typing import Any
 
 from yacs.config import CfgNode
 
-from lg.config import is_guided, load_config
+from lg.config import load_config
 from lg.errors import ConfigError
 from lg.files.atomic import write_text
 from lg.logs.log import read_run_lines
@@ -38,8 +38,7 @@ def train_seeds(
         train: Trains a config.
 
     Raises:
-        ConfigError: A seed is repeated, the guide has seen images that some seeds hold out, or the
-            runs would not run one after the other here.
+        ConfigError: A seed is repeated, or the runs would not run one after the other here.
     """
     cfg = load_config(path, opts)
     if len(set(seeds)) < len(seeds):
@@ -48,11 +47,6 @@ def train_seeds(
         raise ConfigError(
             "--seeds trains one run after the other on this machine: set LAUNCH.MODE local and "
             "NUM_GPUS instead of a cluster job or torchrun, or start each RNG_SEED on its own."
-        )
-    if cfg.TRAIN.VAL_FRACTION > 0 and is_guided(cfg):
-        raise ConfigError(
-            "--seeds holds out other images with each seed, but one guide cannot be new to all of "
-            "them: set TRAIN.VAL_FRACTION 0, or run --mode pipeline once per RNG_SEED."
         )
     results = {}
     for seed in seeds:

@@ -261,7 +261,7 @@ def test_images_that_the_students_file_holds_out_are_new_to_the_guide(
 ) -> None:
     student = tmp_path / "s.yaml"
     student.write_text(
-        f"_BASE_: {CONFIG}\nTRAIN: {{VAL_FRACTION: 0.2, FRACTION: 0.5}}\nRNG_SEED: 3"
+        f"_BASE_: {CONFIG}\nTRAIN: {{VAL_FRACTION: 0.2, FRACTION: 0.5, SPLIT_SEED: 3}}"
     )
     seen: list[Any] = []
 

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 import run_net
-from lg import trainer
+from lg import builders, trainer
+from lg.distributed import World
 from lg.errors import ConfigError
 from lg.logs.log import json_line
 from lg.tools import seeds
@@ -78,6 +79,26 @@ def test_the_interval_of_three_values() -> None:
     assert seeds.summarize(results[:1])["macro_f1"] == {"mean": 1, "interval95": None}
 
 
+def test_all_seeds_of_a_guided_model_hold_out_the_same_images(
+    tmp_path: Path, guide_file: Path
+) -> None:
+    given: list[Any] = []
+
+    def train(cfg: Any) -> None:
+        given.append(builders.fetch_data(cfg, World()))
+        raise KeyboardInterrupt
+
+    guided = opts(tmp_path, TRAIN__VAL_FRACTION=0.25, DISTILLATION__TEACHER_WEIGHTS=guide_file)
+    guided += ["DISTILLATION.INTER_STUDENT_INDEX", "[0, 1]"]
+    guided += ["DISTILLATION.INTER_TEACHER_INDEX", "[0, 2]"]
+    for number in (1, 2):
+        with pytest.raises(KeyboardInterrupt):
+            seeds.train_seeds(CONFIG.replace("base", "ours"), guided, [number], train)
+    first, second = given
+    assert first.test.indices.tolist() == second.test.indices.tolist()
+    assert not set(first.test.indices) & set(second.train.indices)
+
+
 def test_the_final_test_is_reported_if_there_is_one(tmp_path: Path) -> None:
     seeds.train_seeds(CONFIG, opts(tmp_path, TRAIN__VAL_FRACTION=0.25), [4], trainer.train)
     (found,) = json.loads((tmp_path / "seeds.json").read_text())["seeds"].values()
@@ -91,9 +112,6 @@ def test_seeds_that_cannot_run_here_are_rejected(
         seeds.train_seeds(CONFIG, opts(tmp_path), [1, 1], trainer.train)
     with pytest.raises(ConfigError, match=r"set LAUNCH\.MODE local"):
         seeds.train_seeds(CONFIG, opts(tmp_path, LAUNCH__MODE="slurm"), [1, 2], trainer.train)
-    guided, held_out = CONFIG.replace("base", "ours"), opts(tmp_path, TRAIN__VAL_FRACTION=0.25)
-    with pytest.raises(ConfigError, match="one guide cannot be new to all of them"):
-        seeds.train_seeds(guided, held_out, [1, 2], trainer.train)
 
 
 def test_the_weight_average_counts_where_held_out_images_choose(tmp_path: Path) -> None:

@@ -203,12 +203,13 @@ def _check_guide(cfg: CfgNode, path: str, found: Findings) -> None:
     guide = stored_config(state)
     if not guide:
         return
-    mine, splits = dict(flatten(cfg)), ("RNG_SEED", "TRAIN.FRACTION", "TRAIN.VAL_FRACTION")
+    mine = dict(flatten(cfg))
+    splits = "TRAIN.FRACTION", "TRAIN.VAL_FRACTION", "TRAIN.SPLIT_SEED"
     if cfg.TRAIN.VAL_FRACTION > 0 and any(guide.get(key) != mine[key] for key in splits):
         text = (
             "the guide was trained on some of the held-out images, so they are less new to the "
-            "student than test images: train it with the same RNG_SEED, TRAIN.FRACTION and "
-            "TRAIN.VAL_FRACTION"
+            "student than test images: train it with the same TRAIN.FRACTION, TRAIN.VAL_FRACTION "
+            "and TRAIN.SPLIT_SEED"
         )
         found.add(Finding(NOTE, MODEL, f"{text} ({path})."))
     if cfg.TRAIN.EXCLUDE and guide.get("TRAIN.EXCLUDE") != cfg.TRAIN.EXCLUDE:

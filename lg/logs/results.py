@@ -12,9 +12,15 @@ def describe(result: EvalResult) -> str:
     """Return a result in words; top-5 only where there are more than 5 classes."""
     top5 = f", top-5 {100 - result.top5_err:.2f} %" if len(result.class_counts) > 5 else ""
     return (
-        f"top-1 {100 - result.top1_err:.2f} %{top5} of {result.count:,} images; balanced accuracy "
-        f"{result.balanced_acc:.2f} %, macro-F1 {result.macro_f1:.2f} %, expected calibration "
-        f"error {result.calibration_err:.2f} %"
+        f"top-1 {100 - result.top1_err:.2f} %{top5} of {result.count:,} images; "
+        f"{_other_rates(result.rates)}"
+    )
+
+
+def _other_rates(rates: Mapping[str, float]) -> str:
+    return (
+        f"balanced accuracy {rates['balanced_acc']:.2f} %, macro-F1 {rates['macro_f1']:.2f} %, "
+        f"expected calibration error {rates['calibration_err']:.2f} %"
     )
 
 
@@ -45,9 +51,7 @@ def describe_protocol(final: Mapping[str, float], split: str, final_split: str) 
         return (
             f"The best epoch was chosen on {split}, and its weights were tested once on "
             f"{final_split}: top-1 {100 - final['top1_err']:.2f} % of {final['count']:,} "
-            f"images, balanced accuracy {final['balanced_acc']:.2f} %, macro-F1 "
-            f"{final['macro_f1']:.2f} %, expected calibration error "
-            f"{final['calibration_err']:.2f} %."
+            f"images, {_other_rates(final)}."
         )
     name = split.rpartition("/")[2]
     if name in ("held-out", "val"):

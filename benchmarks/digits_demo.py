@@ -140,4 +140,7 @@ def plot(runs: dict[int, dict[str, Any]], path: Path) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit("Interrupted. Repeat the command to resume.")

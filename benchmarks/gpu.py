@@ -367,6 +367,11 @@ def main() -> None:
     if args.part == "profile":
         profile_steps(args.cfg, args.opts)
         return
+    if args.part in PARTS and args.device == "cuda":
+        import torch
+
+        if not torch.cuda.is_available():
+            sys.exit("No GPU found. To try the script without one, add --device cpu --quick.")
     args.out, args.data = args.out.resolve(), str(Path(args.data).resolve())
     try:
         if args.part != "table":

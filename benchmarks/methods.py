@@ -80,6 +80,8 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=4, help="images per step (default 4)")
     parser.add_argument("--rounds", type=int, default=9, help="steps of each (default 9)")
     args = parser.parse_args()
+    if args.rounds < 2:
+        parser.error(f"--rounds is {args.rounds}: set it to 2 or more")
     if args.steps:
         methods = [name for name in args.methods if name in TIMED]
         time_methods([args.cfg, *args.opts], methods, args.batch, args.rounds)

@@ -33,6 +33,14 @@ from lg.optim import LearningRate, WeightAverage, make_optimizer, parameter_grou
 from lg.paths import is_local_file, is_url, local_path
 from lg.run import Settings
 
+# File that training reads -> what to do if it does not exist.
+_IF_MISSING = {
+    "TRAIN.WEIGHTS": "train the model that writes it first",
+    "MODEL.PRETRAINED": "download the weights first",
+    "DISTILLATION.TEACHER_WEIGHTS": "train the model that writes it first (--mode pipeline trains "
+    "guide and student)",
+}
+
 
 def build_optimizer(cfg: CfgNode, guided: GuidedStudent) -> torch.optim.Optimizer:
     """Build the optimiser of student and projection heads.
@@ -293,16 +301,16 @@ def check_training(cfg: CfgNode, *, trained_guide: bool = True) -> None:
         )
     for key, path in _files_of_training(cfg):
         if path and not is_url(path) and not is_local_file(path):
-            is_guide = key == "DISTILLATION.TEACHER_WEIGHTS"
-            hint = " (--mode pipeline trains guide and student)" if is_guide else ""
+            advice = _IF_MISSING[key]
+            if key == "DISTILLATION.TEACHER_WEIGHTS" and not trained_guide:
+                advice = "set it to null for a guide with random weights"
             raise ConfigError(
-                f"{key} is {path!r}, which does not exist. Check the path, or train the model that "
-                f"writes it first{hint}."
+                f"{key} is {path!r}, which does not exist. Check the path, or {advice}."
             )
-    if options.OFFLINE and not bank_path(options.FEATURE_FILE).exists():
+    if options.OFFLINE and not (place := bank_path(options.FEATURE_FILE)).exists():
         raise ConfigError(
-            f"DISTILLATION.FEATURE_FILE is {options.FEATURE_FILE!r}, which does not exist. Check "
-            "the path, or compute the features with precompute_feature.py first."
+            f"DISTILLATION.FEATURE_FILE is {options.FEATURE_FILE!r}, but there is no folder "
+            f"{place}. Check the path, or compute the features with precompute_feature.py first."
         )
 
 

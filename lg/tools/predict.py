@@ -282,7 +282,7 @@ def predict(cfg: CfgNode, *, images: list[str], out: str | None, top: int, flip:
         cells = "  ".join(f"{name} {100 * p:.1f} %" for name, p in prediction.top(top))
         print(f"{prediction.image:<{width}}  {cells}", flush=True)
     if not found:
-        raise DataError(f"none of the {len(paths)} images can be read")
+        raise DataError("no image can be read")
     if out is not None:
         write_text(out, _csv_text(found, top) if suffix == ".csv" else _json_lines(found))
     rest = f", {skipped:,} skipped" if skipped else ""

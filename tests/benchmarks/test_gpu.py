@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from benchmarks import gpu
 
@@ -64,3 +65,11 @@ def test_tables_hold_the_numbers_of_all_parts(tmp_path: Path) -> None:
     assert "| x | failed | 2.5 | no NCCL |" in text
     assert "| x | 12,346 | 0 | 0 | 9,876 | 0 |" in text
     assert "| x | 2/3 | 70.00 | 0.50 |" in text
+
+
+def test_without_a_gpu_nothing_is_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(sys, "argv", ["gpu.py", "correctness", "--out", str(tmp_path)])
+    with pytest.raises(SystemExit, match="No GPU found"):
+        gpu.main()
+    assert not list(tmp_path.iterdir())

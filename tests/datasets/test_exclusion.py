@@ -107,6 +107,10 @@ def test_doctor_writes_the_copies_and_training_leaves_them_out(
         ["train/dog/too.png", "dog", "val/cat/copy0.png", "validation", "cat"],
     ]
     clean = config(root, tmp_path / "run", TRAIN__EXCLUDE=file, TRAIN__BALANCE="weights")
+    doctor(clean, copies=str(tmp_path / "none.csv"))
+    said = " ".join(capsys.readouterr().out.split())
+    assert "No training image has a copy in a tested split" in said
+    assert not (tmp_path / "none.csv").exists()
     found = check_config(clean)
     assert [each.text for each in found if each.level == PROBLEM] == []
     line = f"TRAIN.EXCLUDE leaves out 4 of the 13 images of image_folder/train ({file})."

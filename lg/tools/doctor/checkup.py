@@ -5,9 +5,7 @@ Each step reports what it finds and lets the others run. Nothing is left on disk
 
 from __future__ import annotations
 
-import csv
 import gc
-import io
 import math
 import os
 import sys
@@ -51,7 +49,6 @@ from lg.datasets.loader import usable_workers
 from lg.datasets.scan import drop_unreadable, scan
 from lg.distributed import World
 from lg.errors import memory_advice
-from lg.files.atomic import write_text
 from lg.files.lock import check_writable
 from lg.guidance import FeatureBank
 from lg.guidance.bank_file import bank_path
@@ -88,12 +85,7 @@ def doctor(cfg: CfgNode, copies: str | None = None) -> None:
     found = check_config(cfg)
     print("\n".join(format_findings(found)))
     if copies is not None:
-        text = io.StringIO()
-        csv.writer(text).writerows([images.LEAK_COLUMNS, *found.copies])
-        path = os.path.expanduser(copies)
-        write_text(path, text.getvalue())
-        count = len({row[0] for row in found.copies})
-        print(f"{path}: {count:,} training images with copies; leave them out with TRAIN.EXCLUDE.")
+        print(images.write_leaks(os.path.expanduser(copies), found.copies))
     if found.has_problem():
         sys.exit(1)
 

@@ -5,6 +5,8 @@ n counts the images of a split, K its classes.
 
 from __future__ import annotations
 
+import csv
+import io
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,6 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from lg.datasets.scan import ImageFacts
+from lg.files.atomic import write_text
 from lg.tools.doctor.findings import DATA, FACT, NOTE, PROBLEM, Finding, with_examples
 
 _SMALL, _LARGE, _OBLONG = 16, 50_000_000, 10  # pixels per side; pixels; ratio of the sides
@@ -191,6 +194,17 @@ def list_leaks(train: Split, test: Split) -> list[list[str]]:
         [train.names[i], train.class_of(i), test.names[j], test.role, test.class_of(j)]
         for i, j in pairs
     ]
+
+
+def write_leaks(path: str, rows: Sequence[Sequence[str]]) -> str:
+    """Write rows of LEAK_COLUMNS as a CSV file, unless there are none; return what was done."""
+    if not rows:
+        return f"No training image has a copy in a tested split; {path} was not written."
+    text = io.StringIO()
+    csv.writer(text).writerows([LEAK_COLUMNS, *rows])
+    write_text(path, text.getvalue())
+    count = len({row[0] for row in rows})
+    return f"{path}: {count:,} training images with copies; leave them out with TRAIN.EXCLUDE."
 
 
 def find_imbalance(train: Split, *, balance: str) -> list[Finding]:

@@ -157,7 +157,7 @@ def render_student(
         "OPTIM": {
             "MAX_EPOCH": student.epochs,
             "BASE_LR": plan.student_lr,
-            "MIN_LR": plan.student_lr / 100,
+            "MIN_LR": float(f"{plan.student_lr / 100:.2g}"),
             "WARMUP_EPOCHS": student.warmup,
         },
         **_data(facts, student, plan),
@@ -185,8 +185,8 @@ def advise(
         )
     if total > 1.1 * minutes:
         lines.append(
-            f"That is more than --minutes {minutes:g}, because less than {MIN_EPOCHS} epochs or "
-            f"{MIN_STEPS} steps hardly train a transformer."
+            f"That is more than --minutes {minutes:g}, because fewer than {MIN_EPOCHS} epochs or "
+            f"{MIN_STEPS} steps barely train a transformer."
         )
     places = find_splits(facts.root)
     place = places.get("test", places.get("val", facts.root))
@@ -265,8 +265,8 @@ def _write(path: Path, text: str) -> None:
     """Write a config, unless it exists with other content."""
     if path.exists() and path.read_text(encoding="utf-8") != text:
         raise ConfigError(
-            f"{path} exists and differs, perhaps because you changed it: remove it, or give "
-            "another folder with --out."
+            f"{path} exists and differs from this plan (it was edited, or --minutes or the speed "
+            "of the machine has changed): remove it, or give another folder with --out."
         )
     write_text(path, text)
 

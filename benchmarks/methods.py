@@ -109,9 +109,9 @@ def train(config: str, options: list[str], seed: int, folder: Path) -> dict[str,
     """Train one run unless it is finished; return what `accuracy.compact` keeps of it."""
     log = folder / "log.txt"
     if not is_finished(log):
-        options = [*options, "RNG_SEED", str(seed), "OUT_DIR", str(folder.resolve())]
-        if lg.load_config(config, options).TRAIN.FRACTION < 1:
-            options += ["TRAIN.SPLIT_SEED", str(seed)]  # other images with each seed
+        # Of a part of the images (TRAIN.FRACTION), each seed trains on another one.
+        options = ["RNG_SEED", str(seed), "TRAIN.SPLIT_SEED", str(seed), *options]
+        options += ["OUT_DIR", str(folder.resolve())]
         command = [sys.executable, "run_net.py", "--mode", "train", "--cfg", config, *options]
         command += ["LOG_PICTURES", "False"]
         subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)

@@ -318,8 +318,9 @@ def find_differences(run: Run, state: Mapping[str, Any], *, allowed: bool) -> It
     if refused and not allowed:
         raise ConfigError(
             f"{run.checkpoints.folder} has checkpoints of a run with other settings: "
-            f"{'; '.join(refused)}. Set OUT_DIR to a new folder, or TRAIN.RESUME_CHANGED True to "
-            "continue that run with these settings if model and optimiser are the same."
+            f"{'; '.join([*refused, *reported])}. Set OUT_DIR to a new folder, or "
+            "TRAIN.RESUME_CHANGED True to continue that run with these settings if model and "
+            "optimiser are the same."
         )
     if reported or refused:
         yield f"Resuming with other settings than before: {'; '.join([*reported, *refused])}."

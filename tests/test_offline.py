@@ -175,7 +175,7 @@ def test_a_bank_of_another_data_set_is_rejected(bank: Path, tmp_path: Path) -> N
 
 def test_a_missing_bank_is_reported_with_the_fix(tmp_path: Path) -> None:
     cfg = config(tmp_path, tmp_path / "none.npz", None)
-    message = rf"none\.npz', but there is no folder {tmp_path}/none\. .*precompute_feature.py first"
+    message = rf"none\.npz', but {tmp_path}/none does not exist\. .*precompute_feature.py first"
     with pytest.raises(ConfigError, match=message):
         trainer.train(cfg)
 

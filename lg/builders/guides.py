@@ -14,7 +14,7 @@ from lg.builders.data import dataset_facts
 from lg.builders.families import build_resnet, model_sizes, with_keys
 from lg.builders.preprocessing import build_preprocessing, check_window, guide_preprocessing
 from lg.checkpoint import foreign_weights, load_weights, read_checkpoint
-from lg.config import flatten, stored_config
+from lg.config import flatten, is_guided, stored_config
 from lg.datasets.base import ImageDataset
 from lg.errors import CheckpointError, ConfigError, first_few
 from lg.guidance import FeatureBank, FrozenTeacher, NoGuide
@@ -119,6 +119,33 @@ def check_guide_classes(cfg: CfgNode, class_names: Sequence[str]) -> None:
             "DISTILLATION.ENABLE_LOGIT would imitate scores of other classes: train the guide on "
             "these images"
         )
+
+
+def guide_notes(cfg: CfgNode) -> list[str]:
+    """Say on which other images the guide was trained than this config allows, as far as its file
+    names them."""
+    options, train = cfg.DISTILLATION, cfg.TRAIN
+    path = options.TEACHER_WEIGHTS
+    if not is_guided(cfg) or options.OFFLINE or not path:
+        return []
+    guide = stored_config(read_checkpoint(path, cache=cfg.DOWNLOAD_CACHE))
+    if not guide:
+        return []
+    guide.setdefault("TRAIN.SPLIT_SEED", guide.get("RNG_SEED"))  # older files lack it
+    mine = dict(flatten(cfg))
+    splits = "TRAIN.FRACTION", "TRAIN.VAL_FRACTION", "TRAIN.SPLIT_SEED"
+    notes = []
+    if train.VAL_FRACTION > 0 and any(guide.get(key) != mine[key] for key in splits):
+        notes.append(
+            "was trained on some of the held-out images, so they are less new to the student than "
+            f"test images: train it with the same {', '.join(splits[:2])} and {splits[2]}"
+        )
+    if train.EXCLUDE and guide.get("TRAIN.EXCLUDE") != train.EXCLUDE:
+        notes.append("was trained on images that TRAIN.EXCLUDE leaves out: train it with that")
+    dataset = guide.get("TRAIN.DATASET")
+    if dataset and dataset != train.DATASET:
+        notes.append(f"was trained on {dataset}, but TRAIN.DATASET is {train.DATASET}")
+    return [f"the guide {note} ({path})" for note in notes]
 
 
 def _guide_differences(cfg: CfgNode, path: str) -> str:

@@ -20,7 +20,7 @@ from lg.builders.data import (
     build_test_loader,
     build_train_loader,
 )
-from lg.builders.guides import Guide, check_guide_classes, prepare_bank
+from lg.builders.guides import Guide, check_guide_classes, guide_notes, prepare_bank
 from lg.builders.models import build_guided
 from lg.builders.preprocessing import build_preprocessing, range_note, with_data_statistics
 from lg.builders.splits import Splits, data_notes, exclusion_line
@@ -62,6 +62,8 @@ def build_run(cfg: CfgNode, data: Splits, world: World, log: RunLog) -> Run:
     torch.manual_seed(cfg.RNG_SEED)  # the same initial weights in every process
     guided, guide, loss = build_guided(cfg)
     check_guide_classes(cfg, data.train.class_names)
+    for note in guide_notes(cfg):
+        log.warn(f"{note}.")
     if cfg.TRAIN.WEIGHTS:
         _start_from(cfg, guided.student, data.train.class_names, log)
     stream = np.random.SeedSequence((cfg.RNG_SEED, MODEL, world.rank)).generate_state(1)[0]

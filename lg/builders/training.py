@@ -309,8 +309,8 @@ def check_training(cfg: CfgNode, *, trained_guide: bool = True) -> None:
             )
     if options.OFFLINE and not (place := bank_path(options.FEATURE_FILE)).exists():
         raise ConfigError(
-            f"DISTILLATION.FEATURE_FILE is {options.FEATURE_FILE!r}, but there is no folder "
-            f"{place}. Check the path, or compute the features with precompute_feature.py first."
+            f"DISTILLATION.FEATURE_FILE is {options.FEATURE_FILE!r}, but {place} does not exist. "
+            "Check the path, or compute the features with precompute_feature.py first."
         )
 
 

@@ -200,12 +200,6 @@ def _validation(cfg: CfgNode) -> Iterator[Fault]:
             "with TRAIN.VAL_FRACTION, the test at the end needs images that are not trained on: "
             "set it to test.",
         )
-    if train.FRACTION == 1 and train.VAL_FRACTION == 0 and changed(cfg, "TRAIN.SPLIT_SEED"):
-        yield (
-            "TRAIN.SPLIT_SEED",
-            "it selects images only with TRAIN.FRACTION below 1 or TRAIN.VAL_FRACTION above 0: "
-            f"set one of them, or set this to {default_text('TRAIN.SPLIT_SEED')}.",
-        )
     if train.EARLY_STOP > 0 and train.VAL_FRACTION == 0 and dataset != "image_folder":
         yield (
             "TRAIN.EARLY_STOP",

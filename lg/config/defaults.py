@@ -192,7 +192,7 @@ DEFAULTS: dict[str, Any] = {
         # test set chooses the best epoch, as in the published runs
         # (of an image_folder with val/ and test/, val/ chooses and test/ is tested at the end)
         "VAL_FRACTION": 0.0,
-        # (+) selects the images of FRACTION and VAL_FRACTION, the same for every RNG_SEED; >= 0
+        # (+) seed that selects the images of FRACTION and VAL_FRACTION, whatever RNG_SEED is; >= 0
         "SPLIT_SEED": 1,
         # (+) tests in a row without a lower error after which training stops, >= 0; 0: never. Needs
         # VAL_FRACTION, or an image_folder with val/ and test/

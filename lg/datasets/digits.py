@@ -15,7 +15,7 @@ from PIL import Image
 from lg.datasets.base import ImageDataset, stratified_order
 
 NUM_TRAIN = 1200  # of 1,797, the other 597 are for testing; there is no official split
-SPLIT_SEED = 0  # must never change: results are compared across versions
+TEST_SPLIT_SEED = 0  # must never change: results are compared across versions
 
 
 class Digits(ImageDataset):
@@ -41,7 +41,7 @@ class Digits(ImageDataset):
         name = "digits"
         split = "train" if split == "train" else "test"
         bunch = load_digits()
-        order = stratified_order(bunch.target, SPLIT_SEED)
+        order = stratified_order(bunch.target, TEST_SPLIT_SEED)
         sources = np.sort(order[:NUM_TRAIN] if split == "train" else order[NUM_TRAIN:])
         super().__init__(name, split, [str(digit) for digit in range(10)], bunch.target[sources])
         levels = bunch.images[sources].astype(np.int64)  # 0..16

@@ -84,7 +84,7 @@ class FeatureBank:
         if lacking and not differences:
             differences.append(
                 f"it lacks {lacking} of the {len(indices)} training images (computed with another "
-                "TRAIN.FRACTION or SPLIT_SEED, or with other images skipped)"
+                "TRAIN.FRACTION, VAL_FRACTION or SPLIT_SEED, or with other images skipped)"
             )
         if differences:
             raise BankError(

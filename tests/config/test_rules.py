@@ -325,7 +325,6 @@ BROKEN: list[tuple[str, dict[str, Any], str]] = [
     ),
     ("TRAIN.BATCH_SIZE", {"TRAIN.BATCH_SIZE": 4, "TRAIN.ACCUM_STEPS": 4}, "at least 2 images"),
     ("TEST.SPLIT", {"TEST.SPLIT": "train", "TRAIN.VAL_FRACTION": 0.1}, "set it to test"),
-    ("TRAIN.SPLIT_SEED", {"TRAIN.SPLIT_SEED": 2}, "or set this to 1"),
     ("TRAIN.EARLY_STOP", {"TRAIN.EARLY_STOP": 3}, "TRAIN.VAL_FRACTION, such as 0.1"),
     ("TEST.BATCH_SIZE", {"NUM_GPUS": 4, "TEST.BATCH_SIZE": 3}, "at least NUM_GPUS 4"),
     ("NUM_GPUS", {"NUM_GPUS": 16}, "MAX_GPUS_PER_NODE 8"),

@@ -12,7 +12,8 @@ import torch
 import yaml
 
 import lg
-from lg import trainer
+from lg import builders, trainer
+from lg.errors import ConfigError
 from lg.tools.doctor import doctor, findings
 from lg.tools.doctor.checkup import check_config
 from lg.tools.doctor.findings import COST, DATA, FACT, MODEL, NOTE, OUTPUT, PROBLEM, Finding
@@ -189,6 +190,28 @@ def test_a_weak_guide_of_other_data_is_noted(tmp_path: Path) -> None:
     ]
 
 
+@pytest.mark.parametrize(
+    ("trained", "is_told"),
+    [
+        ({"VAL_FRACTION": 0.25, "SPLIT_SEED": 1}, False),
+        ({"VAL_FRACTION": 0.25, "SPLIT_SEED": 2}, True),
+        ({"VAL_FRACTION": 0.0, "SPLIT_SEED": 1}, True),
+        ({"VAL_FRACTION": 0.25}, False),  # before there was SPLIT_SEED, RNG_SEED selected
+    ],
+)
+def test_a_guide_that_saw_the_held_out_images_is_noted(
+    trained: dict[str, Any], is_told: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    mine = {"TRAIN": {"FRACTION": 0.1, **trained}, "MODEL": {"IMG_SIZE": 16}, "RNG_SEED": 1}
+    guide = guide_file(tmp_path / "guide.pyth", test_err=50.0, cfg=yaml.dump(mine))
+    cfg = digits(tmp_path / "run", guide, TRAIN__VAL_FRACTION=0.25, OPTIM__MAX_EPOCH=1)
+    note = "the guide was trained on some of the held-out images, so they are less new"
+    notes = texts(check_config(cfg), NOTE, MODEL)
+    assert [each.startswith(note) for each in notes] == [True] * is_told
+    trainer.train(cfg)
+    assert (f"Warning: {note}" in capsys.readouterr().err) == is_told
+
+
 def test_settings_that_training_rejects_are_problems(tmp_path: Path) -> None:
     cfg = digits(tmp_path / "run", tmp_path / "none.pyth", TRAIN__BATCH_SIZE=200)
     assert texts(check_config(cfg), PROBLEM) == [
@@ -196,6 +219,14 @@ def test_settings_that_training_rejects_are_problems(tmp_path: Path) -> None:
         "path, or train the model that writes it first (--mode pipeline trains guide and student).",
         "TRAIN.BATCH_SIZE is 200, but there are only 120 training images; lower it to 120 or less.",
     ]
+    with pytest.raises(ConfigError, match="or set it to null for a guide with random weights"):
+        builders.check_training(cfg, trained_guide=False)
+    opts = ["MODEL.PRETRAINED", str(tmp_path / "none.safetensors")]
+    pretrained = lg.load_config(CONFIGS / "timm/convnext-atto_flowers.yaml", opts)
+    with pytest.raises(
+        ConfigError, match=r"MODEL\.PRETRAINED is .*, or download the weights first"
+    ):
+        builders.check_training(pretrained)
     nowhere = config(tmp_path / "nowhere", tmp_path / "run")
     (missing,) = texts(check_config(nowhere), PROBLEM)
     assert missing.startswith(f"image_folder: {tmp_path}/nowhere is missing; set DATA_LOADER.ROOT")

@@ -21,7 +21,7 @@ from lg.builders.data import (
     check_same_classes,
     dataset_facts,
 )
-from lg.builders.guides import build_teacher
+from lg.builders.guides import build_teacher, guide_notes
 from lg.builders.models import build_guided, build_model
 from lg.builders.run import build_run
 from lg.builders.splits import (
@@ -42,7 +42,7 @@ from lg.builders.training import (
     precision_note,
 )
 from lg.checkpoint import CheckpointFolder, load_weights, read_checkpoint
-from lg.config import flatten, is_guided, stored_config, with_values
+from lg.config import is_guided, with_values
 from lg.datasets.base import EMPTY_CLASS, MISSING, UNTRAINED_CLASS, ImageDataset
 from lg.datasets.exclusion import image_names
 from lg.datasets.loader import usable_workers
@@ -183,7 +183,7 @@ def _check_model(cfg: CfgNode, found: Findings) -> None:
 
 
 def _check_guide(cfg: CfgNode, path: str, found: Findings) -> None:
-    """Report the guide's test error and data set, as far as its file names them."""
+    """Report the guide's test error and its images, as far as its file names them."""
     state = read_checkpoint(path, cache=cfg.DOWNLOAD_CACHE)
     errors = [state[k] for k in ("test_err", "ema_err") if isinstance(state.get(k), (int, float))]
     chance = 100 * (1 - 1 / cfg.MODEL.NUM_CLASSES)
@@ -192,25 +192,7 @@ def _check_guide(cfg: CfgNode, path: str, found: Findings) -> None:
         if is_weak := min(errors) > 0.9 * chance:
             text += f", where guessing gives {chance:.1f} %: train the guide first"
         found.add(Finding(NOTE if is_weak else FACT, MODEL, f"{text}."))
-    guide = stored_config(state)
-    if not guide:
-        return
-    mine = dict(flatten(cfg))
-    splits = "TRAIN.FRACTION", "TRAIN.VAL_FRACTION", "TRAIN.SPLIT_SEED"
-    if cfg.TRAIN.VAL_FRACTION > 0 and any(guide.get(key) != mine[key] for key in splits):
-        text = (
-            "the guide was trained on some of the held-out images, so they are less new to the "
-            "student than test images: train it with the same TRAIN.FRACTION, TRAIN.VAL_FRACTION "
-            "and TRAIN.SPLIT_SEED"
-        )
-        found.add(Finding(NOTE, MODEL, f"{text} ({path})."))
-    if cfg.TRAIN.EXCLUDE and guide.get("TRAIN.EXCLUDE") != cfg.TRAIN.EXCLUDE:
-        text = "the guide was trained on images that TRAIN.EXCLUDE leaves out: train it with that"
-        found.add(Finding(NOTE, MODEL, f"{text} ({path})."))
-    dataset = guide.get("TRAIN.DATASET")
-    if dataset and dataset != cfg.TRAIN.DATASET:
-        text = f"the guide was trained on {dataset}, but TRAIN.DATASET is {cfg.TRAIN.DATASET}"
-        found.add(Finding(NOTE, MODEL, f"{text} ({path})."))
+    found.add(*(Finding(NOTE, MODEL, f"{note}.") for note in guide_notes(cfg)))
 
 
 def _check_data(cfg: CfgNode, found: Findings) -> dict[str, ImageDataset]:

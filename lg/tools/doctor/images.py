@@ -199,7 +199,7 @@ def list_leaks(train: Split, test: Split) -> list[list[str]]:
 def write_leaks(path: str, rows: Sequence[Sequence[str]]) -> str:
     """Write rows of LEAK_COLUMNS as a CSV file, unless there are none; return what was done."""
     if not rows:
-        return f"No training image has a copy in a tested split; {path} was not written."
+        return f"No copies were found; {path} was not written."
     text = io.StringIO()
     csv.writer(text).writerows([LEAK_COLUMNS, *rows])
     write_text(path, text.getvalue())

@@ -122,8 +122,8 @@ def check_guide_classes(cfg: CfgNode, class_names: Sequence[str]) -> None:
 
 
 def guide_notes(cfg: CfgNode) -> list[str]:
-    """Say on which other images the guide was trained than this config allows, as far as its file
-    names them."""
+    """Return what is wrong with the images that the guide was trained on, as far as its file names
+    them: it saw held-out or excluded images, or belongs to another data set."""
     options, train = cfg.DISTILLATION, cfg.TRAIN
     path = options.TEACHER_WEIGHTS
     if not is_guided(cfg) or options.OFFLINE or not path:

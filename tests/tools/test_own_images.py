@@ -52,8 +52,7 @@ def test_the_tutorial_runs(
     words = commands()["predict"]
     weights = f"{result['guided']['folder']}/model.pyth"
     assert f"guided model {weights}" in said
-    # The hash in the name of the folder depends on the images.
-    assert re.sub("-[0-9a-f]{8}/", "/", weights) == re.sub("-[0-9a-f]{8}/", "/", words[-1])
+    assert re.sub("-[0-9a-f]{8}/", "-HASH/", weights) == words[-1]
     monkeypatch.setattr(sys, "argv", [*words[:-1], weights])
     run_net.main()
     said = capsys.readouterr().out

@@ -131,6 +131,11 @@ def guide_notes(cfg: CfgNode) -> list[str]:
     guide = stored_config(read_checkpoint(path, cache=cfg.DOWNLOAD_CACHE))
     if not guide:
         return []
+    dataset = guide.get("TRAIN.DATASET", train.DATASET)
+    if dataset != train.DATASET:
+        return [
+            f"the guide was trained on {dataset}, but TRAIN.DATASET is {train.DATASET} ({path})"
+        ]
     guide.setdefault("TRAIN.SPLIT_SEED", guide.get("RNG_SEED"))  # older files lack it
     mine = dict(flatten(cfg))
     splits = "TRAIN.FRACTION", "TRAIN.VAL_FRACTION", "TRAIN.SPLIT_SEED"
@@ -142,9 +147,6 @@ def guide_notes(cfg: CfgNode) -> list[str]:
         )
     if train.EXCLUDE and guide.get("TRAIN.EXCLUDE") != train.EXCLUDE:
         notes.append("was trained on images that TRAIN.EXCLUDE leaves out: train it with that")
-    dataset = guide.get("TRAIN.DATASET")
-    if dataset and dataset != train.DATASET:
-        notes.append(f"was trained on {dataset}, but TRAIN.DATASET is {train.DATASET}")
     return [f"the guide {note} ({path})" for note in notes]
 
 

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from lg.errors import first_few
-from lg.models.backbone import Backbone, probe_layouts
+from lg.models.backbone import Backbone, MapLayout, probe_layouts
 
 # Names of classes that are one residual block, and of similar names that are not: stages, and
 # attention of the class token alone.
@@ -84,13 +84,25 @@ def timm_model(
         layouts = probe_layouts(net, candidates, image_shape=(in_channels, img_size, img_size))
     except (RuntimeError, AssertionError, ValueError, IndexError, ZeroDivisionError) as error:
         raise _size_error(name, img_size, error) from error
+    blocks = _blocks_with_maps(net, candidates, layouts, named=bool(block_names))
+    return Backbone(net, family="timm", block_names=list(blocks), layouts=list(blocks.values()))
+
+
+def _blocks_with_maps(
+    net: nn.Module,
+    candidates: Sequence[str],
+    layouts: Mapping[str, MapLayout | None],
+    *,
+    named: bool,
+) -> dict[str, MapLayout]:
+    """Return the candidates that return a map; all of them must, if the user named them."""
     blocks = {
         block: layout
         for block, layout in layouts.items()
         if layout is not None and type(net.get_submodule(block)).__name__ != _SHUFFLED_CLASS
     }
     mapless = [block for block in candidates if block not in blocks]
-    if block_names and mapless:
+    if named and mapless:
         raise ValueError(
             f"block_names has {', '.join(mapless[:5])}, which return no feature map, or one that "
             f"the next module overwrites: leave them out. The model has {_outline(net)}"
@@ -100,7 +112,7 @@ def timm_model(
             "no blocks that return feature maps were found: set block_names to patterns such as "
             f"'features.*'. The model has {_outline(net)}"
         )
-    return Backbone(net, family="timm", block_names=list(blocks), layouts=list(blocks.values()))
+    return blocks
 
 
 def _create_pretrained(

@@ -64,25 +64,7 @@ def prepare(
         ConfigError: The sweep cannot run.
     """
     space, fixed, cfg = read_space(path, opts)
-    if "RANK" in os.environ:
-        raise ConfigError(
-            "--mode sweep trains one trial per process and starts NUM_GPUS of them itself: run it "
-            "without torchrun."
-        )
-    check_training(cfg)  # what is missing for one trial is missing for all
-    check_validation(cfg)
-    if not has_val_split(cfg):
-        raise ConfigError(
-            "A sweep chooses settings by their error, and TRAIN.VAL_FRACTION is 0, so the test set "
-            "would choose: hold out images with TRAIN.VAL_FRACTION, such as 0.2 (or use an "
-            "image_folder with val/ and test/)."
-        )
-    gpus = torch.cuda.device_count() if cfg.DEVICE in ("auto", "cuda") else 0
-    if cfg.LAUNCH.MODE == "local" and 0 < gpus < cfg.NUM_GPUS:
-        raise ConfigError(
-            f"NUM_GPUS is {cfg.NUM_GPUS}, but this machine has {gpus}: a sweep trains one trial "
-            "per GPU, so lower it."
-        )
+    _check_start(cfg)
     total, is_grid = _count(space, trials)
     sweep = Sweep(
         path=path,
@@ -109,6 +91,29 @@ def prepare(
         report(study, sweep)
         return None
     return cfg, sweep
+
+
+def _check_start(cfg: CfgNode) -> None:
+    """Check that a sweep can run here, and that other images than the test set choose."""
+    if "RANK" in os.environ:
+        raise ConfigError(
+            "--mode sweep trains one trial per process and starts NUM_GPUS of them itself: run it "
+            "without torchrun."
+        )
+    check_training(cfg)  # what is missing for one trial is missing for all
+    check_validation(cfg)
+    if not has_val_split(cfg):
+        raise ConfigError(
+            "A sweep chooses settings by their error, and TRAIN.VAL_FRACTION is 0, so the test set "
+            "would choose: hold out images with TRAIN.VAL_FRACTION, such as 0.2 (or use an "
+            "image_folder with val/ and test/)."
+        )
+    gpus = torch.cuda.device_count() if cfg.DEVICE in ("auto", "cuda") else 0
+    if cfg.LAUNCH.MODE == "local" and 0 < gpus < cfg.NUM_GPUS:
+        raise ConfigError(
+            f"NUM_GPUS is {cfg.NUM_GPUS}, but this machine has {gpus}: a sweep trains one trial "
+            "per GPU, so lower it."
+        )
 
 
 def work(cfg: CfgNode, *, sweep: Sweep) -> None:
